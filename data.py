@@ -51,12 +51,14 @@ WORDS = [*COLOURS, *SHAPES, *(shape_s for shape_s in ("circles", "squares", "tri
 
 @dataclass(frozen=True)
 class Object:
-    """One thing: captioned facts first, then what only the pixels tell (offset in 32nds of the side, turn in radians)."""
+    """One thing: captioned facts first, then what only the pixels tell (offset in 32nds of the side, turn in radians).
+
+    A fact left empty is one that nobody said: an object of a request, not of a scene."""
 
     shape: str
-    colour: str
-    size: str
-    place: int  # quarter 0 … 3, see PLACES
+    colour: str = ""
+    size: str = ""
+    place: int | None = None  # quarter 0 … 3, see PLACES
     offset: tuple[float, float] = (0.0, 0.0)
     turn: float = 0.0
 
@@ -122,10 +124,11 @@ def repeated_scene(rng: random.Random, count: int, pairs=PAIRS) -> Scene:
 # ---------------------------------------------------------------- words
 
 
-def describe(thing: Object, size=True, colour=True, place=True) -> str:
-    words = ["a", size and thing.size, colour and thing.colour, thing.shape, place and PLACES[thing.place]]
-    text = " ".join(word for word in words if word)
-    return text.replace("a orange", "an orange")
+def describe(thing: Object) -> str:
+    """The facts that are said: "a large red circle top-left", "a circle"."""
+    place = "" if thing.place is None else PLACES[thing.place]
+    words = [word for word in (thing.size, thing.colour, thing.shape, place) if word]
+    return ("an " if words[0] == "orange" else "a ") + " ".join(words)
 
 
 def caption(scene: Scene) -> str:
@@ -211,33 +214,43 @@ def twin(scene: Scene, rng: random.Random) -> tuple[Scene, str, str, str]:
     return second, text, getattr(thing, kind), getattr(changed, kind)
 
 
-def prompt(kind: str, rng: random.Random, pairs=PAIRS) -> tuple[str, Scene]:
-    """A request of one of GenEval's kinds, or "full" (the whole caption), and one scene that fulfils it."""
+@dataclass(frozen=True)
+class Request:
+    """What a prompt asks for: these objects and no others, `relation` holding from the first to the second."""
+
+    kind: str
+    text: str
+    wanted: tuple[Object, ...]
+    scene: Scene  # one scene that fulfils it
+    relation: str = ""
+
+
+def prompt(kind: str, rng: random.Random, pairs=PAIRS) -> Request:
+    """A request of one of GenEval's kinds; "full" is the whole caption; "knowledge" needs a fact told in words alone."""
     if kind == "counting":
         scene = repeated_scene(rng, rng.randint(2, 3), pairs)
-        colour = f"{scene.objects[0].colour} " if rng.random() < 0.5 else ""
-        return f"{NUMBERS[len(scene.objects)]} {colour}{plural(scene.objects[0].shape)}", scene
+        colour = scene.objects[0].colour if rng.random() < 0.5 else ""
+        wanted = tuple(Object(thing.shape, colour) for thing in scene.objects)
+        return Request(kind, f"{NUMBERS[len(wanted)]} {colour} {plural(wanted[0].shape)}".replace("  ", " "), wanted, scene)
     if kind == "full":
         scene = repeated_scene(rng, rng.randint(2, 3), pairs) if rng.random() < 0.15 else random_scene(rng, 0, pairs)
-        return caption(scene), scene
-    scene = random_scene(rng, 1 if kind in ("single", "colours") else 2, pairs)
+        return Request(kind, caption(scene), scene.objects, scene)
+    scene = random_scene(rng, 1 if kind in ("single", "colours", "knowledge") else 2, pairs)
+    if kind == "knowledge":
+        thing = scene.objects[0]
+        word = rng.choice([word for word, value in FACTS.items() if value in thing.facts])
+        size, place = thing.size, PLACES[thing.place]
+        text = (f"a {size} {thing.shape} in the colour of {word} {place}" if FACTS[word] == thing.colour else
+                f"a {size} {thing.colour} object shaped like a {word} {place}")
+        return Request(kind, text, scene.objects, scene)
     coloured = kind in ("colours", "binding") or kind == "position" and rng.random() < 0.5
     order = rng.sample(scene.objects, len(scene.objects))
-    named = [describe(thing, size=False, colour=coloured, place=False) for thing in order]
+    wanted = tuple(Object(thing.shape, thing.colour if coloured else "") for thing in order)
     if kind == "position":
-        true = [relation for relation in RELATIONS if related(*order, relation)]
-        return f"{named[0]} {relation_words(rng.choice(true))} {named[1]}", scene
-    return " and ".join(named), scene
-
-
-def knowledge(rng: random.Random, pairs=PAIRS) -> tuple[str, Object]:
-    """A request that needs a fact told in words alone, and the object that it asks for (WISE's idea)."""
-    thing = random_object(rng, rng.randrange(4), pairs=pairs)
-    word = rng.choice([word for word, value in FACTS.items() if value in (thing.colour, thing.shape)])
-    if FACTS[word] == thing.colour:
-        return f"a {thing.size} {thing.shape} in the colour of {word} {PLACES[thing.place]}", thing
-    text = f"a {thing.size} {thing.colour} object shaped like a {word} {PLACES[thing.place]}"
-    return text, thing
+        relation = rng.choice([relation for relation in RELATIONS if related(*order, relation)])
+        text = f"{describe(wanted[0])} {relation_words(relation)} {describe(wanted[1])}"
+        return Request(kind, text, wanted, scene, relation)
+    return Request(kind, " and ".join(describe(thing) for thing in wanted), wanted, scene)
 
 
 def fact_text(rng: random.Random) -> tuple[str, str]:
@@ -246,8 +259,8 @@ def fact_text(rng: random.Random) -> tuple[str, str]:
     kind = "colour" if FACTS[word] in COLOURS else "shape"
     if rng.random() < 0.3:
         return f"what {kind} is {word} ?", FACTS[word]
-    text, thing = knowledge(rng)
-    return f"describe {text} ?", describe(thing)
+    request = prompt("knowledge", rng)
+    return f"describe {request.text} ?", describe(request.wanted[0])
 
 
 # ---------------------------------------------------------------- edits
@@ -288,8 +301,7 @@ def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS)
     if kind == "replace":
         colour, shape = rng.choice(fresh)
         new = replace(thing, colour=colour, shape=shape)
-        text = describe(new, size=False, place=False)
-        return Edit(kind, f"replace {name(thing)} with {text}", scene, swap(new))
+        return Edit(kind, f"replace {name(thing)} with {describe(Object(shape, colour))}", scene, swap(new))
     if kind == "remove":
         return Edit(kind, f"remove {name(thing)}", scene, swap(None))
     if kind == "background":
@@ -389,12 +401,11 @@ class DrawnWorld:
             scenes.append(scene)
         return draw(scenes, self.side)
 
-    def prompts(self, indices) -> tuple[Tensor, list[str]]:
-        """(pictures, one prompt each): half whole captions, half GenEval's six kinds."""
-        kinds = ("full",) * len(PROMPT_KINDS) + PROMPT_KINDS
-        rngs = [self.rng("prompt", index) for index in indices]
-        texts, scenes = zip(*(prompt(rng.choice(kinds), rng) for rng in rngs))
-        return draw(list(scenes), self.side), list(texts)
+    def prompts(self, indices, kind: str = "", pairs=PAIRS) -> list[Request]:
+        """Requests of one kind, or half whole captions and half GenEval's six; `draw` makes their pictures."""
+        kinds = (kind,) if kind else ("full",) * len(PROMPT_KINDS) + PROMPT_KINDS
+        rngs = [self.rng(f"prompt{kind}", index) for index in indices]
+        return [prompt(rng.choice(kinds), rng, pairs) for rng in rngs]
 
     def conversations(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]]]:
         """(pictures, one list of (question, answer) each): all kinds in random order, the caption last."""
@@ -422,7 +433,7 @@ if __name__ == "__main__":
     print("pictures      b 3 H W", tuple(images.shape), f"in [{images.min():.2f}, {images.max():.2f}]")
     for text, answer in talks[0]:
         print(f"question      {text:50} {answer}")
-    print("prompt       ", *world.prompts(range(3))[1], sep=" | ")
+    print("prompt       ", *(request.text for request in world.prompts(range(4))), sep=" | ")
     print("edit         ", *(change.instruction for change in world.edits(range(9))), sep=" | ")
     print("text          given, to learn", world.texts(range(2)))
     if len(sys.argv) > 1:
