@@ -1,0 +1,182 @@
+"""The whole model: its numbers, its parts put together, and its four uses. Start reading the method here.
+
+    picture ─ tokenizer.vision ─ f_v ─┬─ semantic_stream ─ z_s ─┐
+                                      ├─ pixel_stream ──── z_p ─┴─ fusion ─ z_f ─ decoder ─ picture
+                                      └─ mllm.llm ─ answer
+    words, f_v of a reference, queries ─ mllm.llm ─ router ─ connector ─ condition ─ dit ─ z_f ─ decoder ─ picture
+
+`Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; `load_run` reads a run folder.
+
+    python spar.py                 the parts of each preset with their parameter counts
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from data import WORDS
+from diffusion import AlignmentHead, DiT, guided, sample
+from mllm import MLLM, LanguageModel, WordTokenizer
+from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder
+
+STAGES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")
+
+
+@dataclass
+class Config:
+    """Every number of a run. The letters are the paper's (README, dimension key); defaults are the toy preset."""
+
+    preset: str = "toy"
+    seed: int = 0
+    # pictures and vision encoder E_s (InternViT)
+    side: int = 32  # picture side in pixels
+    patch: int = 4  # pixels per ViT patch; a visual token is 2×2 patches
+    vision_width: int = 64
+    vision_layers: int = 4
+    vision_heads: int = 4
+    # language model (Qwen2.5)
+    d: int = 128  # D_s: width of LLM and visual tokens
+    llm_layers: int = 4
+    llm_heads: int = 4
+    llm_kv_heads: int = 2
+    llm_mlp: int = 352
+    # tokenizer: streams and pixel autoencoder (DC-AE)
+    p: int = 16  # D_p: channels of the compact latent
+    pixel_layers: int = 3  # Transformer layers of the pixel stream
+    pixel_heads: int = 4
+    stream_blocks: int = 3  # residual blocks of each stream
+    ae_widths: tuple = (32, 64, 128, 128)  # per stage, each stage halves the side
+    ae_depths: tuple = (0, 1, 1, 1)
+    ae_decoder_depths: tuple = (0, 1, 1, 1)
+    ae_vit_stages: int = 1  # how many of the deepest stages are EfficientViT blocks
+    # unified model
+    k: int = 4  # layers that DTR chooses from
+    queries: int = 16
+    connector_layers: int = 2
+    condition_width: int = 128
+    # diffusion transformer (SANA)
+    c: int = 128
+    dit_layers: int = 6
+    dit_heads: int = 4
+    dit_cross_heads: int = 4
+    dit_mlp_ratio: float = 2.5
+    dit_positions: bool = True  # differs from paper: SANA has none; a 4×4 grid without them learns places slowly
+    align_block: int = 3  # L_align reads the tokens after this block
+    align_hidden: int = 256
+    # ablations (README)
+    tokenizer: str = "dual"  # dual | semantic-only | pixel-only
+    symmetric: str = ""  # "" | with | without: both streams with, or both without, a Transformer
+    fusion: str = "dtr"  # dtr | last | mean | concat | static
+    align: str = "self"  # self | external | none
+    teacher: str = ""  # run folder whose P1 encoder is the external teacher
+    anchor: bool = True  # L_s in T3
+    freeze_encoder: bool = False  # T3 without training the encoder
+    skip_stage: str = ""  # T1 | T2 | T3
+    reference: str = "tokens"  # tokens: the paper's path | latent: z_f of the reference joined on channels as well
+
+
+PRESETS: dict[str, dict] = {
+    "toy": {},
+}
+
+
+def make_config(**changes) -> Config:
+    """The preset named in `changes` (default toy) with `changes` laid over it."""
+    return Config(**{**PRESETS[changes.get("preset", "toy")], **changes})
+
+
+class SPAR(nn.Module):
+    """Tokenizer, multimodal language model and diffusion transformer, with what a user does with them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = f = config
+        symmetric = {"": (0, f.pixel_layers), "with": (f.pixel_layers,) * 2, "without": (0, 0)}[f.symmetric]
+        self.words = WordTokenizer(WORDS)
+        vision = VisionEncoder(f.side, f.patch, f.vision_width, f.vision_layers, f.vision_heads, 4, f.d)
+        decoder = PixelDecoder(f.p, f.ae_widths, f.ae_decoder_depths, f.ae_vit_stages)
+        self.pixel_encoder = PixelEncoder(f.p, f.ae_widths, f.ae_depths, f.ae_vit_stages)  # E_p, then frozen as E_p'
+        self.tokenizer = Tokenizer(vision, decoder, f.d, f.p, symmetric[1], f.pixel_heads, f.stream_blocks,
+                                   f.tokenizer, symmetric[0])
+        llm = LanguageModel(len(self.words), f.d, f.llm_layers, f.llm_heads, f.llm_kv_heads, f.llm_mlp)
+        self.mllm = MLLM(llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion)
+        self.dit = DiT(f.p, f.c, f.dit_layers, f.dit_heads, f.dit_cross_heads, f.condition_width, f.dit_mlp_ratio,
+                       f.dit_positions, reference=f.reference == "latent")
+        self.align_head = AlignmentHead(f.c, f.align_hidden, f.d)
+        self.register_buffer("latent_scale", torch.ones(()))  # makes the DiT's data variance 1 (paper: 10.6)
+
+    @property
+    def device(self) -> torch.device:
+        return self.latent_scale.device
+
+    # ------------------------------------------------------------ words and latents
+
+    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Words -> (ids `b t`, mask `b t`, true = a word), padded on the right. An empty text is <bos> alone."""
+        rows = [[self.words.bos_id, *(self.words.encode(text) if text else [])] for text in texts]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.words.pad_id] * (width - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=self.device)
+        return ids, mask
+
+    def clean_latent(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures -> (what the DiT learns to draw: z_f · scale as `b p h w`, f_v `b n d`)."""
+        f_v = self.tokenizer.features(images)
+        z_f = self.tokenizer.latents(f_v).fused
+        return self.as_grid(z_f) * self.latent_scale, f_v
+
+    def as_grid(self, z: Tensor) -> Tensor:
+        return rearrange(z, "b (h w) p -> b p h w", h=int(z.shape[1] ** 0.5))
+
+    # ------------------------------------------------------------ the four uses
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """`b 3 H W` -> `b 3 H W`, both in [-1, 1]."""
+        return self.tokenizer(images)[0].clamp(-1, 1)
+
+    @torch.no_grad()
+    def answer(self, images: Tensor | None, questions: list[str], max_new: int = 24, temperature: float = 0.0,
+               generator: torch.Generator | None = None) -> list[str]:
+        """One answer for each question about its picture (None: questions about words alone)."""
+        f_v = None if images is None else self.tokenizer.features(images)
+        prompts = [self.words.encode(question) for question in questions]
+        replies = self.mllm.answer(f_v, prompts, max_new, temperature, generator)
+        return [self.words.decode(reply) for reply in replies]
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, steps: int = 20,
+                 guidance: float = 3.0, sampler: str = "dpm", text_only: bool = False):
+        """Draw each prompt, or edit its reference picture `b 3 H W` as it says.
+
+        Returns (pictures `b 3 H W`, path: list of latents `b p h w` from noise to picture, DTR weights `b l k`).
+        `text_only` conditions on the LLM's text states as stage P3 does, before queries and connector exist.
+        """
+        b, f = len(prompts), self.config
+        f_v = latent = None
+        if references is not None:
+            latent, f_v = self.clean_latent(references)
+        text, empty = self.encode_texts(prompts), self.encode_texts([""] * b)
+        if text_only:
+            condition, nothing = self.mllm.text_condition(*text), self.mllm.text_condition(*empty)
+        else:
+            condition, nothing = self.mllm.condition(*text, f_v), self.mllm.condition(*empty, f_v)
+        grid = f.side // (2 * f.patch)
+        noise = torch.randn(b, f.p, grid, grid, generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+        def velocity(x, sigma, tokens, mask):
+            reference = latent.repeat(len(x) // b, 1, 1, 1) if f.reference == "latent" and latent is not None else None
+            return self.dit(x, sigma, tokens, mask, reference=reference)
+
+        z, path = sample(guided(velocity, condition, nothing, guidance), noise, steps, sampler)
+        return self.decode(z, text_only), path, condition.weights
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, text_only: bool = False) -> Tensor:
+        """Scaled latents `b p h w` -> pictures in [-1, 1]."""
+        tokens = rearrange(z / self.latent_scale, "b p h w -> b (h w) p")
+        return self.tokenizer.decode(tokens, size=self.config.side).clamp(-1, 1)
