@@ -1,0 +1,249 @@
+"""Generation: a SANA-style diffusion transformer, flow matching, self-alignment, two samplers (paper, Sec. 3.3 and 3.4).
+
+    x_t = (1 − σ) z + σ ε              z: fused latent z_f · scale, ε: Gaussian noise, σ from 1 (noise) to 0 (picture)
+    v = ε − z                          what the DiT predicts from x_t, σ and the condition
+    L_fm = ‖DiT(x_t, σ, condition) − v‖²
+    L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)        f_dit: tokens inside the DiT, f'_v: the tokenizer's own f_v
+
+In: noisy latents `b p h w`, σ `b`, condition tokens `b l e` with their mask `b l`. Out: velocities `b p h w`.
+Reference for the DiT: SANA, arXiv 2410.10629 (linear attention, Mix-FFN, AdaLN-single, no positions).
+
+    python diffusion.py            shape trace, and both samplers on a known flow
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from attention import attention, linear_attention
+from tokenizer import MixFFN
+
+# ---------------------------------------------------------------- flow matching
+
+
+def logit_normal_times(b: int, generator: torch.Generator | None = None) -> Tensor:
+    """σ `b` in (0, 1): the sigmoid of a standard normal, so that the middle of the path is seen most."""
+    return torch.randn(b, generator=generator).sigmoid()
+
+
+def add_noise(z: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    sigma = rearrange(sigma, "b -> b 1 1 1")
+    return (1 - sigma) * z + sigma * noise
+
+
+def flow_matching_loss(velocity: Tensor, z: Tensor, noise: Tensor) -> Tensor:
+    return (velocity.float() - (noise - z)).square().mean()
+
+
+def alignment_loss(projected: Tensor, f_v: Tensor) -> Tensor:
+    """− mean cos over tokens; `projected` = φ_a(f_dit) and the teacher's f'_v are `b n d`. In [−1, 1], best −1."""
+    return -F.cosine_similarity(projected.float(), f_v.detach().float(), dim=-1).mean()
+
+
+# ---------------------------------------------------------------- diffusion transformer
+
+
+class LinearSelfAttention(nn.Module):
+    def __init__(self, c: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(c, 3 * c, bias=False)
+        self.out = nn.Linear(c, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (r h e) -> r b h n e", r=3, h=self.heads)
+        return self.out(rearrange(linear_attention(q, k, v).to(x.dtype), "b h n e -> b n (h e)"))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, c: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv, self.out = nn.Linear(c, c), nn.Linear(c, 2 * c), nn.Linear(c, c)
+
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None) -> Tensor:
+        q = rearrange(self.q(x), "b n (h e) -> b h n e", h=self.heads)
+        k, v = rearrange(self.kv(condition), "b l (r h e) -> r b h l e", r=2, h=self.heads)
+        return self.out(rearrange(attention(q, k, v, key_mask=mask), "b h n e -> b n (h e)"))
+
+
+class DiTBlock(nn.Module):
+    """Linear self-attention, cross-attention, Mix-FFN; the first and the last scaled, shifted and gated by σ."""
+
+    def __init__(self, c: int, heads: int, cross_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(c, eps=1e-6, elementwise_affine=False)
+        self.attn = LinearSelfAttention(c, heads)
+        self.cross = CrossAttention(c, cross_heads)
+        self.ffn = MixFFN(c, mlp_ratio)
+        self.table = nn.Parameter(torch.randn(6, c) / c**0.5)  # AdaLN-single: one time embedding, a table per block
+
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None, time: Tensor, h: int) -> Tensor:
+        shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = (self.table + time).unsqueeze(2).unbind(1)  # each b 1 c
+        x = x + gate * self.attn(self.norm(x) * (1 + scale) + shift)
+        x = x + self.cross(x, condition, mask)
+        grid = rearrange(self.norm(x) * (1 + scale_ffn) + shift_ffn, "b (h w) c -> b c h w", h=h)
+        return x + gate_ffn * rearrange(self.ffn(grid), "b c h w -> b (h w) c")
+
+
+class TimeEmbedding(nn.Module):
+    """σ in [0, 1] -> 256 cosines and sines of 1000 σ -> MLP."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        frequencies = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=sigma.device))
+        angles = 1000 * sigma.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+class DiT(nn.Module):
+    """(x_t `b p h w`, σ `b`, condition `b l e`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after `align_block`).
+
+    `positions`: add sines of row and column to the latent tokens.
+    # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner. Full presets: none.
+    `reference`: take the reference picture's clean latent on p extra channels (InstructPix2Pix, arXiv 2211.09800).
+    # differs from paper: there the reference reaches the DiT through the condition alone. Default: off.
+    """
+
+    def __init__(self, p: int, c: int, layers: int, heads: int, cross_heads: int, condition_width: int,
+                 mlp_ratio: float = 2.5, align_block: int = 6, positions: bool = False, reference: bool = False):
+        super().__init__()
+        if not 1 <= align_block <= layers:
+            raise ValueError(f"align_block {align_block} of {layers} layers: choose one from 1 to {layers}")
+        self.align_block, self.positions = align_block, positions
+        self.embed = nn.Linear(p, c)
+        self.reference = nn.Linear(p, c, bias=False) if reference else None
+        self.time = TimeEmbedding(c)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
+        self.caption = nn.Sequential(nn.Linear(condition_width, c), nn.GELU("tanh"), nn.Linear(c, c))
+        self.caption_norm = nn.RMSNorm(c, eps=1e-5)
+        self.blocks = nn.ModuleList(DiTBlock(c, heads, cross_heads, mlp_ratio) for _ in range(layers))
+        self.norm = nn.LayerNorm(c, eps=1e-6, elementwise_affine=False)
+        self.table = nn.Parameter(torch.randn(2, c) / c**0.5)
+        self.out = nn.Linear(c, p)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.modulation[1].weight, std=0.02)
+        nn.init.zeros_(self.out.weight)  # starts by predicting no velocity
+
+    def forward(self, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None = None,
+                reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        h = x_t.shape[2]
+        x = self.embed(rearrange(x_t, "b p h w -> b (h w) p"))
+        if self.positions:
+            x = x + sine_positions(h, x_t.shape[3], x.shape[-1], x.device)
+        if self.reference is not None and reference is not None:
+            x = x + self.reference(rearrange(reference, "b p h w -> b (h w) p"))
+        time = self.time(sigma)
+        modulation = rearrange(self.modulation(time), "b (six c) -> b six c", six=6)
+        condition = self.caption_norm(self.caption(condition))
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, condition, mask, modulation, h)
+            if number == self.align_block:
+                hidden = x  # f_dit, what L_align reads
+        shift, scale = (self.table + time[:, None]).unsqueeze(2).unbind(1)
+        velocity = self.out(self.norm(x) * (1 + scale) + shift)
+        return rearrange(velocity, "b (h w) p -> b p h w", h=h), hidden
+
+
+def sine_positions(h: int, w: int, c: int, device) -> Tensor:
+    """`h·w c`: half of the channels tell the row, half the column, in sines and cosines."""
+    frequencies = 10.0 ** -torch.linspace(0, 2, c // 4, device=device)
+    row, column = (torch.arange(size, device=device)[:, None] * frequencies for size in (h, w))
+    row, column = (torch.cat([a.sin(), a.cos()], -1) for a in (row, column))
+    grid = torch.cat([row[:, None].expand(h, w, -1), column[None].expand(h, w, -1)], -1)
+    return rearrange(grid, "h w c -> (h w) c")
+
+
+class AlignmentHead(nn.Sequential):
+    """φ_a: DiT tokens `b n c` -> the teacher's width `b n d`."""
+
+    def __init__(self, c: int, hidden: int, d: int):
+        super().__init__(nn.Linear(c, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, d))
+
+
+# ---------------------------------------------------------------- sampling
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x `b p h w`, σ `b`) -> v
+
+
+def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tensor, Tensor], guidance: float) -> Velocity:
+    """Classifier-free guidance: v = v_nothing + guidance · (v_condition − v_nothing).
+
+    `dit(x, σ, tokens, mask) -> v`; `condition` and `nothing` are (tokens `b l e`, mask `b l`). Guidance 1 asks once.
+    """
+    if guidance == 1:
+        return lambda x, sigma: dit(x, sigma, *condition)
+    tokens, nothing_tokens = equally_long(condition[0], nothing[0])
+    mask, nothing_mask = equally_long(condition[1], nothing[1])
+    tokens, mask = torch.cat([tokens, nothing_tokens]), torch.cat([mask, nothing_mask])
+
+    def velocity(x, sigma):
+        with_words, without = dit(torch.cat([x, x]), torch.cat([sigma, sigma]), tokens, mask).chunk(2)
+        return without + guidance * (with_words - without)
+
+    return velocity
+
+
+def equally_long(*parts: Tensor) -> list[Tensor]:
+    """Pads `b l …` with zeros (a mask: false) to the longest l."""
+    width = max(part.shape[1] for part in parts)
+    return [torch.cat([part, part.new_zeros(part.shape[0], width - part.shape[1], *part.shape[2:])], 1) for part in parts]
+
+
+def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "dpm", shift: float = 1.0):
+    """From noise `b p h w` at σ = 1 to a latent at σ = 0. Returns (z, the path: steps + 1 latents from noise to z).
+
+    euler   x ← x + (σ' − σ) v
+    dpm     multistep DPM-Solver++ (arXiv 2211.01095, Algorithm 2) with α = 1 − σ: extrapolates the clean latent
+            x₀ = x − σ v from its last two estimates
+    shift   above 1 spends more of the steps near the noise: σ ← shift σ / (1 + (shift − 1) σ)
+    Raises ValueError for an unknown sampler or fewer than one step.
+    """
+    if sampler not in ("euler", "dpm") or steps < 1:
+        raise ValueError(f"sampler {sampler!r} with {steps} steps: want euler or dpm, and at least 1 step")
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas)).tolist()
+    x, path, previous, h_previous = noise, [noise], None, math.inf
+    for now, after in zip(sigmas, sigmas[1:]):
+        clean = x - now * velocity(x, x.new_full((len(x),), now))
+        estimate = clean
+        if sampler == "dpm":
+            h = log_snr(after) - log_snr(now)
+            if previous is not None and math.isfinite(h) and math.isfinite(h_previous):
+                estimate = clean + h / (2 * h_previous) * (clean - previous)
+            previous, h_previous = clean, h
+        x = after / now * x + (1 - after / now) * estimate  # exact for a constant clean latent; with `clean`, an Euler step
+        path.append(x)
+    return x, path
+
+
+def log_snr(sigma: float) -> float:
+    """λ = log((1 − σ) / σ), infinite at both ends."""
+    return -math.inf if sigma >= 1 else math.inf if sigma <= 0 else math.log((1 - sigma) / sigma)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    dit = DiT(p=16, c=128, layers=4, heads=4, cross_heads=4, condition_width=96, align_block=2)
+    x, condition, mask = torch.randn(2, 16, 4, 4), torch.randn(2, 9, 96), torch.ones(2, 9, dtype=torch.bool)
+    velocity, hidden = dit(x, torch.tensor([0.3, 0.9]), condition, mask)
+    print("x_t       b p h w", tuple(x.shape), "  condition b l e", tuple(condition.shape))
+    print("velocity  b p h w", tuple(velocity.shape), "  hidden b n c", tuple(hidden.shape))
+    print("aligned   b n d  ", tuple(AlignmentHead(128, 256, 64)(hidden).shape))
+    assert velocity.shape == x.shape and hidden.shape == (2, 16, 128)
+    flow = lambda x, sigma: (x - 2.0) / sigma[:, None, None, None]  # the straight flow to the point 2
+    for sampler in ("euler", "dpm"):
+        z, path = sample(flow, x, 5, sampler)
+        print(f"{sampler:8}  z b p h w", tuple(z.shape), f"mean {z.mean():.3f}", f"path of {len(path)}")
+        assert torch.allclose(z, torch.full_like(z, 2.0), atol=1e-5)
