@@ -23,7 +23,7 @@ from diffusion import AlignmentHead, DiT, guided, sample
 from mllm import MLLM, LanguageModel, WordTokenizer
 from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder
 
-STAGES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")
+NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
 
 
 @dataclass
@@ -67,6 +67,29 @@ class Config:
     dit_positions: bool = True  # differs from paper: SANA has none; a 4×4 grid without them learns places slowly
     align_block: int = 3  # L_align reads the tokens after this block
     align_hidden: int = 256
+    # losses: weights of the terms
+    lambda_lpips: float = 0.02  # perceptual
+    lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
+    lambda_s: float = 0.02  # L_s, the encoder stays close to itself (T3)
+    lambda_gan: float = 0.002  # L_GAN (T3)
+    lambda_a: float = 0.5  # L_align (U2, U3)
+    gan_start: float = 0.3  # share of T3 after which the adversary joins
+    gan_width: int = 16  # channels of the discriminator's first layer
+    lecam: float = 0.001
+    encoder_rate: float = 0.3  # T3: the encoder's learning rate as a share of the stage's (paper: 0.1)
+    # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
+    steps: tuple = (600, 600, 800, 400, 300, 500, 200, 800, 200)
+    batch: tuple = (32, 64, 64, 64, 64, 64, 64, 64, 64)
+    lr: tuple = (2e-3, 2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3, 3e-4)
+    optimizer: str = "muon"  # muon | adamw
+    muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
+    weight_decay: float = 1e-4
+    warmup: float = 0.05  # share of a stage's steps
+    final_lr: float = 0.05  # share of lr that the cosine ends at
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.99
+    drop_words: float = 0.1  # share of emptied prompts, for guidance
+    edits: float = 0.5  # share of editing in U2 and U3
     # ablations (README)
     tokenizer: str = "dual"  # dual | semantic-only | pixel-only
     symmetric: str = ""  # "" | with | without: both streams with, or both without, a Transformer
@@ -103,9 +126,9 @@ class SPAR(nn.Module):
         self.tokenizer = Tokenizer(vision, decoder, f.d, f.p, symmetric[1], f.pixel_heads, f.stream_blocks,
                                    f.tokenizer, symmetric[0])
         llm = LanguageModel(len(self.words), f.d, f.llm_layers, f.llm_heads, f.llm_kv_heads, f.llm_mlp)
-        self.mllm = MLLM(llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion)
+        self.mllm = MLLM(self.words, llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion)
         self.dit = DiT(f.p, f.c, f.dit_layers, f.dit_heads, f.dit_cross_heads, f.condition_width, f.dit_mlp_ratio,
-                       f.dit_positions, reference=f.reference == "latent")
+                       f.align_block, f.dit_positions, f.reference == "latent")
         self.align_head = AlignmentHead(f.c, f.align_hidden, f.d)
         self.register_buffer("latent_scale", torch.ones(()))  # makes the DiT's data variance 1 (paper: 10.6)
 
@@ -115,13 +138,20 @@ class SPAR(nn.Module):
 
     # ------------------------------------------------------------ words and latents
 
-    def encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Words -> (ids `b t`, mask `b t`, true = a word), padded on the right. An empty text is <bos> alone."""
-        rows = [[self.words.bos_id, *(self.words.encode(text) if text else [])] for text in texts]
+    def encode_rows(self, rows: list[list[int]], left: bool = True) -> tuple[Tensor, Tensor]:
+        """Rows of ids -> (ids `b t`, mask `b t`, true = a word), padded on the left or on the right."""
         width = max(map(len, rows))
-        ids = torch.tensor([row + [self.words.pad_id] * (width - len(row)) for row in rows], device=self.device)
-        mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=self.device)
-        return ids, mask
+        pads = [[self.words.pad_id] * (width - len(row)) for row in rows]
+        ids = torch.tensor([pad + row if left else row + pad for pad, row in zip(pads, rows)], device=self.device)
+        return ids, ids != self.words.pad_id
+
+    def encode_prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """What stands before reference and queries: <bos> and the words. An empty text is <bos> alone."""
+        return self.encode_rows([[self.words.bos_id, *self.words.encode(text)] for text in texts])
+
+    def before_answer(self, question: str, has_image: bool = True) -> list[int]:
+        images = [self.words.image_id] * (self.config.side // (2 * self.config.patch)) ** 2 if has_image else []
+        return [self.words.bos_id, *images, *self.words.encode(question)]
 
     def clean_latent(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures -> (what the DiT learns to draw: z_f · scale as `b p h w`, f_v `b n d`)."""
@@ -144,8 +174,8 @@ class SPAR(nn.Module):
                generator: torch.Generator | None = None) -> list[str]:
         """One answer for each question about its picture (None: questions about words alone)."""
         f_v = None if images is None else self.tokenizer.features(images)
-        prompts = [self.words.encode(question) for question in questions]
-        replies = self.mllm.answer(f_v, prompts, max_new, temperature, generator)
+        ids, mask = self.encode_rows([self.before_answer(question, images is not None) for question in questions])
+        replies = self.mllm.answer(ids, mask, f_v, max_new, temperature, generator)
         return [self.words.decode(reply) for reply in replies]
 
     @torch.no_grad()
@@ -160,23 +190,41 @@ class SPAR(nn.Module):
         f_v = latent = None
         if references is not None:
             latent, f_v = self.clean_latent(references)
-        text, empty = self.encode_texts(prompts), self.encode_texts([""] * b)
+        words, empty = self.encode_prompts(prompts), self.encode_prompts([""] * b)
         if text_only:
-            condition, nothing = self.mllm.text_condition(*text), self.mllm.text_condition(*empty)
+            condition, nothing = self.mllm.text_condition(*words), self.mllm.text_condition(*empty)
         else:
-            condition, nothing = self.mllm.condition(*text, f_v), self.mllm.condition(*empty, f_v)
+            condition, nothing = self.mllm.condition(*words, f_v), self.mllm.condition(*empty, f_v)
         grid = f.side // (2 * f.patch)
         noise = torch.randn(b, f.p, grid, grid, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
         def velocity(x, sigma, tokens, mask):
-            reference = latent.repeat(len(x) // b, 1, 1, 1) if f.reference == "latent" and latent is not None else None
-            return self.dit(x, sigma, tokens, mask, reference=reference)
+            reference = None if latent is None else latent.repeat(len(x) // b, 1, 1, 1)
+            return self.dit(x, sigma, tokens, mask, reference)[0]
 
-        z, path = sample(guided(velocity, condition, nothing, guidance), noise, steps, sampler)
-        return self.decode(z, text_only), path, condition.weights
+        z, path = sample(guided(velocity, condition[:2], nothing[:2], guidance), noise, steps, sampler)
+        return self.decode(z), path, condition.weights
 
     @torch.no_grad()
-    def decode(self, z: Tensor, text_only: bool = False) -> Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         """Scaled latents `b p h w` -> pictures in [-1, 1]."""
         tokens = rearrange(z / self.latent_scale, "b p h w -> b (h w) p")
-        return self.tokenizer.decode(tokens, size=self.config.side).clamp(-1, 1)
+        return self.tokenizer.decode(tokens, self.config.side).clamp(-1, 1)
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def stage_names(config: Config) -> list[str]:
+    return [name for name in NAMES if name != config.skip_stage]
+
+
+def load_stage(model: SPAR, run: Path, name: str) -> dict:
+    """Lays the averaged weights of <name>.pt over the model; returns the file's content. What a stage did not train stays."""
+    content = torch.load(run / f"{name}.pt", map_location=model.device, weights_only=True)
+    known = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, value in content["ema"].items():
+            known[key].copy_(value)
+        model.latent_scale.copy_(content["latent_scale"])
+    return content
