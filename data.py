@@ -416,6 +416,16 @@ class DrawnWorld:
             talks.append([pair for pair in asked if pair] + [("describe the picture ?", caption(scene))])
         return draw(scenes, self.side), talks
 
+    def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:
+        """(scenes, questions, answers) of one kind; scenes that allow no such question are passed over."""
+        found = []
+        for index in indices:
+            rng = self.rng(f"question {kind}", index)
+            while (asked := question(scene := random_scene(rng), kind, rng)) is None:
+                pass
+            found.append((scene, *asked))
+        return tuple(map(list, zip(*found)))
+
     def texts(self, indices) -> list[tuple[str, str]]:
         """(given, to learn) without pictures."""
         return [fact_text(self.rng("text", index)) for index in indices]

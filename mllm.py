@@ -206,9 +206,16 @@ class MLLM(nn.Module):
 
     # ------------------------------------------------------------ understanding
 
-    def text_loss(self, ids: Tensor, said: Tensor, f_v: Tensor | None = None) -> Tensor:
-        """Mean next-word loss on the places where `said` `b l` is true (those the model must say itself); right-padded."""
-        hidden, _ = self.llm(self.embed(ids, f_v))
+    def text_loss(self, ids: Tensor, said: Tensor, before: Tensor, owner: Tensor | None = None) -> Tensor:
+        """Mean next-word loss on the places of ids `r l` (right-padded) where `said` is true: what the model must say.
+
+        `before` `b t d`: embeddings that come first, such as <bos> and a picture. With `owner` `r`, row i follows
+        before[owner[i]]: many questions about one picture, none of which sees another, and the picture is read once.
+        """
+        _, cache = self.llm(before)
+        if owner is not None:
+            cache = [(k[owner], v[owner]) for k, v in cache]
+        hidden, _ = self.llm(self.embed(ids), cache=cache)
         wanted = said[:, 1:]
         return F.cross_entropy(self.llm.logits(hidden[-1][:, :-1][wanted]).float(), ids[:, 1:][wanted])
 

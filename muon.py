@@ -6,7 +6,10 @@ Reference: K. Jordan, "Muon: An optimizer for hidden layers in neural networks" 
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+BLOCK = 128  # rows orthogonalised at a time: the cost grows with the square of the smaller side
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -40,11 +43,16 @@ class Muon(torch.optim.Optimizer):
                 average = state.setdefault("momentum", torch.zeros_like(parameter))
                 average.lerp_(parameter.grad, 1 - group["momentum"])
                 ahead = parameter.grad.lerp(average, group["momentum"])
-                alike.setdefault(tuple(parameter.shape), []).append((parameter, ahead))
-            for (rows, columns), pairs in alike.items():
+                ahead = ahead.flatten(1)  # a convolution is a matrix from its neighbourhood to its channels
+                rows, columns = ahead.shape
+                many = rows // BLOCK if columns > BLOCK and rows > BLOCK and rows % BLOCK == 0 else 1
+                ahead = rearrange(ahead, "(many rows) columns -> many rows columns", many=many)
+                alike.setdefault(ahead.shape, []).append((parameter, ahead))
+            for (many, rows, columns), pairs in alike.items():
                 size = group["lr"] * max(1, rows / columns) ** 0.5
-                for (parameter, _), step in zip(pairs, orthogonalise(torch.stack([ahead for _, ahead in pairs]))):
-                    parameter.sub_(size * step)
+                steps = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
+                for (parameter, _), step in zip(pairs, steps):
+                    parameter.sub_(size * step.reshape(parameter.shape))
 
     @staticmethod
     def adam(parameter, state, group):

@@ -11,6 +11,7 @@
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from data import WORDS
 from diffusion import AlignmentHead, DiT, guided, sample
-from mllm import MLLM, LanguageModel, WordTokenizer
+from mllm import MLLM, LanguageModel, UnknownWords, WordTokenizer
 from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder
 
 NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
@@ -69,6 +70,7 @@ class Config:
     align_hidden: int = 256
     # losses: weights of the terms
     lambda_lpips: float = 0.02  # perceptual
+    lambda_z: float = 1e-4  # keeps P2's latents small
     lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
     lambda_s: float = 0.02  # L_s, the encoder stays close to itself (T3)
     lambda_gan: float = 0.002  # L_GAN (T3)
@@ -101,6 +103,10 @@ class Config:
     skip_stage: str = ""  # T1 | T2 | T3
     reference: str = "tokens"  # tokens: the paper's path | latent: z_f of the reference joined on channels as well
 
+
+CHOICES = {"tokenizer": ("dual", "semantic-only", "pixel-only"), "symmetric": ("", "with", "without"),
+           "fusion": ("dtr", "last", "mean", "concat", "static"), "align": ("self", "external", "none"),
+           "skip_stage": ("", "T1", "T2", "T3"), "reference": ("tokens", "latent"), "optimizer": ("muon", "adamw")}
 
 PRESETS: dict[str, dict] = {
     "toy": {},
@@ -215,8 +221,50 @@ class SPAR(nn.Module):
 # ---------------------------------------------------------------- run folders
 
 
+class UserError(Exception):
+    """A mistake that the user can mend; the message says how, in one line."""
+
+
+def run_command(command) -> None:
+    """Runs a script's main; a mistake of the user ends in one line and exit code 2, without traceback."""
+    try:
+        command()
+    except (UserError, UnknownWords, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def stage_names(config: Config) -> list[str]:
     return [name for name in NAMES if name != config.skip_stage]
+
+
+def changes(config: Config) -> dict:
+    """The fields in which a configuration differs from its preset."""
+    preset = asdict(make_config(preset=config.preset))
+    return {key: value for key, value in asdict(config).items() if value != preset[key] and key != "seed"}
+
+
+def load_config(run: Path) -> Config:
+    try:
+        found = json.loads((run / "config.json").read_text())
+        return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no run in {run}: train one with `python train.py --out {run}`") from None
+    except (json.JSONDecodeError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(f"{run / 'config.json'} is not from this train.py ({error}): train again into another --out") from None
+
+
+def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
+    """The model of a run folder after its finished stages (at most `upto`), which `model.finished` names.
+    Raises UserError where the folder is missing, is another's or holds no finished stage."""
+    model = SPAR(load_config(run)).to(device).eval()
+    names = stage_names(model.config)
+    model.finished = [name for name in names if (run / f"{name}.pt").exists() and NAMES.index(name) <= NAMES.index(upto)]
+    if not model.finished:
+        raise UserError(f"{run} holds no finished stage: go on with `python train.py --out {run}`")
+    for name in model.finished:
+        load_stage(model, run, name)
+    return model
 
 
 def load_stage(model: SPAR, run: Path, name: str) -> dict:

@@ -10,13 +10,16 @@ its unified ones (Sec. 3.3). A stage is data (`STAGES`): what trains, on which b
 `train_stage` runs them all. A run folder holds config.json, log.jsonl, <stage>.pt, results.json and report/.
 """
 
+import argparse
 import copy
+import difflib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -25,8 +28,11 @@ from tqdm import tqdm
 
 from data import DrawnWorld, draw
 from diffusion import add_noise, alignment_loss, equally_long, flow_matching_loss, logit_normal_times
+from evaluate import evaluate, print_tables
 from muon import Muon
-from spar import NAMES, SPAR, Config, load_stage, stage_names
+from report import draw_report
+from spar import (CHOICES, NAMES, PRESETS, SPAR, Config, UserError, load_config, load_stage, make_config, run_command,
+                  stage_names)
 from tokenizer import Discriminator, Perceptual
 
 Losses = dict[str, Tensor]  # symbol -> value; the stage says the weights
@@ -48,40 +54,35 @@ class Helpers:
 
 
 def language_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
-    """P1: the next word, on answers and captions about pictures (L_lm) and on facts told in words alone (L_text)."""
-    words, encode = model.words, model.words.encode
+    """P1: the next word, on answers (L_lm) and captions (L_caption) about pictures, and on facts told in words (L_text)."""
     images, talks = h.world.conversations(numbers)
-    rows, said = [], []
-    for talk in talks:
-        row, own = model.before_answer(""), []
-        own = [False] * len(row)
-        for question, answer in talk:
-            asked, reply = encode(question), encode(answer) + [words.eos_id]
-            row, own = row + asked + reply, own + [False] * len(asked) + [True] * len(reply)
-        rows.append(row)
-        said.append(own)
     f_v = model.tokenizer.features(images.to(model.device))
-    losses = {"L_lm": model.mllm.text_loss(*right_padded(model, rows, said), f_v)}
+    start = torch.tensor([model.before_answer("")] * len(images), device=model.device)
+    before = model.mllm.embed(start, f_v)  # <bos> and the picture
+    owner = torch.tensor([i for i, talk in enumerate(talks) for _ in talk[:-1]], device=model.device)
+    losses = {"L_lm": model.mllm.text_loss(*dialogue(model, [turn for talk in talks for turn in talk[:-1]]), before, owner),
+              "L_caption": model.mllm.text_loss(*dialogue(model, [talk[-1] for talk in talks]), before)}
     if "L_text" in wanted:
-        rows, said = [], []
-        for given, reply in h.world.texts(numbers[::4]):
-            asked, reply = model.before_answer(given, has_image=False), encode(reply) + [words.eos_id]
-            rows.append(asked + reply)
-            said.append([False] * len(asked) + [True] * len(reply))
-        losses["L_text"] = model.mllm.text_loss(*right_padded(model, rows, said))
+        facts = h.world.texts(numbers[::4])
+        losses["L_text"] = model.mllm.text_loss(*dialogue(model, facts), model.mllm.embed(start[::4, :1]))
     return losses
 
 
-def right_padded(model: SPAR, rows: list[list[int]], said: list[list[bool]]) -> tuple[Tensor, Tensor]:
+def dialogue(model: SPAR, turns: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """(asked, reply) pairs -> right-padded ids `r l` of both and <eos>, and where the reply stands."""
+    asked = [model.words.encode(question) for question, _ in turns]
+    rows = [words + model.words.encode(reply) + [model.words.eos_id] for words, (_, reply) in zip(asked, turns)]
     ids, mask = model.encode_rows(rows, left=False)
-    return ids, torch.tensor([own + [False] * (mask.shape[1] - len(own)) for own in said], device=ids.device)
+    lengths = torch.tensor([len(words) for words in asked], device=ids.device)
+    return ids, mask & (torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None])
 
 
 def autoencoder_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
     """P2: the pixel autoencoder reconstructs."""
     images = h.world.pictures(numbers).to(model.device)
-    reconstruction = model.tokenizer.decode(model.pixel_encoder(images), images.shape[-1])
-    return {"L_mse": (reconstruction - images).square().mean()}
+    z = model.pixel_encoder(images)
+    reconstruction = model.tokenizer.decode(z, images.shape[-1])
+    return {"L_mse": (reconstruction - images).square().mean(), "L_z": z.square().mean()}
 
 
 def drawing_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
@@ -183,9 +184,9 @@ DRAW = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
     Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_losses,
-          {"L_lm": 1.0, "L_text": 0.2}),
+          {"L_lm": 1.0, "L_caption": 1.0, "L_text": 0.2}),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
-          autoencoder_losses, {"L_mse": 1.0}),
+          autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "mllm.connector.out": 1.0}, drawing_losses, {"L_fm": 1.0}),
     Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_p": "lambda_p"}),
     Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, tokenizer_losses, SEE),
@@ -209,6 +210,9 @@ def trained_parameters(model: SPAR, stage: Stage) -> dict[str, list[tuple[str, n
 
 
 def number(value: float | str, config: Config) -> float:
+    """A number as it is, a name as that field of the configuration."""
+    if value == "encoder_rate" and config.freeze_encoder:
+        return 0.0
     return getattr(config, value) if isinstance(value, str) else value
 
 
@@ -263,7 +267,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, second
     parameters = [p for group in groups for p in group["params"]]
     average = [p.detach().clone() for p in parameters]
 
-    bar = tqdm(range(steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True, mininterval=0.5)
+    bar = tqdm(range(steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True, mininterval=float(os.environ.get("TQDM_MININTERVAL", 0.5)))
     start, log = time.time(), (run / "log.jsonl").open("a")
     for step in bar:
         if "L_gan" in terms and h.discriminator is None and step >= f.gan_start * steps:
@@ -309,7 +313,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, second
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     outer = ("embedding", "positions", "queries", "cls", "patches", "stem", "table", "dit.out", "decoder.out")
-    return parameter.ndim == 2 and not any(word in name for word in outer)
+    return parameter.ndim > 1 and parameter[0].numel() > 25 and not any(word in name for word in outer)
 
 
 def schedule(step: int, steps: int, warmup: float, final: float) -> float:
@@ -325,3 +329,155 @@ def save(path: Path, content: dict) -> None:
     beside = path.with_suffix(".part")
     torch.save(content, beside)
     os.replace(beside, path)
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+def train(config: Config, run: Path, stages: list[str], steps_scale: float, device: str, source: Path | None) -> SPAR:
+    """Trains the named stages that `run` has not finished; the others are loaded. `source`: a run whose stages are taken
+    over where no changed field touches them. Raises UserError where a predecessor is missing."""
+    run.mkdir(parents=True, exist_ok=True)
+    check_same_run(config, run)
+    todo = stage_names(config)
+    if source:
+        take_over(config, run, source)
+    torch.manual_seed(config.seed)
+    model = SPAR(config).to(device)
+    for position, name in enumerate(todo):
+        done = (run / f"{name}.pt").exists()
+        if not done and name not in stages:
+            later = [other for other in todo[position:] if other in stages and not (run / f"{other}.pt").exists()]
+            if later:
+                raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
+            break
+        if done:
+            load_stage(model, run, name)
+            print(f"stage {NAMES.index(name) + 1} of 9  {name}: finished before, loaded from {run}")
+            continue
+        here = next(stage for stage in STAGES if stage.name == name)
+        behind = [other for other in STAGES if other.name in todo[position + 1:] and other.name in stages]
+
+        def seconds_after(speed: float) -> float:  # told from this stage's speed and the stages' known relation
+            slower = 1000 / speed / here.cost
+            return sum(slower * s.cost * config.steps[NAMES.index(s.name)] * steps_scale *
+                       config.batch[NAMES.index(s.name)] / 1000 for s in behind)
+
+        train_stage(model, here, run, steps_scale, seconds_after)
+    return model
+
+
+def check_same_run(config: Config, run: Path) -> None:
+    """Writes config.json, or finds the same one there."""
+    path = run / "config.json"
+    if path.exists():
+        before, now = asdict(load_config(run)), asdict(config)
+        differing = [key for key in now if before[key] != now[key]]
+        if differing:
+            raise UserError(f"{run} was begun with {differing[0]} = {before[differing[0]]!r}, not {now[differing[0]]!r}: "
+                            "choose another --out")
+    path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+FIRST_TOUCHED = {"lambda_lpips": "T1", "lambda_p": "T1", "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "lecam": "T3",
+                 "encoder_rate": "T3", "gan_width": "T3", "lambda_a": "U2", "edits": "U2", "tokenizer": "T1", "symmetric": "T1",
+                 "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1", "lpips_weights": "T1", "anchor": "T3",
+                 "freeze_encoder": "T3", "fusion": "U1", "k": "U1", "queries": "U1", "connector_layers": "U1",
+                 "align": "U2", "teacher": "U2", "align_hidden": "U2", "reference": "U2"}  # any other field: P1
+
+
+def take_over(config: Config, run: Path, source: Path) -> None:
+    """Copies from `source` the stages before the first that a differing field touches."""
+    before, now = asdict(load_config(source)), asdict(config)
+    touched = len(NAMES)
+    for key in (key for key in now if before[key] != now[key] and key not in ("preset", "skip_stage")):
+        if key in ("steps", "batch", "lr"):
+            touched = min([touched, *(i for i in range(9) if before[key][i] != now[key][i])])
+        else:
+            touched = min(touched, NAMES.index(FIRST_TOUCHED.get(key, "P1")))
+    for skipped in {before["skip_stage"], now["skip_stage"]} - {""} if before["skip_stage"] != now["skip_stage"] else ():
+        touched = min(touched, NAMES.index(skipped))
+    for name in NAMES[:touched]:
+        if name != config.skip_stage and (source / f"{name}.pt").exists() and not (run / f"{name}.pt").exists():
+            shutil.copyfile(source / f"{name}.pt", run / f"{name}.part")
+            os.replace(run / f"{name}.part", run / f"{name}.pt")
+
+
+def plan(config: Config, steps_scale: float) -> str:
+    """The stages of a run in figures; allocates no weights."""
+    with torch.device("meta"):
+        model = SPAR(config)
+    tokens = (config.side // (2 * config.patch)) ** 2
+    lines = [f"preset {config.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+             f"{config.side} px, {tokens} tokens a picture"]
+    for stage in STAGES:
+        i = NAMES.index(stage.name)
+        if stage.name == config.skip_stage:
+            continue
+        trained = sum(p.numel() for pairs in trained_parameters(model, stage).values() for _, p in pairs)
+        whole = sum(p.numel() for p in model.parameters())
+        memory = 4 * (whole + 5 * trained) / 2**30  # fp32: weights; gradient, two moments, average, and its copy
+        lines.append(f"{stage.name}  {stage.about:48} trains {trained / 1e6:8.2f} M   {max(1, round(config.steps[i] * steps_scale)):6} "
+                     f"steps of {config.batch[i]:3} pictures ({config.batch[i] * tokens} tokens)   {memory:6.2f} GiB + activations")
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """Flags -> (configuration, the rest). Every field of Config is a flag; a wrong one names the nearest."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=list(PRESETS), default="toy")
+    parser.add_argument("--stages", default=",".join(NAMES), help="P1,P2,…: which to train (default: all not finished)")
+    parser.add_argument("--out", type=Path, default=None, help="run folder (default runs/<preset>)")
+    parser.add_argument("--from", dest="source", type=Path, default=None, help="run whose untouched stages are reused")
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's steps")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--plan", action="store_true", default=False, help="print the stages in figures and stop")
+    for field in fields(Config):
+        if field.name == "preset":
+            continue
+        flag, kind = "--" + field.name.replace("_", "-"), type(field.default)
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction)
+        elif kind is tuple:
+            parser.add_argument(flag, type=lambda text, like=field.default: tuple(type(like[0])(x) for x in text.split(",")))
+        else:
+            parser.add_argument(flag, type=kind, choices=CHOICES.get(field.name))
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)[0]
+        raise UserError(f"unknown option {unknown[0]}: did you mean {near}?")
+    given = vars(known)
+    rest = argparse.Namespace(**{key: given.pop(key) for key in ("stages", "out", "source", "steps_scale", "device", "plan")})
+    rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
+    for name in rest.stages:
+        if name not in NAMES:
+            raise UserError(f"unknown stage {name!r} in --stages: they are {','.join(NAMES)}")
+    return make_config(**given), rest
+
+
+def best_device(wish: str) -> str:
+    if wish == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wish == "cuda" and not torch.cuda.is_available() or wish == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"this machine's torch has no {wish}: use --device cpu")
+    return wish
+
+
+def main() -> None:
+    config, rest = parse()
+    if rest.plan:
+        print(plan(config, rest.steps_scale))
+        return
+    device = best_device(rest.device)
+    start = time.time()
+    train(config, rest.out, rest.stages, rest.steps_scale, device, rest.source)
+    if set(stage_names(config)) <= {path.stem for path in rest.out.glob("*.pt")}:
+        results = evaluate(rest.out, device=device)
+        draw_report(rest.out, device=device)
+        print_tables(results)
+    print(f"{rest.out}: {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    run_command(main)

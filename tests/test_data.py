@@ -1,0 +1,180 @@
+"""The drawn world keeps its promises: same index, same bits; and its words are true of its pictures."""
+
+import random
+import re
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import data
+from data import (COLOURS, FACTS, HELD_OUT, NUMBERS, PAIRS, PLACES, PROMPT_KINDS, QUESTION_KINDS, SHAPES, WORDS,
+                  Background, DrawnWorld, Object, Scene, caption, draw, question, random_scene, repeated_scene, twin)
+
+KINDS_OF_SAMPLE = ("pictures", "conversations", "prompts", "texts", "edits")
+PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
+
+
+def ask(world, what, indices):
+    """One comparable thing per index, pictures as bytes."""
+    got = getattr(world, what)(indices)
+    if what == "conversations":
+        return [(picture.numpy().tobytes(), talk) for picture, talk in zip(*got)]
+    return [picture.numpy().tobytes() for picture in got] if what == "pictures" else got
+
+
+def some_scenes(count):
+    rngs = [random.Random(f"test {i}") for i in range(count)]
+    return [(repeated_scene(rng, rng.randint(2, 3)) if i % 6 == 0 else random_scene(rng), rng)
+            for i, rng in enumerate(rngs)]
+
+
+def said_pairs(text):
+    """Every colour × shape pair that the words tell, told facts and plurals undone."""
+    text = re.sub(r"(\w+) in the colour of (\w+)", lambda m: f"{FACTS[m[2]]} {m[1]}", text)
+    text = re.sub(r"object shaped like a (\w+)", lambda m: FACTS[m[1]], text)
+    words = [PLURALS.get(word, word) for word in text.split()]
+    return {(a, b) for a, b in zip(words, words[1:]) if a in COLOURS and b in SHAPES}
+
+
+def pairs_of(*scenes):
+    return {(thing.colour, thing.shape) for scene in scenes for thing in scene.objects}
+
+
+@pytest.mark.parametrize("what", KINDS_OF_SAMPLE)
+def test_the_same_index_gives_the_same_bits_in_any_order(what):
+    first = ask(DrawnWorld(seed=3, epoch=1), what, list(range(24)))
+    random.seed(9)  # neither global generator has a say
+    torch.manual_seed(9)
+    order = random.Random(0).sample(range(24), 24)
+    again = ask(DrawnWorld(seed=3, epoch=1), what, order)
+    assert again == [first[i] for i in order]
+    assert ask(DrawnWorld(seed=3, epoch=1), what, [7]) == [first[7]]
+
+
+@pytest.mark.parametrize("what", KINDS_OF_SAMPLE)
+def test_another_seed_split_epoch_or_index_gives_others(what):
+    indices = list(range(24))
+    first = ask(DrawnWorld(), what, indices)
+    others = [ask(DrawnWorld(**key), what, indices) for key in ({"seed": 1}, {"split": "test"}, {"epoch": 1})]
+    for other in [*others, ask(DrawnWorld(), what, range(100, 124))]:
+        assert sum(a != b for a, b in zip(first, other)) > 20
+
+
+def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(data, "draw", lambda scenes, side=32: drawn.extend(scenes) or torch.zeros(len(scenes), 3, 1, 1))
+    world, indices = DrawnWorld(), range(2000)
+    world.pictures(indices)
+    _, talks = world.conversations(indices)
+    prompts = [p for kind in ("", "knowledge") for p in world.prompts(indices, kind)]
+    edits, twins = world.edits(indices), [twin(world.scene(i), random.Random(i))[0] for i in indices]
+    texts = [" ".join(pair) for talk in talks for pair in talk] + [" ".join(pair) for pair in world.texts(indices)]
+    texts += [p.text for p in prompts] + [e.instruction for e in edits]
+    scenes = drawn + twins + [p.scene for p in prompts] + [s for e in edits for s in (e.source, e.target)]
+    assert pairs_of(*scenes) == set(PAIRS) == set().union(*map(said_pairs, texts))  # all others do occur
+    assert len(drawn) == 4000 and not HELD_OUT & set(PAIRS)
+
+
+@pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "knowledge"))
+def test_prompts_of_held_out_pairs_have_only_those(kind):
+    requests = DrawnWorld(split="test").prompts(range(200), kind, pairs=list(HELD_OUT))
+    assert pairs_of(*(r.scene for r in requests)) == HELD_OUT
+    assert set().union(*(said_pairs(r.text) for r in requests)) <= HELD_OUT
+    assert {r.kind for r in requests} == {kind}
+
+
+def test_every_word_is_in_the_vocabulary_and_none_is_there_twice():
+    world, indices = DrawnWorld(), range(1500)
+    texts = [text for talk in world.conversations(indices)[1] for pair in talk for text in pair]
+    texts += [text for pair in world.texts(indices) for text in pair] + [e.instruction for e in world.edits(indices)]
+    texts += [p.text for kind in ("", "knowledge") for p in world.prompts(indices, kind)]
+    assert {word for text in texts for word in text.split(" ")} <= set(WORDS) and len(WORDS) == len(set(WORDS))
+
+
+@pytest.mark.parametrize("side", (32, 56))
+def test_pictures_lie_between_minus_one_and_one(side):
+    pictures = DrawnWorld(side).pictures(range(300))
+    assert pictures.shape == (300, 3, side, side) and pictures.dtype == torch.float32
+    assert pictures.min() >= -1 and pictures.max() <= 1 and pictures.min() < -0.8 and pictures.max() > 0.8
+
+
+def test_facts_that_no_caption_tells_change_the_pixels_and_not_the_caption():
+    thing, ground = Object("triangle", "red", "large", 1), Background((0.8, 0.7, 0.8), 0.05, 0.3, 2.0, 1.0)
+    scene = Scene((thing,), ground)
+    grounds = [{"tint": (0.7, 0.7, 0.8)}, {"amplitude": 0.1}, {"angle": 1.0}, {"cycles": 3.0}, {"phase": 2.0}]
+    others = [replace(scene, background=replace(ground, **change)) for change in grounds]
+    others += [scene.with_objects([replace(thing, **change)]) for change in ({"offset": (0.5, 0)}, {"turn": 0.2})]
+    for other in others:
+        assert caption(other) == caption(scene) == "a large red triangle top-right"
+        assert (draw([other]) - draw([scene])).abs().max() > 0.05
+
+
+def right_answers(scene, text):
+    """Every right answer, read off the words and the scene without data.py's own reading."""
+    things, words = scene.objects, text.split()
+
+    def named(label):  # "green", "circle", "object", "top-left" in any order
+        return [t for t in things if all(word in ("object", t.colour, t.shape, PLACES[t.place]) for word in label)]
+
+    if found := re.fullmatch(r"what (colour|shape|size) is the (.+) \?", text):
+        return [getattr(t, found[1]) for t in named(found[2].split())]
+    if found := re.fullmatch(r"where is the (.+) \?", text):
+        return [PLACES[t.place] for t in named(found[1].split())]
+    if found := re.fullmatch(r"how many (\w+) are there \?", text):
+        return [NUMBERS[sum(found[1] in ("objects", t.shape + "s", t.shape + "es") for t in things)]]
+    (first,), (second,) = named(words[2:4]), named(words[-3:-1])
+    a, b = PLACES[first.place], PLACES[second.place]
+    sides = {"left": ("left", "right"), "right": ("right", "left"), "above": ("top", "bottom"),
+             "below": ("bottom", "top")}[words[4]]
+    return ["yes" if sides[0] in a and sides[1] in b else "no"]
+
+
+@pytest.mark.parametrize("kind", QUESTION_KINDS)
+def test_a_question_has_exactly_one_right_answer(kind):
+    asked = [(scene, question(scene, kind, rng)) for scene, rng in some_scenes(1500)]
+    asked = [(scene, *pair) for scene, pair in asked if pair]
+    assert len(asked) > 600
+    for scene, text, answer in asked:
+        assert right_answers(scene, text) == [answer], (text, caption(scene))
+
+
+def test_relation_questions_are_yes_and_no_equally_often():
+    asked = [question(scene, "relation", rng) for scene, rng in some_scenes(4000)]
+    answers = [pair[1] for pair in asked if pair]
+    assert 0.45 < answers.count("yes") / len(answers) < 0.55
+
+
+def test_a_conversation_is_about_its_picture_and_ends_with_the_caption():
+    world = DrawnWorld()
+    pictures, talks = world.conversations(range(100))
+    assert torch.equal(pictures, draw([world.scene(i) for i in range(100)]))
+    for i, talk in enumerate(talks):
+        assert all(right_answers(world.scene(i), text) == [answer] for text, answer in talk[:-1])
+        told = [f"a {t.size} {t.colour} {t.shape} {PLACES[t.place]}" for t in world.scene(i).objects]
+        assert talk[-1] == ("describe the picture ?", " , ".join(told))
+
+
+def test_a_twin_differs_in_one_fact_and_in_the_answer():
+    kinds = set()
+    for scene, rng in some_scenes(600):
+        second, text, answer, other = twin(scene, rng)
+        changed = [(a, b) for a, b in zip(scene.objects, second.objects) if a != b]
+        (a, b), = changed
+        differing = [f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)]
+        assert len(scene.objects) == len(second.objects) and second.background == scene.background
+        assert differing == [text.split()[1]] and answer != other
+        assert right_answers(scene, text) == [answer] and right_answers(second, text) == [other]
+        kinds |= set(differing)
+    assert kinds == {"colour", "shape", "size"}
+
+
+def test_facts_told_in_words_alone_are_never_shown():
+    world, indices = DrawnWorld(), range(1500)
+    shown = [text for talk in world.conversations(indices)[1] for pair in talk for text in pair]
+    shown += [p.text for kind in ("", "full", *PROMPT_KINDS) for p in world.prompts(indices, kind)]
+    shown += [e.instruction for e in world.edits(indices)]
+    told = [given for given, _ in world.texts(indices)] + [p.text for p in world.prompts(indices, "knowledge")]
+    assert not {word for text in shown for word in text.split()} & set(FACTS)
+    assert all(set(text.split()) & set(FACTS) for text in told)
+    assert {word for text in told for word in text.split()} >= set(FACTS)

@@ -1,0 +1,231 @@
+import pytest
+import torch
+
+from mllm import MLLM, LanguageModel, UnknownWords, WordTokenizer
+from router import FUSIONS
+
+WORDS = WordTokenizer("a red blue green circle square left of what is it ? , .".split())
+TEXT, T = ("a red circle left of it", "blue square"), 7  # T: <bos> and six words
+D, QUERIES, VISUAL = 32, 5, 3
+
+
+def model(fusion="dtr"):
+    torch.manual_seed(0)
+    llm = LanguageModel(len(WORDS), D, 4, 4, 2, 48)
+    mllm = MLLM(WORDS, llm, k=2, queries=QUERIES, connector_layers=2, condition_width=16, fusion=fusion).double()
+    for parameter in mllm.parameters():  # at their first size, weights of 0.02 let no token feel another
+        torch.nn.init.normal_(parameter, std=0.4)
+    return mllm
+
+
+def prompts(*texts):
+    rows = [[WORDS.bos_id, *WORDS.encode(text)] for text in texts]
+    width = max(map(len, rows))
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    return torch.tensor([[WORDS.pad_id] * (width - len(row)) + row for row in rows]), mask
+
+
+def pictures(b):
+    return torch.randn(b, VISUAL, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def bridge(mllm, *inputs):
+    """What the connector reads, and what the router wrote."""
+    read, wrote = [], []
+    mllm.connector.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    mllm.router.register_forward_hook(lambda module, args, out: wrote.append(out[0]))
+    mllm.condition(*inputs)
+    return read[0], wrote[0]
+
+
+def moved(a, b):
+    """Which positions of the first row differ."""
+    return ((a - b)[0].abs().amax(-1) > 1e-6).tolist()
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
+
+
+def test_words_go_to_ids_and_back():
+    text = "a red circle , left of a blue square . what is it ?"
+    assert WORDS.decode([WORDS.bos_id, *WORDS.encode(text), WORDS.eos_id, WORDS.pad_id]) == text
+    assert WORDS.encode("A red Circle, left of a BLUE square. What is it?") == WORDS.encode(text)
+
+
+def test_unknown_words_are_all_named_each_with_the_nearest_known_one():
+    with pytest.raises(UnknownWords, match="'rod' .nearest: 'red'.*'circles' .nearest: 'circle'"):
+        WORDS.encode("a rod circles, rod")
+    with pytest.raises(UnknownWords, match="<eos>"):  # nobody may type what only the model may say
+        WORDS.encode("a <eos>")
+
+
+def test_a_word_of_the_llm_sees_itself_and_those_before_it_and_their_order():
+    llm = model().llm
+    texts = (TEXT[0], "a red square left of it", "red a circle")
+    a, b, c = (llm(llm.embedding(prompts(text)[0]))[0][-1] for text in texts)
+    assert moved(a, b) == [False] * 3 + [True] * 4
+    assert moved(a[:, :4], c) == [False] + [True] * 3
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_moves_no_hidden_state_of_a_word(side):
+    llm, (ids, mask) = model().llm, prompts(*TEXT)
+    if side == "right":
+        ids[1], mask[1] = ids[1].roll(-4), mask[1].roll(-4)
+    alone = llm(llm.embedding(prompts(TEXT[1])[0]))[0]
+    for a, b in zip(llm(llm.embedding(ids), mask)[0], alone):
+        same(a[1][mask[1]], b[0])
+
+
+def test_words_computed_after_a_cache_equal_words_computed_at_once():
+    llm, (ids, mask) = model().llm, prompts(*TEXT)
+    whole, _ = llm(llm.embedding(ids), mask)
+    for cut in range(1, T):
+        first, cache = llm(llm.embedding(ids[:, :cut]), mask[:, :cut])
+        then, _ = llm(llm.embedding(ids[:, cut:]), mask, cache)
+        for a, b, c in zip(whole, first, then):
+            same(torch.cat([b, c], 1)[mask], a[mask])
+
+
+def answer_without_cache(mllm, ids, f_v, max_new):
+    """One row without padding, everything anew for every word."""
+    x, reply = torch.cat([mllm.llm.embedding(ids[:1]), f_v, mllm.llm.embedding(ids[1 + VISUAL:])])[None], []
+    while len(reply) < max_new:
+        word = mllm.llm.logits(mllm.llm(x)[0][-1][:, -1]).argmax(-1)
+        if word.item() == WORDS.eos_id:
+            break
+        reply.append(word.item())
+        x = torch.cat([x, mllm.llm.embedding(word)[:, None]], 1)
+    return reply
+
+
+def questions(seed=0):
+    """Four left-padded questions of different lengths about four pictures -> ids, mask, f_v."""
+    g = torch.Generator().manual_seed(seed)
+    said = [torch.randint(4, len(WORDS), (length,), generator=g).tolist() for length in (6, 1, 3, 4)]
+    rows = [[WORDS.bos_id, *[WORDS.image_id] * VISUAL, *words] for words in said]
+    ids = torch.tensor([[0] * (10 - len(row)) + row for row in rows])
+    return ids, ids > 0, pictures(4)
+
+
+def test_a_batch_answered_with_cache_equals_each_row_answered_alone_without():
+    mllm, lengths = model(), set()
+    with torch.no_grad():  # where the model would say its 16th word it now ends
+        mllm.llm.embedding.weight[WORDS.eos_id] = 1.01 * mllm.llm.embedding.weight[16]
+    for seed in range(4):
+        ids, mask, f_v = questions(seed)
+        for max_new in (1, 8):
+            replies = mllm.answer(ids, mask, f_v, max_new)
+            assert replies == [answer_without_cache(mllm, row[row > 0], f, max_new) for row, f in zip(ids, f_v)]
+        lengths |= {len(reply) for reply in replies}
+    assert 8 in lengths and len(lengths) > 2  # some end by <eos>, others go on beside them
+
+
+def test_sampled_answers_are_the_same_for_the_same_seed_and_differ_for_another():
+    a, b, c = (model().answer(*questions(), 8, 5.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert a == b != c
+
+
+def dialogue():
+    """Two right-padded rows, which places the model says, and what comes before each: a picture."""
+    ids = torch.tensor([WORDS.encode("what is it ? a red circle") + [2], WORDS.encode("is it ? a") + [2, 0, 0, 0]])
+    return ids, torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0]]).bool(), pictures(2)
+
+
+def test_text_loss_is_the_mean_over_the_places_said_of_each_row_read_alone_after_its_own_picture():
+    mllm, (ids, said, before) = model(), dialogue()
+    losses = []
+    for row, places, first in zip(ids, said, before):
+        logits = mllm.llm.logits(mllm.llm(torch.cat([first, mllm.llm.embedding(row)])[None])[0][-1][0])
+        losses += [-logits[VISUAL + i - 1].log_softmax(-1)[row[i]].item() for i in range(len(row)) if places[i]]
+    assert mllm.text_loss(ids, said, before).item() == pytest.approx(sum(losses) / 6)
+    loss = mllm.text_loss(ids.flip(0), said.flip(0), before, owner=torch.tensor([1, 0]))
+    assert loss.item() == pytest.approx(sum(losses) / 6)
+
+
+def test_text_loss_ignores_words_after_the_last_place_said():
+    mllm, (ids, said, before) = model(), dialogue()
+    loss, other = mllm.text_loss(ids, said, before), ids.clone()
+    other[1, 5:] = 7
+    assert torch.equal(mllm.text_loss(other, said, before), loss)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("n", [0, VISUAL])
+def test_condition_equals_one_pass_over_the_whole_sequence_in_values_and_gradients(fusion, n):
+    mllm, (ids, mask), f_v = model(fusion), prompts(*TEXT), pictures(2) if n else None
+    mllm.llm.requires_grad_(False)
+    full = torch.cat([mask, torch.ones(2, n + QUERIES, dtype=torch.bool)], 1)
+    x = torch.cat([mllm.llm.embedding(ids), *([f_v] if n else []), mllm.queries.expand(2, -1, -1)], 1)
+    hidden, _ = mllm.llm(x, full)
+    mixed, weights = mllm.router(torch.stack([hidden[2], hidden[4]], 2))
+    whole = mllm.connector(torch.cat([mixed[:, :T], *([f_v] if n else []), mixed[:, T + n:]], 1), full)
+    condition = mllm.condition(ids, mask, f_v)
+    assert torch.equal(condition.mask, full)
+    same(condition.tokens[full], whole[full])
+    same(condition.weights, weights)
+    trained = {name: p for name, p in mllm.named_parameters() if p.requires_grad}
+    towards = torch.randn(whole.shape) * full[..., None]
+    ours, theirs = (torch.autograd.grad((y * towards).sum(), trained.values()) for y in (condition.tokens, whole))
+    for name, a, b in zip(trained, ours, theirs):
+        assert a.abs().max() > 0, name
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_condition_sends_gradient_to_the_queries_but_not_to_a_frozen_llm_and_never_to_the_prompts_words():
+    mllm, (ids, mask) = model(), prompts(*TEXT)
+    mllm.condition(ids, mask, pictures(2)).tokens.square().sum().backward()
+    assert mllm.llm.embedding.weight.grad is None
+    mllm.zero_grad()
+    mllm.llm.requires_grad_(False)
+    mllm.condition(ids, mask, pictures(2)).tokens.square().sum().backward()
+    assert all(p.grad is None for p in mllm.llm.parameters())
+    assert (mllm.queries.grad.abs().amax(-1) > 1e-9).all()
+
+
+def test_inside_the_llm_the_queries_see_words_and_picture_and_those_do_not_see_the_queries():
+    mllm, (ids, mask), f_v = model(), prompts(TEXT[0]), pictures(1)
+    H, other = bridge(mllm, ids, mask, f_v)[1], prompts("a red square left of it")[0]
+    assert moved(bridge(mllm, other, mask, f_v)[1], H) == [False] * 3 + [True] * (T - 3 + VISUAL + QUERIES)
+    assert moved(bridge(mllm, ids, mask, f_v + 1)[1], H) == [False] * T + [True] * (VISUAL + QUERIES)
+    tokens = mllm.condition(ids, mask, f_v).tokens
+    with torch.no_grad():
+        mllm.queries[0] += 1
+    assert moved(bridge(mllm, ids, mask, f_v)[1], H) == [False] * (T + VISUAL) + [True] * QUERIES
+    assert all(moved(mllm.condition(ids, mask, f_v).tokens, tokens))  # after the connector the words have seen them too
+
+
+def test_inside_the_connector_every_token_sees_every_other():
+    connector, x = model().connector, torch.randn(1, 6, D).double()
+    for i in range(6):
+        other = x.clone()
+        other[0, i] += 1
+        assert all(moved(connector(other, None), connector(x, None))), i
+
+
+def test_the_connector_reads_f_v_itself_at_reference_positions_and_the_router_everywhere_else():
+    (ids, mask), f_v = prompts(*TEXT), pictures(2)
+    read, wrote = bridge(model(), ids, mask, f_v)
+    assert torch.equal(read, torch.cat([wrote[:, :T], f_v, wrote[:, T + VISUAL:]], 1))
+    assert torch.equal(*bridge(model(), ids, mask))
+
+
+@pytest.mark.parametrize("with_picture", [False, True])
+def test_padding_moves_no_token_of_the_condition(with_picture):
+    mllm, (ids, mask), f_v = model(), prompts(*TEXT), pictures(2) if with_picture else None
+    batch, plain = mllm.condition(ids, mask, f_v), mllm.text_condition(ids, mask)
+    alone = mllm.condition(*prompts(TEXT[1]), f_v[1:] if with_picture else None)
+    same(batch.tokens[1][batch.mask[1]], alone.tokens[0])
+    same(batch.weights[1][batch.mask[1]], alone.weights[0])
+    same(plain.tokens[1][mask[1]], mllm.text_condition(*prompts(TEXT[1])).tokens[0])
+
+
+def test_copy_layers_equals_the_last_layers_of_the_llm_and_shares_no_storage_and_trains():
+    mllm = model()
+    mllm.llm.requires_grad_(False)
+    mllm.connector.copy_layers(mllm.llm)
+    originals = [*mllm.llm.layers[-2:].parameters(), *mllm.llm.norm.parameters()]
+    copies = [*mllm.connector.layers.parameters(), *mllm.connector.norm.parameters()]
+    for a, b in zip(copies, originals, strict=True):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr() and a.requires_grad and not b.requires_grad
