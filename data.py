@@ -188,9 +188,8 @@ def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | N
         return f"how many {plural(shape)} are there ?", NUMBERS[sum(thing.shape == shape for thing in things)]
     if kind == "relation" and len(by_pair) > 1:
         first, second = rng.sample(by_pair, 2)
-        relation = rng.choice(RELATIONS)
-        if rng.random() < 0.5:  # as many yes as no
-            relation = rng.choice([r for r in RELATIONS if related(first, second, r)])
+        yes = rng.random() < 0.5  # as many yes as no; two objects differ in one axis at least, so both can be had
+        relation = rng.choice([r for r in RELATIONS if related(first, second, r) == yes])
         text = f"is {name(first)} {relation_words(relation)} {name(second)} ?"
         return text, "yes" if related(first, second, relation) else "no"
     return None
@@ -315,11 +314,9 @@ def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS)
         return Edit(kind, f"move {name(thing)} to {PLACES[place]}", scene, swap(replace(thing, place=place)))
     if kind == "hybrid":  # one change to an object, one to what is behind it or to another object
         first = edit(rng.choice(("adjust", "remove", "action")), rng, scene, pairs)
-        touched = [other for other in things if other not in first.target.objects]
-        rest = replace(first.target, objects=tuple(t for t in first.target.objects if t in things))
-        second = edit(rng.choice(("background", "adjust")), rng, rest, [p for p in pairs if p not in taken])
-        moved = [t for t in first.target.objects if t not in things]
-        assert touched and len(moved) < 2
+        moved = [other for other in first.target.objects if other not in things]
+        rest = replace(first.target, objects=tuple(other for other in first.target.objects if other in things))
+        second = edit(rng.choice(("background", "adjust")), rng, rest, [pair for pair in pairs if pair not in taken])
         return Edit(kind, f"{first.instruction} and {second.instruction}", scene,
                     second.target.with_objects([*second.target.objects, *moved]))
     raise ValueError(f"unknown kind of edit {kind!r}: one of {', '.join(EDIT_KINDS)}")
@@ -332,7 +329,7 @@ def draw(scenes: list[Scene], side: int = 32) -> Tensor:
     """Scenes -> pictures `b 3 H W` in [-1, 1], anti-aliased: a pixel's cover is half minus its signed distance to the edge."""
     unit = side / 32
     slots = max([len(scene.objects) for scene in scenes] + [1])
-    numbers = np.zeros((len(scenes), slots, 8), np.float32)  # x, y, cos, sin, radius, shape, used, –
+    numbers = np.zeros((len(scenes), slots, 7), np.float32)  # x, y, cos, sin, radius, shape, used
     colours = np.zeros((len(scenes), slots, 3), np.float32)
     ground = np.array([[*s.background.tint, s.background.amplitude, s.background.angle, s.background.cycles,
                         s.background.phase, *STYLES.get(s.style, (1.0, 0.0))] for s in scenes], np.float32)
@@ -341,7 +338,7 @@ def draw(scenes: list[Scene], side: int = 32) -> Tensor:
             row, column = divmod(thing.place, 2)
             x, y = 8 + 16 * column + thing.offset[0], 8 + 16 * row + thing.offset[1]
             numbers[b, i] = (x * unit, y * unit, math.cos(thing.turn), math.sin(thing.turn),
-                             SIZES[thing.size] * unit, SHAPES.index(thing.shape), 1, 0)
+                             SIZES[thing.size] * unit, SHAPES.index(thing.shape), 1)
             colours[b, i] = COLOURS[thing.colour]
 
     pixel = np.arange(side, dtype=np.float32) + 0.5
@@ -350,10 +347,10 @@ def draw(scenes: list[Scene], side: int = 32) -> Tensor:
     stripes = amplitude * np.sin(2 * np.pi * cycles * along / side + phase)  # b H W
     canvas = tint[:, :, None, None] + stripes[:, None]
     for i in range(slots):
-        x, y, cos, sin, radius, shape, used, _ = numbers[:, i].T[:, :, None, None]
+        x, y, cos, sin, radius, shape, used = numbers[:, i].T[:, :, None, None]
         dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y
         u, v = cos * dx + sin * dy, cos * dy - sin * dx
-        cover = used * np.clip(0.5 - signed_distance(u, v, radius, shape), 0, 1)[:, 0:]
+        cover = used * np.clip(0.5 - signed_distance(u, v, radius, shape), 0, 1)
         canvas = canvas + cover[:, None] * (colours[:, i, :, None, None] - canvas)
     canvas = np.clip(scale[:, None] * canvas + shift[:, None], 0, 1)
     return torch.from_numpy(canvas * 2 - 1)
@@ -408,11 +405,12 @@ class DrawnWorld:
         return [prompt(rng.choice(kinds), rng, pairs) for rng in rngs]
 
     def conversations(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]]]:
-        """(pictures, one list of (question, answer) each): all kinds in random order, the caption last."""
+        """(pictures, one list of (question, answer) each): questions of all kinds, the caption last."""
         scenes, talks = [self.scene(index) for index in indices], []
         for index, scene in zip(indices, scenes):
             rng = self.rng("talk", index)
-            asked = [question(scene, kind, rng) for kind in rng.sample(QUESTION_KINDS, len(QUESTION_KINDS))]
+            kinds = [*rng.sample(("colour", "shape", "size"), 2), "place", "place", "relation", "relation", "count"]
+            asked = [question(scene, kind, rng) for kind in kinds]  # the kinds that take two looks are asked more often
             talks.append([pair for pair in asked if pair] + [("describe the picture ?", caption(scene))])
         return draw(scenes, self.side), talks
 

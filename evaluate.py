@@ -7,7 +7,6 @@ The same weights, seed, sampler and counts give the same `eval_id` and the same 
 arithmetic (judge.py), answers by exact match. Test scenes come from seeds of their own.
 """
 
-import argparse
 import hashlib
 import json
 import time
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from data import EDIT_KINDS, HELD_OUT, PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, draw, twin
 from judge import detect, fulfils, succeeds
-from spar import SPAR, changes, load_run, run_command
+from spar import SPAR, Parser, changes, load_run, run_command
 
 # ---------------------------------------------------------------- picture metrics, all on pictures in [-1, 1]
 
@@ -114,7 +113,7 @@ def understanding(model: SPAR, world: DrawnWorld, how: Protocol) -> dict:
 def generation(model: SPAR, world: DrawnWorld, how: Protocol, kinds=PROMPT_KINDS, **options) -> dict:
     table = {}
     for kind in kinds:
-        pairs = {"pairs": list(HELD_OUT)} if kind == "held_out" else {}
+        pairs = {"pairs": sorted(HELD_OUT)} if kind == "held_out" else {}
         requests = world.prompts(range(how.count), "colours" if pairs else kind, **pairs)
         drawn = model.generate([r.text for r in requests], None, how.seed, how.steps, how.guidance, how.sampler, **options)[0]
         table[kind] = share(fulfils(seen, request) for seen, request in zip(detect(drawn.cpu()), requests))
@@ -195,7 +194,7 @@ def print_tables(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run folder, as train.py wrote it")
     parser.add_argument("--count", type=int, default=Protocol.count, help="samples of each figure")
     parser.add_argument("--seed", type=int, default=0, help="of the sampler's noise")
@@ -203,7 +202,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=Protocol.guidance)
     parser.add_argument("--sampler", choices=("euler", "dpm"), default="dpm")
     parser.add_argument("--device", default="cpu")
-    given = vars(parser.parse_args())
+    given = vars(parser.read())
     run, device = given.pop("run"), given.pop("device")
     print_tables(evaluate(run, Protocol(**given), device))
 

@@ -21,7 +21,7 @@ from data import COLOURS, PLAIN, SHAPES, SIZES, STYLES, DrawnWorld, Edit, Object
 
 COLOUR_TOLERANCE = 0.28  # largest RGB distance (range 0–1 per channel) at which a colour still has its name
 COVER_TOLERANCE = 0.25  # largest squared error of a cover, as a share of the drawn cover's square
-GROUND_TOLERANCE = 0.10  # largest mean RGB difference of a plain background from its name
+GROUND_TOLERANCE = 0.05  # largest mean RGB difference of a plain background from its name
 
 
 @cache
@@ -91,8 +91,8 @@ def succeeds(change: Edit, images: Tensor) -> list[bool]:
     for image, seen in zip(images, detect(images, change.target.style)):
         right = len(seen) == len(wanted) and {thing.facts for thing in seen} == wanted
         if right and tint in PLAIN.values() and not change.target.style:
-            mean = image.float().add(1).div(2)[:, ground].mean(1)
-            right = bool((mean - torch.tensor(tint)).abs().max() < GROUND_TOLERANCE)
+            off = image.float().add(1).div(2)[:, ground] - torch.tensor(tint)[:, None]
+            right = bool(off.abs().mean(1).max() < GROUND_TOLERANCE)  # mean of the absolutes: stripes do not cancel out
         results.append(right)
     return results
 

@@ -3,7 +3,6 @@
     python report.py runs/toy      writes report/summary.png, losses.png, streams.png and routing.png into the run folder
 """
 
-import argparse
 import json
 import math
 import textwrap
@@ -14,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data import EDIT_KINDS, DrawnWorld, draw
-from spar import NAMES, SPAR, load_run, run_command
+from spar import NAMES, SPAR, Parser, load_run, run_command
 
 PIXELS = 96  # shown side of one picture
 MARGIN, TEXT = 12, 13
@@ -188,9 +187,9 @@ def streams(model: SPAR, images: Tensor) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run folder, as train.py wrote it")
-    draw_report(parser.parse_args().run)
+    draw_report(parser.read().run)
 
 
 if __name__ == "__main__":

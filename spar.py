@@ -10,6 +10,8 @@
     python spar.py                 the parts of each preset with their parameter counts
 """
 
+import argparse
+import difflib
 import json
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -223,6 +225,33 @@ class SPAR(nn.Module):
 
 class UserError(Exception):
     """A mistake that the user can mend; the message says how, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags whose mistakes become UserErrors; an unknown flag names the nearest."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def read(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        given, unknown = self.parse_known_args(arguments)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)[0]
+            raise UserError(f"unknown option {unknown[0]}: did you mean {near}?")
+        return given
+
+
+def best_device(wish: str) -> str:
+    """"auto" -> cuda where there is one, else cpu. Raises UserError for a device that torch cannot use here."""
+    if wish == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wish == "cuda" and not torch.cuda.is_available() or wish == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"this machine's torch has no {wish}: use --device cpu")
+    return wish
 
 
 def run_command(command) -> None:

@@ -57,7 +57,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         if side % (2 * patch):
             raise ValueError(f"side {side} is no multiple of a token's {2 * patch} pixels: choose another side or patch")
-        self.grid = side // patch
+        self.side, self.grid = side, side // patch
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.cls = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1, 1 + self.grid**2, width) * 0.02)
@@ -65,9 +65,9 @@ class VisionEncoder(nn.Module):
         self.projector = nn.Sequential(nn.LayerNorm(4 * width), nn.Linear(4 * width, d), nn.GELU(), nn.Linear(d, d))
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != (self.side, self.side):
+            raise ValueError(f"expected {self.side}×{self.side} pictures, got {tuple(images.shape)}: resize them first")
         x = rearrange(self.patches(images), "b d h w -> b (h w) d")
-        if x.shape[1] != self.grid**2:
-            raise ValueError(f"expected {self.grid}×{self.grid} patches, got {x.shape[1]}: resize the pictures first")
         x = torch.cat([repeat(self.cls, "1 1 d -> b 1 d", b=len(x)), x], 1) + self.positions
         for layer in self.layers:
             x = layer(x)
@@ -341,13 +341,13 @@ class VGG16(nn.Module):
                 c_in, number = c, number + 2  # torchvision counts the ReLUs
             self.stages.append(stage)
             number += 1  # and the pooling
-        missing = [name for name in [*(f"{n}.weight" for n in wanted), *(f"lin{i}.model.1.weight" for i in range(5))]
+        missing = [name for name in [*(f"{n}.{key}" for n in wanted for key in ("weight", "bias")), *(f"lin{i}.model.1.weight" for i in range(5))]
                    if name not in weights]
         if missing:
             raise ValueError(f"no {missing[0]} in the LPIPS weights: join VGG16's and LPIPS's state dicts in one file")
         for name, conv in wanted.items():
             conv.load_state_dict({key: weights[f"{name}.{key}"] for key in ("weight", "bias")})
-        self.heads = [weights[f"lin{i}.model.1.weight"] for i in range(5)]
+        self.heads = nn.ParameterList(weights[f"lin{i}.model.1.weight"] for i in range(5))
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])  # LPIPS's scaling of [-1, 1]
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
 

@@ -12,7 +12,6 @@ its unified ones (Sec. 3.3). A stage is data (`STAGES`): what trains, on which b
 
 import argparse
 import copy
-import difflib
 import json
 import math
 import os
@@ -31,8 +30,8 @@ from diffusion import add_noise, alignment_loss, equally_long, flow_matching_los
 from evaluate import evaluate, print_tables
 from muon import Muon
 from report import draw_report
-from spar import (CHOICES, NAMES, PRESETS, SPAR, Config, UserError, load_config, load_stage, make_config, run_command,
-                  stage_names)
+from spar import (CHOICES, NAMES, PRESETS, SPAR, Config, Parser, UserError, best_device, load_config, load_stage,
+                  make_config, run_command, stage_names)
 from tokenizer import Discriminator, Perceptual
 
 Losses = dict[str, Tensor]  # symbol -> value; the stage says the weights
@@ -424,7 +423,7 @@ def plan(config: Config, steps_scale: float) -> str:
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
     """Flags -> (configuration, the rest). Every field of Config is a flag; a wrong one names the nearest."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=list(PRESETS), default="toy")
     parser.add_argument("--stages", default=",".join(NAMES), help="P1,P2,…: which to train (default: all not finished)")
     parser.add_argument("--out", type=Path, default=None, help="run folder (default runs/<preset>)")
@@ -442,11 +441,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
             parser.add_argument(flag, type=lambda text, like=field.default: tuple(type(like[0])(x) for x in text.split(",")))
         else:
             parser.add_argument(flag, type=kind, choices=CHOICES.get(field.name))
-    known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)[0]
-        raise UserError(f"unknown option {unknown[0]}: did you mean {near}?")
+    known = parser.read(arguments)
     given = vars(known)
     rest = argparse.Namespace(**{key: given.pop(key) for key in ("stages", "out", "source", "steps_scale", "device", "plan")})
     rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
@@ -454,14 +449,6 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
         if name not in NAMES:
             raise UserError(f"unknown stage {name!r} in --stages: they are {','.join(NAMES)}")
     return make_config(**given), rest
-
-
-def best_device(wish: str) -> str:
-    if wish == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wish == "cuda" and not torch.cuda.is_available() or wish == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"this machine's torch has no {wish}: use --device cpu")
-    return wish
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def test_another_seed_split_epoch_or_index_gives_others(what):
 def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch):
     drawn = []
     monkeypatch.setattr(data, "draw", lambda scenes, side=32: drawn.extend(scenes) or torch.zeros(len(scenes), 3, 1, 1))
-    world, indices = DrawnWorld(), range(2000)
+    world, indices = DrawnWorld(), range(3000)
     world.pictures(indices)
     _, talks = world.conversations(indices)
     prompts = [p for kind in ("", "knowledge") for p in world.prompts(indices, kind)]
@@ -73,7 +73,7 @@ def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch
     texts += [p.text for p in prompts] + [e.instruction for e in edits]
     scenes = drawn + twins + [p.scene for p in prompts] + [s for e in edits for s in (e.source, e.target)]
     assert pairs_of(*scenes) == set(PAIRS) == set().union(*map(said_pairs, texts))  # all others do occur
-    assert len(drawn) == 4000 and not HELD_OUT & set(PAIRS)
+    assert len(drawn) == 6000 and not HELD_OUT & set(PAIRS)
 
 
 @pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "knowledge"))

@@ -129,6 +129,17 @@ def test_x_and_sigma_and_the_words_each_change_the_velocity_of_their_own_row_onl
         assert distance(other[0], v[0]) > 1e-2 and distance(other[1], v[1]) < 1e-5, i
 
 
+def test_without_attention_a_cell_of_the_grid_moves_only_the_neighbours_that_three_3x3_kernels_reach():
+    model, (_, *rest) = dit(), inputs()
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.out.weight)
+    x = torch.randn(2, 3, 2, 9)
+    other = x.clone()
+    other[:, :, 1, 0] += 1
+    difference = (model(other, *rest)[0] - model(x, *rest)[0]).abs().amax((0, 1))
+    assert ((difference > 0) == (torch.arange(9) < 4)).all()
+
+
 def test_positions_and_the_reference_each_change_the_velocity():
     plain, (x, *rest) = dit(), inputs()
     for options, extra in (({"positions": True}, []), ({"reference": True}, [x.flip(0)])):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mllm import MLLM, LanguageModel, UnknownWords, WordTokenizer
+from mllm import MLLM, LanguageModel, UnknownWords, WordTokenizer, rotary, rotate
 from router import FUSIONS
 
 WORDS = WordTokenizer("a red blue green circle square left of what is it ? , .".split())
@@ -66,6 +66,16 @@ def test_a_word_of_the_llm_sees_itself_and_those_before_it_and_their_order():
     a, b, c = (llm(llm.embedding(prompts(text)[0]))[0][-1] for text in texts)
     assert moved(a, b) == [False] * 3 + [True] * 4
     assert moved(a[:, :4], c) == [False] + [True] * 3
+
+
+def test_rotary_positions_keep_lengths_and_let_a_product_tell_the_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8).double()
+    at = lambda x, place: rotate(x, *(y.double() for y in rotary(torch.tensor([[place]]), 8, base=100)))[0, 0, 0]
+    near, near_too, far, turned = (at(q, i) @ at(k, j) for i, j in ((5, 3), (9, 7), (9, 3), (3, 5)))
+    torch.testing.assert_close(near, near_too, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(at(q, 5).norm(), q.norm(), atol=1e-5, rtol=1e-5)
+    assert (near - far).abs() > 1e-2 and (near - turned).abs() > 1e-2
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -40,8 +40,8 @@ def test_dtr_weights_differ_from_token_to_token_and_follow_the_deepest_state_alo
     assert (dtr(deep)[1] - w).abs().amax(-1).min() > 1e-4
 
 
-def test_dtr_is_the_equation_of_the_paper_written_as_loops():
-    H, dtr = states(), fusion("dtr")
+def test_dtr_is_the_equation_of_the_paper_written_as_loops_in_values_and_gradients():
+    H, dtr = states().requires_grad_(), fusion("dtr")
     torch.nn.init.normal_(dtr.alpha)
     dtr.temperature = 0.5
     out, _ = dtr(H)
@@ -49,7 +49,10 @@ def test_dtr_is_the_equation_of_the_paper_written_as_loops():
         for i in range(L):
             w = torch.softmax(dtr.gate(H[b, i, K - 1]) / 0.5, 0)
             mixed = sum(w[k] * dtr.alpha[k] * H[b, i, k] for k in range(K))
-            torch.testing.assert_close(out[b, i], dtr.W_p(dtr.norm(mixed)))
+            token = dtr.W_p(dtr.norm(mixed))
+            torch.testing.assert_close(out[b, i], token)
+            a, c = (torch.autograd.grad(x.square().sum(), H, retain_graph=True)[0] for x in (out[b, i], token))
+            torch.testing.assert_close(a, c)
 
 
 def test_dtr_with_all_weight_on_the_last_layer_equals_last():

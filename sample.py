@@ -1,0 +1,107 @@
+"""Use a trained run: draw, edit, ask, reconstruct, and look at the routing.
+
+    python sample.py generate "a large red circle top-left , a small blue square bottom-right" --count 4
+    python sample.py edit --image scene.png "make the red circle blue"
+    python sample.py ask --image scene.png "how many objects are there ?"
+    python sample.py reconstruct --image scene.png
+    python sample.py route "two green circles"
+
+Pictures are written to --out (default: generate.png and so on) and the path is printed. Pictures of another size
+are cut to a square and resized, and that is said. Wrong input ends in one line and exit code 2.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from report import routing_pictures, sheet, to_image
+from spar import SPAR, Parser, UserError, best_device, load_run, run_command
+
+NEEDS = {"generate": "U1", "edit": "U1", "route": "U1", "ask": "P1", "reconstruct": "T1"}
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+MAX_PIXELS = 64_000_000
+
+
+def read_picture(path: Path, side: int) -> Tensor:
+    """File -> `1 3 side side` in [-1, 1]. Raises UserError for what is no picture of a known kind."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{path} has {image.width}×{image.height} pixels: shrink it below {MAX_PIXELS // 10**6} million")
+            if image.format not in ("PNG", "JPEG", "WEBP"):
+                raise UserError(f"{path} is {image.format}: save it as png, jpg or webp")
+            image = image.convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError):
+        raise UserError(f"{path} is no readable picture: give a png, jpg or webp file") from None
+    if image.size != (side, side):
+        print(f"{path}: resized from {image.width}×{image.height} to {side}×{side}, the size that this run was trained on")
+        short = min(image.size)
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        image = image.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.BOX)
+    levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, 3)
+    return levels.permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def write_picture(image: Image.Image, path: Path) -> None:
+    """Written beside and renamed, so that a full disk leaves no half picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.stem + ".part" + path.suffix)
+    try:
+        image.save(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    print(path)
+
+
+def perform(model: SPAR, use: str, text: str, images: Tensor | None, given: argparse.Namespace) -> Image.Image | str:
+    """One use of a model -> a picture, or the answer's words."""
+    options = dict(seed=given.seed, steps=given.steps, guidance=given.guidance, sampler=given.sampler)
+    if use == "ask":
+        return model.answer(images, [text])[0]
+    if use == "reconstruct":
+        return to_image(torch.cat([images[0], model.reconstruct(images)[0]], 2))
+    if use == "route":
+        return sheet([], extra=routing_pictures(model, text, images))
+    references = None if images is None else images.repeat(given.count, 1, 1, 1)
+    pictures = model.generate([text] * given.count, references, **options)[0]
+    return to_image(torch.cat(list(pictures), 2))
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("use", choices=list(NEEDS))
+    parser.add_argument("text", nargs="?", default=None, help="prompt, instruction or question")
+    parser.add_argument("--image", type=Path, help="picture to edit, ask about or reconstruct (route: a reference)")
+    parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="run folder (default runs/toy)")
+    parser.add_argument("--out", type=Path, help="picture to write (default <use>.png)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--sampler", choices=("euler", "dpm"), default="dpm")
+    parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    given = parser.read()
+    if given.use != "reconstruct" and not (given.text or "").strip():
+        raise UserError(f"{given.use} needs words: python sample.py {given.use} \"…\"")
+    if given.use in ("edit", "ask", "reconstruct") and given.image is None:
+        raise UserError(f"{given.use} needs a picture: add --image FILE")
+    if given.count < 1 or given.steps < 1:
+        raise UserError("--count and --steps must be at least 1")
+    out = given.out or Path(f"{given.use}.png")
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {out}: end the name in .png, .jpg or .webp")
+    model = load_run(given.run, best_device(given.device))
+    if NEEDS[given.use] not in model.finished and not (given.use == "reconstruct" and "T2" in model.finished):
+        raise UserError(f"{given.use} needs stage {NEEDS[given.use]}, which {given.run} does not have: "
+                        f"go on with `python train.py --out {given.run}`")
+    images = None if given.image is None else read_picture(given.image, model.config.side).to(model.device)
+    result = perform(model, given.use, given.text, images, given)
+    print(result) if isinstance(result, str) else write_picture(result, out)
+
+
+if __name__ == "__main__":
+    run_command(main)
