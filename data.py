@@ -46,7 +46,7 @@ EDIT_KINDS = ("add", "adjust", "extract", "replace", "remove", "background", "st
 WORDS = [*COLOURS, *SHAPES, *(shape_s for shape_s in ("circles", "squares", "triangles", "crosses")), *SIZES, *PLACES,
          *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
          objects object are there describe yes no in with to it make add extract replace remove move background picture
-         shaped like , ? .""".split()]
+         shaped like ,""".split()]
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,9 @@ def relation_words(relation: str) -> str:
 
 
 def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """One question of `kind` about the scene with its one right answer; None where the scene allows none.
-
-    Reference: the kinds are the facts that a caption holds; an object is named only if the name fits it alone.
-    """
+    """One question of `kind` about the scene with its one right answer; None where the scene allows none. An object is
+    named only if the name fits it alone. Besides QUESTION_KINDS there are two that only teach, with longer answers than one
+    word: "about" one object, and the relations that hold "between" two."""
     things = scene.objects
 
     def alone(key):  # objects that no other object equals in `key`
@@ -169,29 +168,36 @@ def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | N
     if kind == "colour":
         options = [(f"the {thing.shape}", thing) for thing in alone(lambda thing: thing.shape)]
         label, thing = rng.choice(options + [(f"the {PLACES[thing.place]} object", thing) for thing in things])
-        return f"what colour is {label} ?", thing.colour
+        return f"what colour is {label}", thing.colour
     if kind == "shape":
         options = [(f"the {thing.colour} object", thing) for thing in alone(lambda thing: thing.colour)]
         label, thing = rng.choice(options + [(f"the {PLACES[thing.place]} object", thing) for thing in things])
-        return f"what shape is {label} ?", thing.shape
+        return f"what shape is {label}", thing.shape
     if kind == "size":
         options = [(name(thing), thing) for thing in by_pair]
         label, thing = rng.choice(options + [(f"the {PLACES[thing.place]} object", thing) for thing in things])
-        return f"what size is {label} ?", thing.size
+        return f"what size is {label}", thing.size
     if kind == "place" and by_pair:
         thing = rng.choice(by_pair)
-        return f"where is {name(thing)} ?", PLACES[thing.place]
+        return f"where is {name(thing)}", PLACES[thing.place]
     if kind == "count":
         if rng.random() < 0.4:
-            return "how many objects are there ?", NUMBERS[len(things)]
+            return "how many objects are there", NUMBERS[len(things)]
         shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(things).shape
-        return f"how many {plural(shape)} are there ?", NUMBERS[sum(thing.shape == shape for thing in things)]
+        return f"how many {plural(shape)} are there", NUMBERS[sum(thing.shape == shape for thing in things)]
     if kind == "relation" and len(by_pair) > 1:
         first, second = rng.sample(by_pair, 2)
         yes = rng.random() < 0.5  # as many yes as no; two objects differ in one axis at least, so both can be had
         relation = rng.choice([r for r in RELATIONS if related(first, second, r) == yes])
-        text = f"is {name(first)} {relation_words(relation)} {name(second)} ?"
+        text = f"is {name(first)} {relation_words(relation)} {name(second)}"
         return text, "yes" if related(first, second, relation) else "no"
+    if kind == "about" and by_pair:
+        thing = rng.choice(by_pair)
+        return f"describe {name(thing)}", describe(thing)
+    if kind == "between" and len(by_pair) > 1:
+        first, second = rng.sample(by_pair, 2)
+        held = [relation for relation in RELATIONS if related(first, second, relation)]
+        return f"where is {name(first)} to {name(second)}", " and ".join(held)
     return None
 
 
@@ -209,7 +215,7 @@ def twin(scene: Scene, rng: random.Random) -> tuple[Scene, str, str, str]:
     else:
         changed = replace(thing, size="small" if thing.size == "large" else "large")
     second = scene.with_objects([*scene.objects[:index], changed, *scene.objects[index + 1:]])
-    text = f"what {kind} is the {PLACES[thing.place]} object ?"
+    text = f"what {kind} is the {PLACES[thing.place]} object"
     return second, text, getattr(thing, kind), getattr(changed, kind)
 
 
@@ -257,9 +263,9 @@ def fact_text(rng: random.Random) -> tuple[str, str]:
     word = rng.choice(list(FACTS))
     kind = "colour" if FACTS[word] in COLOURS else "shape"
     if rng.random() < 0.3:
-        return f"what {kind} is {word} ?", FACTS[word]
+        return f"what {kind} is {word}", FACTS[word]
     request = prompt("knowledge", rng)
-    return f"describe {request.text} ?", describe(request.wanted[0])
+    return f"describe {request.text}", describe(request.wanted[0])
 
 
 # ---------------------------------------------------------------- edits
@@ -409,9 +415,9 @@ class DrawnWorld:
         scenes, talks = [self.scene(index) for index in indices], []
         for index, scene in zip(indices, scenes):
             rng = self.rng("talk", index)
-            kinds = [*rng.sample(("colour", "shape", "size"), 2), "place", "place", "relation", "relation", "count"]
-            asked = [question(scene, kind, rng) for kind in kinds]  # the kinds that take two looks are asked more often
-            talks.append([pair for pair in asked if pair] + [("describe the picture ?", caption(scene))])
+            kinds = (rng.choice(("colour", "shape", "size")), "place", "count", "relation", "relation", "about", "between")
+            asked = [question(scene, kind, rng) for kind in kinds]
+            talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene))])
         return draw(scenes, self.side), talks
 
     def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:

@@ -41,10 +41,9 @@ class WordTokenizer:
         return len(self.words)
 
     def encode(self, text: str) -> list[int]:
-        """Raises UnknownWords. Case and the space before , . ? do not matter."""
-        for mark in ",.?":
-            text = text.replace(mark, f" {mark} ")
-        words = text.lower().split()
+        """Raises UnknownWords. Case and space around commas do not matter; . and ? are dropped, so that a question ends in
+        its noun, and finding that thing in the picture is one skill for every kind of question."""
+        words = text.lower().replace(",", " , ").replace(".", " ").replace("?", " ").split()
         unknown = [word for word in dict.fromkeys(words) if word not in self.ids or word.startswith("<")]
         if unknown:
             near = [difflib.get_close_matches(word, self.words[4:], 1, 0) for word in unknown]
@@ -264,15 +263,18 @@ class MLLM(nn.Module):
         return Condition(self.connector(mixed, mask), mask, weights)
 
     def text_condition(self, ids: Tensor, mask: Tensor) -> Condition:
-        """What a plain text-to-image model reads (stage P3, in SANA's place): the LLM's last states, projected."""
+        """What a plain text-to-image model reads (stage P3, in SANA's place): the LLM's states, without queries or routing.
+        # paper leaves open: which states; here the plain mean of the K layers through the copied layers of the connector,
+        so that DTR, which starts as the mean, goes on where P3 ends."""
         with torch.no_grad():
             hidden, _ = self.llm(self.llm.embedding(ids), mask)
-        return Condition(self.connector.out(hidden[-1]), mask)
+            mixed = torch.stack([hidden[i] for i in self.choice], 2).mean(2)
+        return Condition(self.connector(F.layer_norm(mixed, mixed.shape[-1:]), mask), mask)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    words = WordTokenizer("a red circle what is it ?".split())
+    words = WordTokenizer("a red circle what is it".split())
     mllm = MLLM(words, LanguageModel(len(words), 128, 4, 4, 2, 352), k=4, queries=16, connector_layers=2, condition_width=96)
     f_v = torch.randn(2, 16, 128)
     question = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("what is it?")] * 2)

@@ -55,6 +55,8 @@ class DTR(Fusion):
     def __init__(self, d: int, k: int, temperature: float = 1.0):
         super().__init__(d, k)
         self.gate = nn.Sequential(nn.Linear(d, d // 2), nn.SiLU(), nn.Linear(d // 2, k))
+        nn.init.zeros_(self.gate[-1].weight)  # paper leaves open: starts as the plain mean of the layers
+        nn.init.zeros_(self.gate[-1].bias)
         self.alpha = nn.Parameter(torch.ones(k))
         self.temperature = temperature  # τ
 

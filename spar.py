@@ -43,10 +43,10 @@ class Config:
     vision_heads: int = 4
     # language model (Qwen2.5)
     d: int = 128  # D_s: width of LLM and visual tokens
-    llm_layers: int = 4
+    llm_layers: int = 6
     llm_heads: int = 4
     llm_kv_heads: int = 2
-    llm_mlp: int = 352
+    llm_mlp: int = 256
     # tokenizer: streams and pixel autoencoder (DC-AE)
     p: int = 16  # D_p: channels of the compact latent
     pixel_layers: int = 3  # Transformer layers of the pixel stream
@@ -71,20 +71,21 @@ class Config:
     align_block: int = 3  # L_align reads the tokens after this block
     align_hidden: int = 256
     # losses: weights of the terms
-    lambda_lpips: float = 0.02  # perceptual
+    lambda_lpips: float = 0.02  # perceptual (paper: 1.1)
+    lpips_weights: str = ""  # file with VGG16's and LPIPS's weights; empty: features of the frozen pixel encoder
     lambda_z: float = 1e-4  # keeps P2's latents small
     lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
-    lambda_s: float = 0.02  # L_s, the encoder stays close to itself (T3)
+    lambda_s: float = 0.3  # L_s, the encoder stays close to itself (T3)
     lambda_gan: float = 0.002  # L_GAN (T3)
     lambda_a: float = 0.5  # L_align (U2, U3)
     gan_start: float = 0.3  # share of T3 after which the adversary joins
     gan_width: int = 16  # channels of the discriminator's first layer
     lecam: float = 0.001
-    encoder_rate: float = 0.3  # T3: the encoder's learning rate as a share of the stage's (paper: 0.1)
+    encoder_rate: float = 0.1  # T3: the encoder's learning rate as a share of the stage's
     # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (600, 600, 800, 400, 300, 500, 200, 800, 200)
-    batch: tuple = (32, 64, 64, 64, 64, 64, 64, 64, 64)
-    lr: tuple = (2e-3, 2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3, 3e-4)
+    steps: tuple = (700, 350, 550, 150, 100, 350, 100, 550, 150)
+    batch: tuple = (24, 32, 48, 32, 32, 32, 32, 32, 32)
+    lr: tuple = (2e-3, 2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4)
     optimizer: str = "muon"  # muon | adamw
     muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
     weight_decay: float = 1e-4
@@ -92,6 +93,7 @@ class Config:
     final_lr: float = 0.05  # share of lr that the cosine ends at
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99
+    draws: int = 2  # times and noises for each picture and condition
     drop_words: float = 0.1  # share of emptied prompts, for guidance
     edits: float = 0.5  # share of editing in U2 and U3
     # ablations (README)
@@ -299,6 +301,8 @@ def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
 def load_stage(model: SPAR, run: Path, name: str) -> dict:
     """Lays the averaged weights of <name>.pt over the model; returns the file's content. What a stage did not train stays."""
     content = torch.load(run / f"{name}.pt", map_location=model.device, weights_only=True)
+    if name == "P3":  # it began with the connector as a copy of what P1 made of the LLM's last layers
+        model.mllm.connector.copy_layers(model.mllm.llm)
     known = dict(model.named_parameters())
     with torch.no_grad():
         for key, value in content["ema"].items():

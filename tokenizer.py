@@ -341,8 +341,8 @@ class VGG16(nn.Module):
                 c_in, number = c, number + 2  # torchvision counts the ReLUs
             self.stages.append(stage)
             number += 1  # and the pooling
-        missing = [name for name in [*(f"{n}.{key}" for n in wanted for key in ("weight", "bias")), *(f"lin{i}.model.1.weight" for i in range(5))]
-                   if name not in weights]
+        names = [f"{name}.{key}" for name in wanted for key in ("weight", "bias")]
+        missing = [name for name in [*names, *(f"lin{i}.model.1.weight" for i in range(5))] if name not in weights]
         if missing:
             raise ValueError(f"no {missing[0]} in the LPIPS weights: join VGG16's and LPIPS's state dicts in one file")
         for name, conv in wanted.items():

@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,7 +34,7 @@ from muon import Muon
 from report import draw_report
 from spar import (CHOICES, NAMES, PRESETS, SPAR, Config, Parser, UserError, best_device, load_config, load_stage,
                   make_config, run_command, stage_names)
-from tokenizer import Discriminator, Perceptual
+from tokenizer import VGG16, Discriminator, Perceptual
 
 Losses = dict[str, Tensor]  # symbol -> value; the stage says the weights
 
@@ -86,7 +88,8 @@ def autoencoder_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) ->
 
 def drawing_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
     """P3: the DiT learns to draw P2's latents from the LLM's text states, as SANA does."""
-    requests = h.world.prompts(numbers)
+    quarter = len(numbers) // 4  # whole captions mostly: what is left unsaid is noise to a model that starts from nothing
+    requests = h.world.prompts(numbers[:quarter]) + h.world.prompts(numbers[quarter:], "full")
     images = draw([request.scene for request in requests], h.world.side).to(model.device)
     with torch.no_grad():
         z = model.as_grid(model.pixel_encoder(images)) * model.latent_scale
@@ -140,15 +143,19 @@ def unified_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Los
         reference = None
     losses["L_fm"], hidden = flow_losses(model, z, (tokens, mask), h, reference)
     if "L_align" in wanted:
+        teacher = repeat(teacher, "b n d -> (r b) n d", r=model.config.draws)
         losses["L_align"] = alignment_loss(model.align_head(hidden), teacher)
     return losses
 
 
 def flow_losses(model: SPAR, z: Tensor, condition, h: Helpers, reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """-> (L_fm, tokens inside the DiT) for clean latents z `b p h w` at random times."""
+    """-> (L_fm, tokens inside the DiT) for clean latents z `b p h w`, each at `draws` random times: what is dear, the
+    condition, is computed once for all of them."""
+    z, tokens, mask, reference = (None if x is None else repeat(x, "b ... -> (r b) ...", r=model.config.draws)
+                                  for x in (z, condition[0], condition[1], reference))
     sigma = logit_normal_times(len(z), h.generator).to(z.device)
     noise = torch.randn(z.shape, generator=h.generator).to(z.device)
-    velocity, hidden = model.dit(add_noise(z, noise, sigma), sigma, condition[0], condition[1], reference)
+    velocity, hidden = model.dit(add_noise(z, noise, sigma), sigma, tokens, mask, reference)
     return flow_matching_loss(velocity, z, noise), hidden
 
 
@@ -183,18 +190,20 @@ DRAW = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
     Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_losses,
-          {"L_lm": 1.0, "L_caption": 1.0, "L_text": 0.2}),
+          {"L_lm": 1.0, "L_caption": 1.0, "L_text": 0.2}, cost=13),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
-          autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}),
-    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "mllm.connector.out": 1.0}, drawing_losses, {"L_fm": 1.0}),
-    Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_p": "lambda_p"}),
-    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, tokenizer_losses, SEE),
+          autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=8),
+    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "mllm.connector.out": 1.0}, drawing_losses, {"L_fm": 1.0},
+          cost=6),
+    Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_p": "lambda_p"}, cost=8),
+    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, tokenizer_losses, SEE,
+          cost=9),
     Stage("T3", "encoder fine-tuning with self-distillation",
           STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, tokenizer_losses,
-          SEE | {"L_s": "lambda_s", "L_gan": "lambda_gan"}),
-    Stage("U1", "connector pre-training", BRIDGE, unified_losses, {"L_fm": 1.0}),
-    Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits"),
-    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits"),
+          SEE | {"L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=11),
+    Stage("U1", "connector pre-training", BRIDGE, unified_losses, {"L_fm": 1.0}, cost=7),
+    Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits", cost=11),
+    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", cost=11),
 ]
 
 
@@ -230,10 +239,10 @@ def prepare(model: SPAR, stage: Stage, h: Helpers) -> None:
     """What a stage needs before its first step: frozen copies, the latents' scale, the connector's start."""
     f = model.config
     if stage.compute is tokenizer_losses:
-        h.perceptual = Perceptual(model.pixel_encoder)
+        h.perceptual = Perceptual(read_vgg16(f.lpips_weights) if f.lpips_weights else model.pixel_encoder).to(model.device)
     if stage.name == "T3":
         h.teacher = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)
-    if stage.name == "U1":
+    if stage.name == "P3":
         model.mllm.connector.copy_layers(model.mllm.llm)
     if "L_align" in stage.losses and f.align == "external":
         external = SPAR(f)
@@ -244,6 +253,13 @@ def prepare(model: SPAR, stage: Stage, h: Helpers) -> None:
         with torch.no_grad():
             z = model.pixel_encoder(images) if stage.name == "P3" else model.tokenizer(images)[2].fused
         model.latent_scale.fill_(1 / z.std())
+
+
+def read_vgg16(path: str) -> VGG16:
+    try:
+        return VGG16(torch.load(path, map_location="cpu", weights_only=True))
+    except (ValueError, AttributeError, TypeError, pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(f"--lpips-weights {path}: {error}".splitlines()[0]) from None
 
 
 def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, seconds_after: Callable) -> None:
@@ -266,7 +282,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, second
     parameters = [p for group in groups for p in group["params"]]
     average = [p.detach().clone() for p in parameters]
 
-    bar = tqdm(range(steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True, mininterval=float(os.environ.get("TQDM_MININTERVAL", 0.5)))
+    bar = tqdm(range(steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True)
     start, log = time.time(), (run / "log.jsonl").open("a")
     for step in bar:
         if "L_gan" in terms and h.discriminator is None and step >= f.gan_start * steps:
@@ -280,13 +296,13 @@ def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, second
         losses = stage.compute(model, numbers, terms | {"edits": number(stage.edits, f)}, h)
         for symbol, value in losses.items():
             if not math.isfinite(value.item()):
-                raise SystemExit(f"{stage.name} step {step}: {symbol} is {value.item()}; lower --lr or raise --warmup")
+                raise UserError(f"{stage.name} step {step}: {symbol} is {value.item()}; lower --lr or raise --warmup")
         loss = sum(terms[symbol] * value for symbol, value in losses.items())
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, f.clip).item()
         if not math.isfinite(norm):
-            raise SystemExit(f"{stage.name} step {step}: the gradient of {' + '.join(losses)} is {norm}; lower --lr")
+            raise UserError(f"{stage.name} step {step}: the gradient of {' + '.join(losses)} is {norm}; lower --lr")
         optimizer.step()
         decay = min(f.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)

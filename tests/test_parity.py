@@ -60,7 +60,8 @@ def assert_parity(out, reference, inputs, pairs):
     gradients = torch.autograd.grad(out, [x for _, x, _ in pairs], towards)
     references = iter(torch.autograd.grad(reference, [part for *_, parts in pairs for part in parts], towards))
     for (name, _, parts), gradient in zip(pairs, gradients):
-        assert_close(f"gradient of {name}", gradient, torch.cat([next(references) for _ in parts]).reshape(gradient.shape))
+        joined = torch.cat([next(references) for _ in parts])
+        assert_close(f"gradient of {name}", gradient, joined.reshape(gradient.shape))
 
 
 def normal(*shape, seed=2, size=1.0):
@@ -86,8 +87,9 @@ def test_vision_encoder_equals_internvl(size, loudness):
     """E_s with pixel shuffle and projector, as InternVL3: layer scale, biases, no qk-norm, no final norm."""
     transformers = pytest.importorskip("transformers", reason=REASON)
     side, patch, width, layers, heads, ratio, d = size
-    vision = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=ratio * width,
-                  image_size=side, patch_size=patch, attention_bias=True, use_qk_norm=False, use_mean_pooling=True)
+    vision = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, image_size=side,
+                  patch_size=patch, intermediate_size=ratio * width, attention_bias=True, use_qk_norm=False,
+                  use_mean_pooling=True)
     text = dict(model_type="qwen2", hidden_size=d, num_hidden_layers=0, vocab_size=1)
     config = transformers.InternVLConfig(vision_config=vision, text_config=text)
     theirs = transformers.InternVLModel._from_config(config, attn_implementation="eager").eval()
@@ -101,8 +103,7 @@ def test_vision_encoder_equals_internvl(size, loudness):
 
 LANGUAGE_RULES = [
     (r"^embedding", "embed_tokens"), (r"norm1", "input_layernorm"), (r"norm2", "post_attention_layernorm"),
-    (r"attn\.([qkv])\.", r"self_attn.\1_proj."), (r"attn\.out", "self_attn.o_proj"),
-    (r"(gate|up|down)\.", r"mlp.\1_proj.")]
+    (r"attn\.([qkv])\b", r"self_attn.\1_proj"), (r"attn.out", "self_attn.o_proj"), (r"(gate|up|down)", r"mlp.\1_proj")]
 # d, layers, heads, heads of keys and values, mlp
 LANGUAGE_SIZES = [(32, 2, 4, 2, 48), (24, 3, 3, 1, 40), (48, 1, 6, 6, 64), (40, 4, 5, 5, 24)]
 
@@ -131,9 +132,8 @@ def padding(kind, length):
 def test_all_hidden_states_equal_qwen2_where_there_are_words(size, kind, length, loudness):
     """Embeddings, each layer's result and the normed last one; padding is masked and does not count as a position."""
     ours, theirs = language_models(size)
-    pairs, mask = share(ours, theirs, LANGUAGE_RULES, loudness), padding(kind, length)
-    x = normal(3, length, size[0], size=loudness)
-    pairs = [pair for pair in pairs if pair[0] != "embedding.weight"]  # the embeddings come in from outside
+    pairs = share(ours, theirs, LANGUAGE_RULES, loudness)[1:]  # without the embedding's weights: x comes from outside
+    x, mask = normal(3, length, size[0], size=loudness), padding(kind, length)
     reference = theirs(inputs_embeds=x, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                        output_hidden_states=True).hidden_states
     hidden, _ = ours(x, None if kind == "none" else mask)
@@ -156,21 +156,22 @@ def test_logits_with_tied_embeddings_equal_qwen2(size, kind, length):
 # ---------------------------------------------------------------- pixel autoencoder: DC-AE
 
 FFN_RULES = [(r"ffn\.up", "conv_inverted"), (r"ffn\.depth", "conv_depth"), (r"ffn\.down", "conv_point")]
-AUTOENCODERS = [(16, (8, 16, 32, 64), (0, 1, 2, 1), 1), (16, (16, 32, 32, 64), (1, 2, 1, 2), 2),  # p, widths, depths,
-                (8, (16, 32, 32, 32), (0, 2, 1, 1), 2)]  # stages with attention
+# p, widths, depths, stages with attention
+AUTOENCODERS = [(16, (8, 16, 32, 64), (0, 1, 2, 1), 1), (16, (16, 32, 32, 64), (1, 2, 1, 2), 2),
+                (8, (16, 32, 32, 32), (0, 2, 1, 1), 2)]
 
 
 def dc_ae(shape):
-    """DC-AE, and the rules that hold for both of its halves; {0} stands for `down_blocks` or `up_blocks`."""
+    """DC-AE, and the rules that hold for both of its halves once `stages` has got its name there."""
     diffusers = pytest.importorskip("diffusers", reason=REASON)
     p, widths, depths, vit_stages = shape
     resnets = len(widths) - vit_stages
     half = dict(block_types=("ResBlock",) * resnets + ("EfficientViTBlock",) * vit_stages, block_out_channels=widths,
                 layers_per_block=depths, qkv_multiscales=((),) * resnets + ((5,),) * vit_stages)
+    halves = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in half.items()}
     theirs = diffusers.AutoencoderDC(
         latent_channels=p, decoder_norm_types="rms_norm", decoder_act_fns="silu", upsample_block_type="pixel_shuffle",
-        downsample_block_type="pixel_unshuffle", **{f"{side}_{key}": value for side in ("encoder", "decoder")
-                                                    for key, value in half.items()})
+        downsample_block_type="pixel_unshuffle", **halves).eval()
     vit = rf"^(\w+\.[{''.join(map(str, range(resnets, len(widths))))}]\.\d+\.)"
     return theirs, [
         (r"^stem", "conv_in"), (r"^out", "conv_out"), (r"^norm", "norm_out"), (vit + "qkv", r"\1attn.to_{q,k,v}"),

@@ -1,0 +1,182 @@
+"""Claims about the nine stages and the loop that runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from spar import NAMES, SPAR, UserError, load_run
+
+ROOT = Path(__file__).parent.parent
+TRAINS = {  # README and paper: what each stage trains, as name prefixes
+    "P1": ("tokenizer.vision", "mllm.llm"), "P2": ("pixel_encoder", "tokenizer.decoder"), "P3": ("dit", "mllm.connector.out"),
+    "T1": ("tokenizer.semantic_stream", "tokenizer.pixel_stream", "tokenizer.fusion"),
+    "T2": ("tokenizer.semantic_stream", "tokenizer.pixel_stream", "tokenizer.fusion", "tokenizer.decoder"),
+    "T3": ("tokenizer",), "U1": ("mllm.queries", "mllm.router", "mllm.connector"),
+    "U2": ("mllm.queries", "mllm.router", "mllm.connector", "dit", "align_head"),
+    "U3": ("mllm.queries", "mllm.router", "mllm.connector", "dit", "align_head")}
+
+
+def run_stage(model: SPAR, name: str, folder: Path) -> list[dict]:
+    stage = next(stage for stage in train.STAGES if stage.name == name)
+    train.train_stage(model, stage, folder, 1.0, lambda speed: 0.0)
+    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["stage"] == name]
+
+
+def state(model: SPAR) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exactly_the_listed_modules_train(name, tiny, tmp_path):
+    model = SPAR(tiny())
+    before = state(model)
+    if name == "P3":  # its start copies LLM layers into the connector; only training is of interest here
+        model.mllm.connector.copy_layers(model.mllm.llm)
+        before = state(model)
+    run_stage(model, name, tmp_path)
+    moved = {key for key, value in state(model).items() if not torch.equal(value, before[key])}
+    listed = {key for key in before if any(key == prefix or key.startswith(prefix + ".") for prefix in TRAINS[name])}
+    assert moved <= listed, f"moved though frozen: {sorted(moved - listed)}"
+    for prefix in TRAINS[name]:
+        assert any(key.startswith(prefix) for key in moved), f"{prefix} did not move"
+
+
+def test_with_a_frozen_encoder_t3_leaves_it_alone_to_the_bit(tiny, tmp_path):
+    model = SPAR(tiny(freeze_encoder=True))
+    before = state(model)
+    run_stage(model, "T3", tmp_path)
+    after = state(model)
+    assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("tokenizer.vision"))
+    assert not torch.equal(after["tokenizer.decoder.out.conv.weight"], before["tokenizer.decoder.out.conv.weight"])
+
+
+@pytest.mark.parametrize("name, field, symbol", [
+    ("T1", "lambda_lpips", "L_lpips"), ("T1", "lambda_p", "L_p"), ("T3", "lambda_s", "L_s"), ("T3", "lambda_gan", "L_gan"),
+    ("U2", "lambda_a", "L_align"), ("P2", "lambda_z", "L_z")])
+def test_a_term_with_weight_zero_leaves_no_trace(name, field, symbol, tiny, tmp_path):
+    logs = {}
+    for weight in (0.0, 0.5):
+        folder = tmp_path / str(weight)
+        folder.mkdir()
+        torch.manual_seed(0)
+        model = SPAR(tiny(**{field: weight}))
+        logs[weight] = run_stage(model, name, folder), state(model)
+    assert symbol not in logs[0.0][0][-1] and symbol in logs[0.5][0][-1]
+    assert any(not torch.equal(a, b) for a, b in zip(logs[0.0][1].values(), logs[0.5][1].values()))
+
+
+def test_the_teachers_get_no_gradient(tiny, tmp_path, monkeypatch):
+    seen = []
+    compute = train.tokenizer_losses
+
+    def watched(model, numbers, wanted, h):
+        seen.append(h)
+        return compute(model, numbers, wanted, h)
+
+    stage = next(stage for stage in train.STAGES if stage.name == "T3")
+    model = SPAR(tiny())
+    monkeypatch.setattr(train, "tokenizer_losses", watched)
+    train.train_stage(model, train.Stage(**{**vars(stage), "compute": watched}), tmp_path, 1.0, lambda speed: 0.0)
+    for teacher in (seen[0].teacher, seen[0].perceptual):
+        assert teacher is not None
+        assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_not_a_number_stops_before_the_update_and_names_stage_step_and_term(tiny, tmp_path):
+    model = SPAR(tiny())
+    before = state(model)
+    stage = next(stage for stage in train.STAGES if stage.name == "P2")
+    bad = train.Stage(**{**vars(stage), "compute": lambda *given: {
+        key: value * torch.nan if key == "L_z" else value for key, value in stage.compute(*given).items()}})
+    with pytest.raises(UserError, match="P2 step 0: L_z is nan"):
+        train.train_stage(model, bad, tmp_path, 1.0, lambda speed: 0.0)
+    assert all(torch.equal(value, before[key]) for key, value in state(model).items())
+    assert not (tmp_path / "P2.pt").exists()
+
+
+def test_the_same_seed_gives_the_same_bits(tiny, tmp_path):
+    results = []
+    for attempt in range(2):
+        train.train(tiny(), tmp_path / str(attempt), ["P1", "P2", "P3"], 1.0, "cpu", None)
+        results.append(state(load_run(tmp_path / str(attempt))))
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    train.train(tiny(seed=1), tmp_path / "other", ["P1"], 1.0, "cpu", None)
+    other = state(load_run(tmp_path / "other"))
+    assert not torch.equal(other["mllm.llm.embedding.weight"], results[0]["mllm.llm.embedding.weight"])
+
+
+def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tmp_path):
+    with pytest.raises(UserError, match="P3 needs P1"):
+        train.train(tiny(), tmp_path / "gap", ["P3"], 1.0, "cpu", None)
+    train.train(tiny(), tmp_path / "run", ["P1"], 1.0, "cpu", None)
+    stamp = (tmp_path / "run" / "P1.pt").stat().st_mtime_ns
+    train.train(tiny(), tmp_path / "run", ["P1", "P2"], 1.0, "cpu", None)
+    assert (tmp_path / "run" / "P1.pt").stat().st_mtime_ns == stamp and (tmp_path / "run" / "P2.pt").exists()
+
+
+@pytest.mark.parametrize("change, first", [({"fusion": "last"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
+                                           ({"tokenizer": "pixel-only"}, "T1"), ({"skip_stage": "T2"}, "T2"),
+                                           ({"steps": (2,) * 7 + (3, 2)}, "U2"), ({"d": 64, "llm_mlp": 64}, "P1")])
+def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    train.check_same_run(tiny(), (source.mkdir(), source)[1])
+    for name in NAMES:
+        (source / f"{name}.pt").write_bytes(b"-")
+    run.mkdir()
+    train.take_over(tiny(**change), run, source)
+    assert {path.stem for path in run.glob("*.pt")} == set(NAMES[:NAMES.index(first)])
+
+
+def test_every_ablation_trains_and_differs_from_the_standard(tiny, tmp_path):
+    def end(**change):
+        torch.manual_seed(0)
+        model = SPAR(tiny(**change))
+        folder = tmp_path / "-".join(change)
+        folder.mkdir(exist_ok=True)
+        for name in ("T1", "T3", "U1", "U2"):
+            run_stage(model, name, folder)
+        return state(model)
+
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    torch.manual_seed(5)
+    run_stage(SPAR(tiny()), "P1", teacher)
+    standard = end()
+    for change in ({"tokenizer": "semantic-only"}, {"tokenizer": "pixel-only"}, {"anchor": False}, {"freeze_encoder": True},
+                   {"align": "none"}, {"fusion": "last"}, {"fusion": "mean"}, {"fusion": "concat"}, {"fusion": "static"},
+                   {"symmetric": "with"}, {"symmetric": "without"}, {"reference": "latent"},
+                   {"align": "external", "teacher": str(teacher)}):
+        other = end(**change)
+        same = [key for key in standard if key in other and torch.equal(standard[key], other[key])]
+        assert len(same) < len(standard), f"{change} changed nothing"
+        assert set(other) != set(standard) or any(not torch.equal(standard[key], other[key]) for key in standard), change
+
+
+def test_averaged_weights_are_what_a_run_loads(tiny, tmp_path):
+    model = train.train(tiny(), tmp_path, ["P1"], 1.0, "cpu", None)
+    content = torch.load(tmp_path / "P1.pt", weights_only=True)
+    key = "mllm.llm.embedding.weight"
+    assert torch.equal(state(load_run(tmp_path))[key], content["ema"][key])
+    assert torch.equal(state(model)[key], content["ema"][key]) and not torch.equal(content["weights"][key], content["ema"][key])
+
+
+def test_the_schedule_warms_up_and_ends_where_it_says():
+    rates = [train.schedule(step, 100, 0.1, 0.05) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates.index(max(rates)) in (9, 10)
+    assert rates[-1] == pytest.approx(0.05, abs=0.01) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("train.py --stepps-scale 1", "did you mean --steps-scale"), ("train.py --fusion lst", "invalid choice"),
+    ("train.py --stages P1,P9", "unknown stage 'P9'"), ("train.py --stages T1 --out {tmp}/run", "needs P1"),
+    ("evaluate.py {tmp}/none", "no run in"), ("sample.py generate a --run {tmp}/none", "no run in"),
+    ("sample.py edit blue", "--image"), ("sample.py generate", "needs words"), ("train.py --from {tmp}/none", "no run in")])
+def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, words, tmp_path):
+    command = [sys.executable, *arguments.format(tmp=tmp_path).split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
