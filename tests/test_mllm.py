@@ -4,7 +4,7 @@ import torch
 from mllm import MLLM, LanguageModel, UnknownWords, WordTokenizer, rotary, rotate
 from router import FUSIONS
 
-WORDS = WordTokenizer("a red blue green circle square left of what is it ? , .".split())
+WORDS = WordTokenizer("a red blue green circle square left of what is it ,".split())
 TEXT, T = ("a red circle left of it", "blue square"), 7  # T: <bos> and six words
 D, QUERIES, VISUAL = 32, 5, 3
 
@@ -48,7 +48,7 @@ def same(a, b):
 
 
 def test_words_go_to_ids_and_back():
-    text = "a red circle , left of a blue square . what is it ?"
+    text = "a red circle , left of a blue square what is it"
     assert WORDS.decode([WORDS.bos_id, *WORDS.encode(text), WORDS.eos_id, WORDS.pad_id]) == text
     assert WORDS.encode("A red Circle, left of a BLUE square. What is it?") == WORDS.encode(text)
 
@@ -139,7 +139,7 @@ def test_sampled_answers_are_the_same_for_the_same_seed_and_differ_for_another()
 
 def dialogue():
     """Two right-padded rows, which places the model says, and what comes before each: a picture."""
-    ids = torch.tensor([WORDS.encode("what is it ? a red circle") + [2], WORDS.encode("is it ? a") + [2, 0, 0, 0]])
+    ids = torch.tensor([WORDS.encode("what is it of a red circle") + [2], WORDS.encode("is it of a") + [2, 0, 0, 0]])
     return ids, torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0]]).bool(), pictures(2)
 
 
