@@ -283,7 +283,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, second
     average = [p.detach().clone() for p in parameters]
 
     bar = tqdm(range(steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True)
-    start, log = time.time(), (run / "log.jsonl").open("a")
+    start, log = time.time(), (run / "log.jsonl").open("a", buffering=1)
     for step in bar:
         if "L_gan" in terms and h.discriminator is None and step >= f.gan_start * steps:
             h.discriminator = Discriminator(f.gan_width).to(model.device)
