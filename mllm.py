@@ -149,13 +149,19 @@ def word_positions(mask: Tensor | None, x: Tensor, past: int = 0) -> Tensor:
 
 
 class Connector(nn.Module):
-    """Layers of the LLM's own kind with bidirectional attention, a norm, and the Linear to the condition's width `e`."""
+    """Layers of the LLM's own kind with bidirectional attention, a norm, and the Linear to the condition's width `e`.
 
-    def __init__(self, llm: LanguageModel, layers: int, condition_width: int):
+    `start`: share at which each layer's change of the states begins; it is learned.
+    # differs from paper: there the copied layers work in full from the beginning (start 1). Made to predict the next word,
+    # a small LLM's last layers drop what the DiT needs; the toy lets them in gently (0.1).
+    """
+
+    def __init__(self, llm: LanguageModel, layers: int, condition_width: int, start: float = 1.0):
         super().__init__()
         if not 0 <= layers <= len(llm.layers):
             raise ValueError(f"connector_layers {layers}: they copy the LLM's last, so at most {len(llm.layers)}")
         self.copy_layers(llm, layers)
+        self.share = nn.Parameter(torch.full((layers,), start))
         self.rotary_width = llm.rotary_width
         self.out = nn.Linear(llm.norm.weight.shape[0], condition_width)
 
@@ -167,8 +173,8 @@ class Connector(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         cos, sin = rotary(word_positions(mask, x), self.rotary_width)
-        for layer in self.layers:
-            x, _ = layer(x, cos, sin, mask, causal=False)
+        for layer, share in zip(self.layers, self.share):
+            x = x + share * (layer(x, cos, sin, mask, causal=False)[0] - x)
         return self.out(self.norm(x))
 
 
@@ -185,7 +191,7 @@ class MLLM(nn.Module):
     """LLM + router + queries + connector. `k` layers are routed, `fusion` is one of router.FUSIONS."""
 
     def __init__(self, words: WordTokenizer, llm: LanguageModel, k: int, queries: int, connector_layers: int,
-                 condition_width: int, fusion: str = "dtr"):
+                 condition_width: int, fusion: str = "dtr", connector_start: float = 1.0):
         super().__init__()
         d = llm.norm.weight.shape[0]
         self.words, self.llm = words, llm
@@ -194,7 +200,7 @@ class MLLM(nn.Module):
         nn.init.eye_(self.router.W_p.weight)  # paper leaves open: W_p starts as the identity, so that the connector,
         nn.init.zeros_(self.router.W_p.bias)  # a copy of LLM layers, first reads states much like those it was made for
         self.queries = nn.Parameter(torch.randn(queries, d) * 0.02)
-        self.connector = Connector(llm, connector_layers, condition_width)
+        self.connector = Connector(llm, connector_layers, condition_width, connector_start)
 
     def embed(self, ids: Tensor, f_v: Tensor | None = None) -> Tensor:
         """Ids `b l` -> embeddings `b l d`; the places of `image_id` take the visual tokens f_v `b n d` in order."""

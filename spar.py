@@ -60,6 +60,7 @@ class Config:
     k: int = 4  # layers that DTR chooses from
     queries: int = 16
     connector_layers: int = 2
+    connector_start: float = 0.1  # share at which the connector's copied layers begin (paper: 1)
     condition_width: int = 128
     # diffusion transformer (SANA)
     c: int = 128
@@ -136,7 +137,8 @@ class SPAR(nn.Module):
         self.tokenizer = Tokenizer(vision, decoder, f.d, f.p, symmetric[1], f.pixel_heads, f.stream_blocks,
                                    f.tokenizer, symmetric[0])
         llm = LanguageModel(len(self.words), f.d, f.llm_layers, f.llm_heads, f.llm_kv_heads, f.llm_mlp)
-        self.mllm = MLLM(self.words, llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion)
+        self.mllm = MLLM(self.words, llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion,
+                         f.connector_start)
         self.dit = DiT(f.p, f.c, f.dit_layers, f.dit_heads, f.dit_cross_heads, f.condition_width, f.dit_mlp_ratio,
                        f.align_block, f.dit_positions, f.reference == "latent")
         self.align_head = AlignmentHead(f.c, f.align_hidden, f.d)

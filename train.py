@@ -83,7 +83,8 @@ def autoencoder_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) ->
     images = h.world.pictures(numbers).to(model.device)
     z = model.pixel_encoder(images)
     reconstruction = model.tokenizer.decode(z, images.shape[-1])
-    return {"L_mse": (reconstruction - images).square().mean(), "L_z": z.square().mean()}
+    losses = {"L_mse": (reconstruction - images).square().mean()}
+    return losses | {"L_z": z.square().mean()} if "L_z" in wanted else losses
 
 
 def drawing_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
