@@ -157,8 +157,7 @@ def relation_words(relation: str) -> str:
 
 def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
     """One question of `kind` about the scene with its one right answer; None where the scene allows none. An object is
-    named only if the name fits it alone. Besides QUESTION_KINDS there are two that only teach, with longer answers than one
-    word: "about" one object, and the relations that hold "between" two."""
+    named only if the name fits it alone."""
     things = scene.objects
 
     def alone(key):  # objects that no other object equals in `key`
@@ -191,13 +190,6 @@ def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | N
         relation = rng.choice([r for r in RELATIONS if related(first, second, r) == yes])
         text = f"is {name(first)} {relation_words(relation)} {name(second)}"
         return text, "yes" if related(first, second, relation) else "no"
-    if kind == "about" and by_pair:
-        thing = rng.choice(by_pair)
-        return f"describe {name(thing)}", describe(thing)
-    if kind == "between" and len(by_pair) > 1:
-        first, second = rng.sample(by_pair, 2)
-        held = [relation for relation in RELATIONS if related(first, second, relation)]
-        return f"where is {name(first)} to {name(second)}", " and ".join(held)
     return None
 
 
@@ -415,7 +407,7 @@ class DrawnWorld:
         scenes, talks = [self.scene(index) for index in indices], []
         for index, scene in zip(indices, scenes):
             rng = self.rng("talk", index)
-            kinds = (rng.choice(("colour", "shape", "size")), "place", "count", "relation", "relation", "about", "between")
+            kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "place", "count", "count", "relation")
             asked = [question(scene, kind, rng) for kind in kinds]
             talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene))])
         return draw(scenes, self.side), talks

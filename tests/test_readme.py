@@ -21,7 +21,7 @@ def test_every_file_and_test_that_the_readme_names_exists():
 
 def test_every_flag_that_the_readme_names_exists():
     import train
-    source = "".join((ROOT / name).read_text() for name in ("train.py", "sample.py", "evaluate.py"))
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "sample.py", "evaluate.py")) + '"--help"'
     fields = {"--" + field.replace("_", "-") for field in train.make_config().__dict__}
     fields |= {"--no-" + field[2:] for field in fields}
     for flag in set(re.findall(r"(--[a-z][a-z-]+)", README)):
