@@ -167,19 +167,19 @@ def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu") -> dict
         jobs["editing"] = lambda: editing(model, world, how)
     if "P3" in done:
         p3 = load_run(run, device, upto="P3")
-        jobs["p3"] = lambda: generation(p3, world, how, (*PROMPT_KINDS, "held_out", "knowledge"), text_only=True)
+        jobs["p3"] = lambda: generation(p3, world, how, ("knowledge",), text_only=True)
     found = {}
     for name, job in (bar := tqdm(jobs.items(), desc="evaluation", dynamic_ncols=True)):
         bar.set_postfix_str(name)
         found[name] = job()
     results = {"eval_id": evaluation_id(run, how), "seed": f.seed, "seconds": 0.0, "protocol": vars(how)}
-    for name in ("reconstruction", "understanding", "generation", "editing", "p3"):
+    for name in ("reconstruction", "understanding", "generation", "editing"):
         if name in found:
             results[name] = found[name]
     if "understanding" in results:
         results["understanding"]["before_t3"] = found["before_t3"]
     if "generation" in results:
-        results["generation"] |= found["apart"]
+        results["generation"] |= found["apart"] | {"knowledge_p3": found["p3"]["knowledge"]}  # P3 alone: no queries, no U stages
     results["ablation"] = changes(f)
     results["seconds"] = round(time.time() - start, 1)
     (run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -187,7 +187,7 @@ def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu") -> dict
 
 
 def print_tables(results: dict) -> None:
-    for name in ("reconstruction", "understanding", "generation", "editing", "p3"):
+    for name in ("reconstruction", "understanding", "generation", "editing"):
         for key, value in results.get(name, {}).items():
             print(f"{name:15} {key:18} {value:8.3f}")
     print(f"eval_id {results['eval_id']}   seed {results['seed']}   {results['seconds']:.0f} s")

@@ -84,7 +84,7 @@ class Config:
     lecam: float = 0.001
     encoder_rate: float = 0.1  # T3: the encoder's learning rate as a share of the stage's
     # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (700, 350, 550, 150, 100, 350, 100, 550, 150)
+    steps: tuple = (650, 350, 500, 120, 100, 350, 80, 600, 120)
     batch: tuple = (24, 32, 48, 32, 32, 32, 32, 32, 32)
     lr: tuple = (2e-3, 2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4)
     optimizer: str = "muon"  # muon | adamw
