@@ -117,13 +117,13 @@ def right_answers(scene, text):
     def named(label):  # "green", "circle", "object", "top-left" in any order
         return [t for t in things if all(word in ("object", t.colour, t.shape, PLACES[t.place]) for word in label)]
 
-    if found := re.fullmatch(r"what (colour|shape|size) is the (.+) \?", text):
+    if found := re.fullmatch(r"what (colour|shape|size) is the (.+)", text):
         return [getattr(t, found[1]) for t in named(found[2].split())]
-    if found := re.fullmatch(r"where is the (.+) \?", text):
+    if found := re.fullmatch(r"where is the (.+)", text):
         return [PLACES[t.place] for t in named(found[1].split())]
-    if found := re.fullmatch(r"how many (\w+) are there \?", text):
+    if found := re.fullmatch(r"how many (\w+) are there", text):
         return [NUMBERS[sum(found[1] in ("objects", t.shape + "s", t.shape + "es") for t in things)]]
-    (first,), (second,) = named(words[2:4]), named(words[-3:-1])
+    (first,), (second,) = named(words[2:4]), named(words[-2:])
     a, b = PLACES[first.place], PLACES[second.place]
     sides = {"left": ("left", "right"), "right": ("right", "left"), "above": ("top", "bottom"),
              "below": ("bottom", "top")}[words[4]]
@@ -152,7 +152,7 @@ def test_a_conversation_is_about_its_picture_and_ends_with_the_caption():
     for i, talk in enumerate(talks):
         assert all(right_answers(world.scene(i), text) == [answer] for text, answer in talk[:-1])
         told = [f"a {t.size} {t.colour} {t.shape} {PLACES[t.place]}" for t in world.scene(i).objects]
-        assert talk[-1] == ("describe the picture ?", " , ".join(told))
+        assert talk[-1] == ("describe the picture", " , ".join(told))
 
 
 def test_a_twin_differs_in_one_fact_and_in_the_answer():
