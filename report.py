@@ -157,7 +157,7 @@ def draw_report(run: Path, device: str = "cpu") -> None:
         turns = [talk[i % len(talk)] for i, talk in enumerate(talks)]
         said = model.answer(pictures.to(device), [question for question, _ in turns])
         sections.append(("ask: a question, the model's answer", [
-            ([picture], f"{question} {reply}", RIGHT if reply == answer else WRONG)
+            ([picture], f"{question}? {reply}", RIGHT if reply == answer else WRONG)
             for picture, (question, answer), reply in zip(pictures, turns, said)]))
     if "U1" in done:
         requests = world.prompts(range(8))

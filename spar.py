@@ -241,7 +241,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def read(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        given, unknown = self.parse_known_args(arguments)
+        given, unknown = self.parse_known_intermixed_args(arguments)  # flags may stand before the words
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)[0]

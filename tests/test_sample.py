@@ -29,7 +29,7 @@ def sample(run: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("arguments", [("generate", "a red circle"), ("edit", "make the red circle blue", "--image", "{exact}"),
+@pytest.mark.parametrize("arguments", [("generate", "a red circle"), ("edit", "--image", "{exact}", "make the red circle blue"),
                                        ("reconstruct", "--image", "{exact}"), ("route", "two green circles"),
                                        ("generate", "a red circle", "--count", "3", "--sampler", "euler", "--steps", "4")])
 def test_every_use_writes_its_picture(arguments, run, tmp_path):
@@ -40,7 +40,7 @@ def test_every_use_writes_its_picture(arguments, run, tmp_path):
 
 
 def test_ask_prints_an_answer_and_a_picture_of_another_size_is_resized_and_said(run):
-    done = sample(run, "ask", "how many objects are there ?", "--image", str(run / "other.png"))
+    done = sample(run, "ask", "--image", str(run / "other.png"), "how many objects are there ?")
     assert done.returncode == 0 and "resized from 50×30 to 16×16" in done.stdout
 
 
