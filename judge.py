@@ -7,7 +7,6 @@ colour or no cover well is seen as "?" and is never what anybody asked for.
     python judge.py                accuracy on clean drawings, attribute by attribute
 """
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
 
