@@ -226,7 +226,7 @@ def number(value: float | str, config: Config) -> float:
 
 
 def wanted_terms(stage: Stage, config: Config) -> dict[str, float]:
-    """symbol -> weight of the terms that this configuration asks for, and the share of edits."""
+    """symbol -> weight of the terms that this configuration asks for."""
     off = {"L_s"} if not config.anchor else set()
     off |= {"L_align"} if config.align == "none" else set()
     weights = {symbol: number(weight, config) for symbol, weight in stage.losses.items() if symbol not in off}
