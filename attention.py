@@ -53,6 +53,15 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q @ values / ((q * total[:, :, None]).sum(-1, keepdim=True) + 1e-15)
 
 
+def sine_positions(h: int, w: int, c: int, device) -> Tensor:
+    """`h·w c`: half of the channels tell the row, half the column, in sines and cosines."""
+    frequencies = 10.0 ** -torch.linspace(0, 2, c // 4, device=device)
+    row, column = (torch.arange(size, device=device)[:, None] * frequencies for size in (h, w))
+    row, column = (torch.cat([a.sin(), a.cos()], -1) for a in (row, column))
+    grid = torch.cat([row[:, None].expand(h, w, -1), column[None].expand(h, w, -1)], -1)
+    return rearrange(grid, "h w c -> (h w) c")
+
+
 def visible(rows: Tensor, columns: Tensor, shift: int, causal: bool, key_mask: Tensor | None) -> Tensor | None:
     """Which of the queries `rows` see which of the keys `columns`: `b|1 1 n m`, or None where all see all."""
     seen = None

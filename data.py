@@ -28,7 +28,7 @@ COLOURS = {  # RGB in [0, 1]; all strongly saturated, so that a background never
     "yellow": (0.98, 0.84, 0.08), "purple": (0.58, 0.14, 0.72), "orange": (0.98, 0.50, 0.06),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 3.7, "large": 5.8}  # radius in 32nds of the picture's side
+SIZES = {"small": 4.2, "large": 6.4}  # radius in 32nds of the picture's side
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")  # quarter i: row i // 2, column i % 2
 RELATIONS = ("left", "right", "above", "below")
 NUMBERS = ("zero", "one", "two", "three")
@@ -37,6 +37,7 @@ STYLES = {"dark": (0.45, 0.0), "faded": (0.5, 0.5)}  # picture -> scale · pictu
 FACTS = {"grass": "green", "tomato": "red", "sky": "blue", "lemon": "yellow", "grape": "purple", "carrot": "orange",
          "wheel": "circle", "window": "square", "tent": "triangle", "plus": "cross"}  # told in words, never shown
 HELD_OUT = {("red", "cross"), ("green", "square"), ("blue", "triangle"), ("yellow", "circle")}
+FACT_WORDS = {"size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES), "place": list(PLACES)}
 PAIRS = [pair for pair in product(COLOURS, SHAPES) if pair not in HELD_OUT]
 
 QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation")
@@ -66,6 +67,10 @@ class Object:
     def facts(self) -> tuple:
         return self.shape, self.colour, self.size, self.place
 
+    def word(self, fact: str) -> str:
+        """The word for one of FACT_WORDS's facts; "" where nobody said it."""
+        return ("" if self.place is None else PLACES[self.place]) if fact == "place" else getattr(self, fact)
+
 
 @dataclass(frozen=True)
 class Background:
@@ -92,9 +97,9 @@ class Scene:
 
 
 def random_background(rng: random.Random) -> Background:
-    base = rng.uniform(0.70, 0.90)
-    return Background(tuple(base + rng.uniform(-0.09, 0.09) for _ in range(3)), rng.uniform(0.04, 0.10),
-                      rng.uniform(0, math.pi), rng.uniform(1.5, 4.0), rng.uniform(0, 2 * math.pi))
+    base = rng.uniform(0.68, 0.84)
+    return Background(tuple(base + rng.uniform(-0.09, 0.09) for _ in range(3)), rng.uniform(0.06, 0.14),
+                      rng.uniform(0, math.pi), rng.uniform(1.0, 2.5), rng.uniform(0, 2 * math.pi))
 
 
 def random_object(rng: random.Random, place: int, shape: str = "", colour: str = "", pairs=PAIRS) -> Object:
@@ -126,8 +131,7 @@ def repeated_scene(rng: random.Random, count: int, pairs=PAIRS) -> Scene:
 
 def describe(thing: Object) -> str:
     """The facts that are said: "a large red circle top-left", "a circle"."""
-    place = "" if thing.place is None else PLACES[thing.place]
-    words = [word for word in (thing.size, thing.colour, thing.shape, place) if word]
+    words = [word for word in map(thing.word, FACT_WORDS) if word]
     return ("an " if words[0] == "orange" else "a ") + " ".join(words)
 
 
@@ -155,41 +159,37 @@ def relation_words(relation: str) -> str:
     return f"{relation} of" if relation in ("left", "right") else relation
 
 
+def labels(thing: Object, things: tuple[Object, ...], asked: str) -> list[str]:
+    """Every way to name `thing` that fits it alone among `things` and does not give away what is asked."""
+    ways = {("shape",): f"the {thing.shape}", ("colour",): f"the {thing.colour} object", ("colour", "shape"): name(thing),
+            ("place",): f"the {PLACES[thing.place]} object"}
+
+    def alone(facts):
+        return sum(all(other.word(fact) == thing.word(fact) for fact in facts) for other in things) == 1
+
+    return [label for facts, label in ways.items() if asked not in facts and alone(facts)]
+
+
 def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """One question of `kind` about the scene with its one right answer; None where the scene allows none. An object is
-    named only if the name fits it alone."""
+    """One question of `kind` about the scene with its one right answer; None where the scene allows none. The answer to a
+    relation says its reasons first, both places, then yes or no: it cannot be guessed half of the time."""
     things = scene.objects
-
-    def alone(key):  # objects that no other object equals in `key`
-        return [a for a in things if sum(key(a) == key(b) for b in things) == 1]
-
-    by_pair = alone(lambda thing: (thing.colour, thing.shape))
-    if kind == "colour":
-        options = [(f"the {thing.shape}", thing) for thing in alone(lambda thing: thing.shape)]
-        label, thing = rng.choice(options + [(f"the {PLACES[thing.place]} object", thing) for thing in things])
-        return f"what colour is {label}", thing.colour
-    if kind == "shape":
-        options = [(f"the {thing.colour} object", thing) for thing in alone(lambda thing: thing.colour)]
-        label, thing = rng.choice(options + [(f"the {PLACES[thing.place]} object", thing) for thing in things])
-        return f"what shape is {label}", thing.shape
-    if kind == "size":
-        options = [(name(thing), thing) for thing in by_pair]
-        label, thing = rng.choice(options + [(f"the {PLACES[thing.place]} object", thing) for thing in things])
-        return f"what size is {label}", thing.size
-    if kind == "place" and by_pair:
-        thing = rng.choice(by_pair)
-        return f"where is {name(thing)}", PLACES[thing.place]
     if kind == "count":
         if rng.random() < 0.4:
             return "how many objects are there", NUMBERS[len(things)]
         shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(things).shape
         return f"how many {plural(shape)} are there", NUMBERS[sum(thing.shape == shape for thing in things)]
-    if kind == "relation" and len(by_pair) > 1:
-        first, second = rng.sample(by_pair, 2)
+    named = [(labels(thing, things, "place" if kind == "relation" else kind), thing) for thing in things]
+    named = [(rng.choice(ways), thing) for ways, thing in named if ways]
+    if kind == "relation" and len(named) > 1:
+        (label, first), (other, second) = rng.sample(named, 2)
         yes = rng.random() < 0.5  # as many yes as no; two objects differ in one axis at least, so both can be had
         relation = rng.choice([r for r in RELATIONS if related(first, second, r) == yes])
-        text = f"is {name(first)} {relation_words(relation)} {name(second)}"
-        return text, "yes" if related(first, second, relation) else "no"
+        return (f"is {label} {relation_words(relation)} {other}",
+                f"{PLACES[first.place]} , {PLACES[second.place]} , {'yes' if yes else 'no'}")
+    if kind in FACT_WORDS and named:
+        label, thing = rng.choice(named)
+        return f"where is {label}" if kind == "place" else f"what {kind} is {label}", thing.word(kind)
     return None
 
 
@@ -396,18 +396,17 @@ class DrawnWorld:
             scenes.append(scene)
         return draw(scenes, self.side)
 
-    def prompts(self, indices, kind: str = "", pairs=PAIRS) -> list[Request]:
-        """Requests of one kind, or half whole captions and half GenEval's six; `draw` makes their pictures."""
-        kinds = (kind,) if kind else ("full",) * len(PROMPT_KINDS) + PROMPT_KINDS
+    def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS) -> list[Request]:
+        """Requests of one kind, or whole captions (a share `captions`) and GenEval's six; `draw` makes their pictures."""
         rngs = [self.rng(f"prompt{kind}", index) for index in indices]
-        return [prompt(rng.choice(kinds), rng, pairs) for rng in rngs]
+        return [prompt(kind or ("full" if rng.random() < captions else rng.choice(PROMPT_KINDS)), rng, pairs) for rng in rngs]
 
     def conversations(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]]]:
         """(pictures, one list of (question, answer) each): questions of all kinds, the caption last."""
         scenes, talks = [self.scene(index) for index in indices], []
         for index, scene in zip(indices, scenes):
             rng = self.rng("talk", index)
-            kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "place", "count", "count", "relation")
+            kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "place", "count", "relation")
             asked = [question(scene, kind, rng) for kind in kinds]
             talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene))])
         return draw(scenes, self.side), talks

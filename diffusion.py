@@ -19,15 +19,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attention import attention, linear_attention
+from attention import attention, linear_attention, sine_positions
 from tokenizer import MixFFN
 
 # ---------------------------------------------------------------- flow matching
 
 
 def logit_normal_times(b: int, generator: torch.Generator | None = None) -> Tensor:
-    """σ `b` in (0, 1): the sigmoid of a standard normal, so that the middle of the path is seen most."""
-    return torch.randn(b, generator=generator).sigmoid()
+    """σ `b` in (0, 1): the sigmoid of a standard normal, so that the middle of the path is seen most. One from each of b
+    equally likely slices, in random order: a batch sees the whole path, and its loss varies less."""
+    share = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
+    return torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)).sigmoid()
 
 
 def add_noise(z: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -154,15 +156,6 @@ class DiT(nn.Module):
         shift, scale = (self.table + time[:, None]).unsqueeze(2).unbind(1)
         velocity = self.out(self.norm(x) * (1 + scale) + shift)
         return rearrange(velocity, "b (h w) p -> b p h w", h=h), hidden
-
-
-def sine_positions(h: int, w: int, c: int, device) -> Tensor:
-    """`h·w c`: half of the channels tell the row, half the column, in sines and cosines."""
-    frequencies = 10.0 ** -torch.linspace(0, 2, c // 4, device=device)
-    row, column = (torch.arange(size, device=device)[:, None] * frequencies for size in (h, w))
-    row, column = (torch.cat([a.sin(), a.cos()], -1) for a in (row, column))
-    grid = torch.cat([row[:, None].expand(h, w, -1), column[None].expand(h, w, -1)], -1)
-    return rearrange(grid, "h w c -> (h w) c")
 
 
 class AlignmentHead(nn.Sequential):

@@ -11,6 +11,7 @@ The language model computes what Qwen2.5 does (arXiv 2412.15115): RMSNorm, rotar
 
 import copy
 import difflib
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from attention import attention
+from attention import attention, sine_positions
 from router import FUSIONS, layer_choice
 
 # ---------------------------------------------------------------- words
@@ -188,13 +189,19 @@ class Condition(NamedTuple):
 
 
 class MLLM(nn.Module):
-    """LLM + router + queries + connector. `k` layers are routed, `fusion` is one of router.FUSIONS."""
+    """LLM + router + queries + connector. `k` layers are routed, `fusion` is one of router.FUSIONS.
+
+    `positions`: the connector's reference tokens and queries carry the sines of row and column that the DiT's tokens carry.
+    # differs from paper: there none has; on a small budget they are what lets the DiT find a token's place in the reference.
+    """
 
     def __init__(self, words: WordTokenizer, llm: LanguageModel, k: int, queries: int, connector_layers: int,
-                 condition_width: int, fusion: str = "dtr", connector_start: float = 1.0):
+                 condition_width: int, fusion: str = "dtr", connector_start: float = 1.0, positions: bool = False):
         super().__init__()
         d = llm.norm.weight.shape[0]
-        self.words, self.llm = words, llm
+        if positions and math.isqrt(queries) ** 2 != queries:
+            raise ValueError(f"queries {queries}: with positions they are a square grid, so take 4, 9, 16, …")
+        self.words, self.llm, self.positions = words, llm, positions
         self.choice = layer_choice(len(llm.layers), k)
         self.router = FUSIONS[fusion](d, k)
         nn.init.eye_(self.router.W_p.weight)  # paper leaves open: W_p starts as the identity, so that the connector,
@@ -211,13 +218,12 @@ class MLLM(nn.Module):
 
     # ------------------------------------------------------------ understanding
 
-    def text_loss(self, ids: Tensor, said: Tensor, before: Tensor, owner: Tensor | None = None) -> Tensor:
+    def text_loss(self, ids: Tensor, said: Tensor, cache: list, owner: Tensor | None = None) -> Tensor:
         """Mean next-word loss on the places of ids `r l` (right-padded) where `said` is true: what the model must say.
 
-        `before` `b t d`: embeddings that come first, such as <bos> and a picture. With `owner` `r`, row i follows
-        before[owner[i]]: many questions about one picture, none of which sees another, and the picture is read once.
+        `cache`: what the LLM kept of the embeddings that come first (<bos>, a picture). With `owner` `r`, row i follows
+        entry owner[i] of it: many questions about one picture, none of which sees another, and the picture is read once.
         """
-        _, cache = self.llm(before)
         if owner is not None:
             cache = [(k[owner], v[owner]) for k, v in cache]
         hidden, _ = self.llm(self.embed(ids), cache=cache)
@@ -264,8 +270,12 @@ class MLLM(nn.Module):
         asked, _ = self.llm(repeat(self.queries, "q d -> b q d", b=b), mask, cache)
         H = torch.stack([torch.cat([seen[i], asked[i]], 1) for i in self.choice], 2)  # b l k d
         mixed, weights = self.router(H)  # Ĥ
-        if f_v is not None:  # reference positions: the encoder's own tokens, past the LLM
-            mixed = torch.cat([mixed[:, :t], f_v, mixed[:, t + f_v.shape[1]:]], 1)
+        said, shown, asked = mixed.split([t, mixed.shape[1] - t - len(self.queries), len(self.queries)], 1)
+        if f_v is not None:
+            shown = f_v  # reference positions: the encoder's own tokens, past the LLM
+        if self.positions:
+            shown, asked = shown + grid_positions(shown), asked + grid_positions(asked)
+        mixed = torch.cat([said, shown, asked], 1)
         return Condition(self.connector(mixed, mask), mask, weights)
 
     def text_condition(self, ids: Tensor, mask: Tensor) -> Condition:
@@ -276,6 +286,12 @@ class MLLM(nn.Module):
             hidden, _ = self.llm(self.llm.embedding(ids), mask)
             mixed = torch.stack([hidden[i] for i in self.choice], 2).mean(2)
         return Condition(self.connector(F.layer_norm(mixed, mixed.shape[-1:]), mask), mask)
+
+
+def grid_positions(x: Tensor) -> Tensor:
+    """Sines of row and column for tokens `b n d` of a square grid, `n d`."""
+    side = math.isqrt(x.shape[1])
+    return sine_positions(side, side, x.shape[2], x.device)
 
 
 if __name__ == "__main__":

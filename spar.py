@@ -64,18 +64,19 @@ class Config:
     condition_width: int = 128
     # diffusion transformer (SANA)
     c: int = 128
-    dit_layers: int = 6
+    dit_layers: int = 4
     dit_heads: int = 4
     dit_cross_heads: int = 4
     dit_mlp_ratio: float = 2.5
-    dit_positions: bool = True  # differs from paper: SANA has none; a 4×4 grid without them learns places slowly
-    align_block: int = 3  # L_align reads the tokens after this block
+    positions: bool = True  # differs from paper: sines of row and column on DiT tokens, reference tokens and queries
+    align_block: int = 2  # L_align reads the tokens after this block
     align_hidden: int = 256
     # losses: weights of the terms
     lambda_lpips: float = 0.02  # perceptual (paper: 1.1)
     lpips_weights: str = ""  # file with VGG16's and LPIPS's weights; empty: features of the frozen pixel encoder
-    lambda_z: float = 1e-4  # keeps P2's latents small
+    lambda_z: float = 1e-3  # keeps P2's latents small
     lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
+    keep_p: float = 0.02  # L_p goes on in T2 and T3, so that P3's DiT still knows the latents (paper: 0)
     lambda_s: float = 0.3  # L_s, the encoder stays close to itself (T3)
     lambda_gan: float = 0.002  # L_GAN (T3)
     lambda_a: float = 0.5  # L_align (U2, U3)
@@ -84,9 +85,9 @@ class Config:
     lecam: float = 0.001
     encoder_rate: float = 0.1  # T3: the encoder's learning rate as a share of the stage's
     # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (650, 350, 500, 120, 100, 350, 80, 600, 120)
-    batch: tuple = (24, 32, 48, 32, 32, 32, 32, 32, 32)
-    lr: tuple = (2e-3, 2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4)
+    steps: tuple = (700, 400, 800, 150, 100, 350, 80, 600, 120)
+    batch: tuple = (24, 32, 32, 32, 32, 32, 32, 32, 32)
+    lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4)
     optimizer: str = "muon"  # muon | adamw
     muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
     weight_decay: float = 1e-4
@@ -138,9 +139,9 @@ class SPAR(nn.Module):
                                    f.tokenizer, symmetric[0])
         llm = LanguageModel(len(self.words), f.d, f.llm_layers, f.llm_heads, f.llm_kv_heads, f.llm_mlp)
         self.mllm = MLLM(self.words, llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion,
-                         f.connector_start)
+                         f.connector_start, f.positions)
         self.dit = DiT(f.p, f.c, f.dit_layers, f.dit_heads, f.dit_cross_heads, f.condition_width, f.dit_mlp_ratio,
-                       f.align_block, f.dit_positions, f.reference == "latent")
+                       f.align_block, f.positions, f.reference == "latent")
         self.align_head = AlignmentHead(f.c, f.align_hidden, f.d)
         self.register_buffer("latent_scale", torch.ones(()))  # makes the DiT's data variance 1 (paper: 10.6)
 
@@ -303,8 +304,6 @@ def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
 def load_stage(model: SPAR, run: Path, name: str) -> dict:
     """Lays the averaged weights of <name>.pt over the model; returns the file's content. What a stage did not train stays."""
     content = torch.load(run / f"{name}.pt", map_location=model.device, weights_only=True)
-    if name == "P3":  # it began with the connector as a copy of what P1 made of the LLM's last layers
-        model.mllm.connector.copy_layers(model.mllm.llm)
     known = dict(model.named_parameters())
     with torch.no_grad():
         for key, value in content["ema"].items():

@@ -23,11 +23,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from einops import repeat
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DrawnWorld, draw
+from data import FACT_WORDS, DrawnWorld, Scene, draw
 from diffusion import add_noise, alignment_loss, equally_long, flow_matching_loss, logit_normal_times
 from evaluate import evaluate, print_tables
 from muon import Muon
@@ -55,18 +56,42 @@ class Helpers:
 
 
 def language_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
-    """P1: the next word, on answers (L_lm) and captions (L_caption) about pictures, and on facts told in words (L_text)."""
+    """P1: the next word, on answers (L_lm) and captions (L_caption) about pictures, and on facts told in words (L_text);
+    and names for what each visual token shows (L_name)."""
     images, talks = h.world.conversations(numbers)
     f_v = model.tokenizer.features(images.to(model.device))
     start = torch.tensor([model.before_answer("")] * len(images), device=model.device)
-    before = model.mllm.embed(start, f_v)  # <bos> and the picture
-    owner = torch.tensor([i for i, talk in enumerate(talks) for _ in talk[:-1]], device=model.device)
-    losses = {"L_lm": model.mllm.text_loss(*dialogue(model, [turn for talk in talks for turn in talk[:-1]]), before, owner),
-              "L_caption": model.mllm.text_loss(*dialogue(model, [talk[-1] for talk in talks]), before)}
+    _, cache = model.mllm.llm(model.mllm.embed(start, f_v))  # <bos> and the picture, read once
+    turns = [(i, turn) for i, talk in enumerate(talks) for turn in talk[:-1]]
+    turns.sort(key=lambda pair: sum(text.count(" ") for text in pair[1]))
+    cut = len(turns) * 7 // 8  # the longest apart, so that the short ones are not padded to their length
+    parts = [(dialogue(model, [turn for _, turn in part]), torch.tensor([i for i, _ in part], device=model.device))
+             for part in (turns[:cut], turns[cut:])]
+    said = sum(said.sum() for (_, said), _ in parts)
+    losses = {"L_lm": sum(model.mllm.text_loss(*words, cache, owner) * words[1].sum() / said for words, owner in parts),
+              "L_caption": model.mllm.text_loss(*dialogue(model, [talk[-1] for talk in talks]), cache)}
+    if "L_name" in wanted:
+        losses["L_name"] = naming_loss(f_v, [h.world.scene(index) for index in numbers], model)
     if "L_text" in wanted:
         facts = h.world.texts(numbers[::4])
-        losses["L_text"] = model.mllm.text_loss(*dialogue(model, facts), model.mllm.embed(start[::4, :1]))
+        _, bos = model.mllm.llm(model.mllm.embed(start[::4, :1]))
+        losses["L_text"] = model.mllm.text_loss(*dialogue(model, facts), bos)
     return losses
+
+
+def naming_loss(f_v: Tensor, scenes: list[Scene], model: SPAR) -> Tensor:
+    """L_name: each visual token `b n d` of a thing's quarter, held against the embeddings of words, is nearest to those of
+    the thing's size, colour, shape and place. Grounding, densely: a question then finds what it names by likeness."""
+    half = int(f_v.shape[1] ** 0.5) // 2
+    quarters = rearrange(f_v, "b (r y s x) d -> b (r s) (y x) d", r=2, s=2, y=half, x=half)
+    found = [(b, thing) for b, scene in enumerate(scenes) for thing in scene.objects]
+    tokens = quarters[[b for b, _ in found], [thing.place for _, thing in found]]  # things, tokens of each, d
+    terms = []
+    for fact, words in FACT_WORDS.items():
+        likeness = tokens @ model.mllm.llm.embedding.weight[[model.words.ids[word] for word in words]].T
+        right = torch.tensor([words.index(thing.word(fact)) for _, thing in found], device=f_v.device)
+        terms.append(F.cross_entropy(likeness.flatten(0, 1), right.repeat_interleave(tokens.shape[1])))
+    return torch.stack(terms).mean()
 
 
 def dialogue(model: SPAR, turns: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
@@ -89,8 +114,7 @@ def autoencoder_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) ->
 
 def drawing_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
     """P3: the DiT learns to draw P2's latents from the LLM's text states, as SANA does."""
-    quarter = len(numbers) // 4  # whole captions mostly: what is left unsaid is noise to a model that starts from nothing
-    requests = h.world.prompts(numbers[:quarter]) + h.world.prompts(numbers[quarter:], "full")
+    requests = h.world.prompts(numbers, captions=wanted["captions"])
     images = draw([request.scene for request in requests], h.world.side).to(model.device)
     with torch.no_grad():
         z = model.as_grid(model.pixel_encoder(images)) * model.latent_scale
@@ -123,7 +147,7 @@ def unified_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Los
     """U1 to U3: draw (and edit) z_f through queries, router and connector; the tokenizer teaches the DiT (L_align)."""
     split = len(numbers) - round(len(numbers) * wanted["edits"])
     losses, parts = {}, []
-    requests, edits = h.world.prompts(numbers[:split]), h.world.edits(numbers[split:])
+    requests, edits = h.world.prompts(numbers[:split], captions=wanted["captions"]), h.world.edits(numbers[split:])
     if requests:
         words = model.encode_prompts(some_emptied([request.text for request in requests], model, h))
         parts.append(model.mllm.condition(*words))
@@ -180,6 +204,7 @@ class Stage:
     compute: Callable[..., Losses]
     losses: dict[str, float | str]
     edits: float | str = 0.0  # share of the batch that edits
+    captions: float = 0.5  # share of whole captions among what is drawn: nothing left unsaid; the rest are short requests
     cost: float = 1.0  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
 
 
@@ -191,20 +216,20 @@ DRAW = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
     Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_losses,
-          {"L_lm": 1.0, "L_caption": 1.0, "L_text": 0.2}, cost=13),
+          {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.2}, cost=13),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
           autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=8),
-    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "mllm.connector.out": 1.0}, drawing_losses, {"L_fm": 1.0},
-          cost=6),
+    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "mllm.connector": 1.0}, drawing_losses, {"L_fm": 1.0},
+          captions=0.7, cost=6),
     Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_p": "lambda_p"}, cost=8),
-    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, tokenizer_losses, SEE,
-          cost=9),
+    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, tokenizer_losses,
+          SEE | {"L_p": "keep_p"}, cost=9),
     Stage("T3", "encoder fine-tuning with self-distillation",
           STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, tokenizer_losses,
-          SEE | {"L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=11),
+          SEE | {"L_p": "keep_p", "L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=11),
     Stage("U1", "connector pre-training", BRIDGE, unified_losses, {"L_fm": 1.0}, cost=7),
     Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits", cost=11),
-    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", cost=11),
+    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", captions=0.0, cost=11),
 ]
 
 
@@ -294,7 +319,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, second
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak"]
         numbers = range(step * batch, (step + 1) * batch)
-        losses = stage.compute(model, numbers, terms | {"edits": number(stage.edits, f)}, h)
+        losses = stage.compute(model, numbers, terms | {"edits": number(stage.edits, f), "captions": stage.captions}, h)
         for symbol, value in losses.items():
             if not math.isfinite(value.item()):
                 raise UserError(f"{stage.name} step {step}: {symbol} is {value.item()}; lower --lr or raise --warmup")
@@ -395,7 +420,7 @@ def check_same_run(config: Config, run: Path) -> None:
     path.write_text(json.dumps(asdict(config), indent=1) + "\n")
 
 
-FIRST_TOUCHED = {"lambda_lpips": "T1", "lambda_p": "T1", "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "lecam": "T3",
+FIRST_TOUCHED = {"lambda_lpips": "T1", "lambda_p": "T1", "keep_p": "T2", "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "lecam": "T3",
                  "encoder_rate": "T3", "gan_width": "T3", "lambda_a": "U2", "edits": "U2", "tokenizer": "T1", "symmetric": "T1",
                  "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1", "lpips_weights": "T1", "anchor": "T3",
                  "freeze_encoder": "T3", "fusion": "U1", "k": "U1", "queries": "U1", "connector_layers": "U1",

@@ -46,7 +46,7 @@ def test_clean_drawings_are_read_without_error(side):
 
 def test_held_out_pairs_and_edited_looks_are_read_without_error():
     world = DrawnWorld(split="test")
-    scenes = [r.scene for r in world.prompts(range(150), "full", list(HELD_OUT))]
+    scenes = [r.scene for r in world.prompts(range(150), "full", pairs=list(HELD_OUT))]
     for ground in PLAIN.values():
         scenes += [replace(scene, background=Background(ground)) for scene in scenes[:50]]
     for style in ("", *STYLES):

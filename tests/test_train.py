@@ -13,7 +13,7 @@ from spar import NAMES, SPAR, UserError, load_run
 
 ROOT = Path(__file__).parent.parent
 TRAINS = {  # README and paper: what each stage trains, as name prefixes
-    "P1": ("tokenizer.vision", "mllm.llm"), "P2": ("pixel_encoder", "tokenizer.decoder"), "P3": ("dit", "mllm.connector.out"),
+    "P1": ("tokenizer.vision", "mllm.llm"), "P2": ("pixel_encoder", "tokenizer.decoder"), "P3": ("dit", "mllm.connector"),
     "T1": ("tokenizer.semantic_stream", "tokenizer.pixel_stream", "tokenizer.fusion"),
     "T2": ("tokenizer.semantic_stream", "tokenizer.pixel_stream", "tokenizer.fusion", "tokenizer.decoder"),
     "T3": ("tokenizer",), "U1": ("mllm.queries", "mllm.router", "mllm.connector"),
@@ -57,7 +57,7 @@ def test_with_a_frozen_encoder_t3_leaves_it_alone_to_the_bit(tiny, tmp_path):
 
 @pytest.mark.parametrize("name, field, symbol", [
     ("T1", "lambda_lpips", "L_lpips"), ("T1", "lambda_p", "L_p"), ("T3", "lambda_s", "L_s"), ("T3", "lambda_gan", "L_gan"),
-    ("U2", "lambda_a", "L_align"), ("P2", "lambda_z", "L_z")])
+    ("U2", "lambda_a", "L_align"), ("P2", "lambda_z", "L_z"), ("T2", "keep_p", "L_p")])
 def test_a_term_with_weight_zero_leaves_no_trace(name, field, symbol, tiny, tmp_path):
     logs = {}
     for weight in (0.0, 0.5):
