@@ -46,7 +46,7 @@ EDIT_KINDS = ("add", "adjust", "extract", "replace", "remove", "background", "st
 
 WORDS = [*COLOURS, *SHAPES, *(shape_s for shape_s in ("circles", "squares", "triangles", "crosses")), *SIZES, *PLACES,
          *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
-         objects object are there describe yes no in with to it make add extract replace remove move background picture
+         objects object are there describe which way from in with to make add extract replace remove move background picture
          shaped like ,""".split()]
 
 
@@ -171,8 +171,8 @@ def labels(thing: Object, things: tuple[Object, ...], asked: str) -> list[str]:
 
 
 def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """One question of `kind` about the scene with its one right answer; None where the scene allows none. The answer to a
-    relation says its reasons first, both places, then yes or no: it cannot be guessed half of the time."""
+    """One question of `kind` about the scene with its one right answer; None where the scene allows none. A relation is asked
+    for all of the way from one thing to the other, "left above", so that no answer is right by chance half of the time."""
     things = scene.objects
     if kind == "count":
         if rng.random() < 0.4:
@@ -183,14 +183,19 @@ def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | N
     named = [(rng.choice(ways), thing) for ways, thing in named if ways]
     if kind == "relation" and len(named) > 1:
         (label, first), (other, second) = rng.sample(named, 2)
-        yes = rng.random() < 0.5  # as many yes as no; two objects differ in one axis at least, so both can be had
-        relation = rng.choice([r for r in RELATIONS if related(first, second, r) == yes])
-        return (f"is {label} {relation_words(relation)} {other}",
-                f"{PLACES[first.place]} , {PLACES[second.place]} , {'yes' if yes else 'no'}")
+        return f"which way is {label} from {other}", " ".join(r for r in RELATIONS if related(first, second, r))
     if kind in FACT_WORDS and named:
         label, thing = rng.choice(named)
         return f"where is {label}" if kind == "place" else f"what {kind} is {label}", thing.word(kind)
     return None
+
+
+def look_question(scene: Scene) -> tuple[str, str] | None:
+    """What an edit may have done to the whole picture; None for one that is as it was."""
+    if scene.style:
+        return "how is the picture", scene.style
+    plain = [word for word, tint in PLAIN.items() if scene.background.tint == tint]
+    return ("how is the background", plain[0]) if plain else None
 
 
 def twin(scene: Scene, rng: random.Random) -> tuple[Scene, str, str, str]:
@@ -320,6 +325,23 @@ def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS)
     raise ValueError(f"unknown kind of edit {kind!r}: one of {', '.join(EDIT_KINDS)}")
 
 
+def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """An instruction as a question: what does it change, and into what? "make the red circle blue" -> "top-left , a large
+    blue circle top-left". None where the name in it fits two things."""
+    change = edit(rng.choice([kind for kind in EDIT_KINDS if kind != "hybrid"]), rng, scene)
+    if change.kind in ("background", "style"):
+        *_, what, word = change.instruction.split()
+        return change.instruction, f"{what} , {word}"
+    gone, come = ([thing for thing in one.objects if thing not in other.objects]
+                  for one, other in ((scene, change.target), (change.target, scene)))
+    if change.kind == "extract":
+        gone, come = [], list(change.target.objects)
+    named = come[0] if change.kind == "extract" else gone[0] if gone else None
+    if named and sum((other.colour, other.shape) == (named.colour, named.shape) for other in scene.objects) > 1:
+        return None
+    return change.instruction, " , ".join([PLACES[(gone or come)[0].place], *map(describe, come)])
+
+
 # ---------------------------------------------------------------- drawing
 
 
@@ -385,16 +407,14 @@ class DrawnWorld:
         rng = self.rng(what, index)
         return repeated_scene(rng, rng.randint(2, 3)) if rng.random() < 0.15 else random_scene(rng)
 
+    def look(self, index: int) -> Scene:
+        """The scene; one in four with a plain background or a style, as edits give them."""
+        rng, scene = self.rng("look", index), self.scene(index)
+        return edit(rng.choice(("background", "style")), rng, scene).target if rng.random() < 0.25 else scene
+
     def pictures(self, indices) -> Tensor:
-        """Pictures alone, with the looks that edits give some of them (plain backgrounds, styles)."""
-        scenes = []
-        for index in indices:
-            rng = self.rng("look", index)
-            scene = self.scene(index)
-            if rng.random() < 0.25:
-                scene = edit(rng.choice(("background", "style")), rng, scene).target
-            scenes.append(scene)
-        return draw(scenes, self.side)
+        """Pictures alone."""
+        return draw([self.look(index) for index in indices], self.side)
 
     def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS) -> list[Request]:
         """Requests of one kind, or whole captions (a share `captions`) and GenEval's six; `draw` makes their pictures."""
@@ -402,12 +422,12 @@ class DrawnWorld:
         return [prompt(kind or ("full" if rng.random() < captions else rng.choice(PROMPT_KINDS)), rng, pairs) for rng in rngs]
 
     def conversations(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]]]:
-        """(pictures, one list of (question, answer) each): questions of all kinds, the caption last."""
-        scenes, talks = [self.scene(index) for index in indices], []
+        """(pictures, one list of (question, answer) each): questions of all kinds, an instruction, the caption last."""
+        scenes, talks = [self.look(index) for index in indices], []
         for index, scene in zip(indices, scenes):
             rng = self.rng("talk", index)
-            kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "place", "count", "relation")
-            asked = [question(scene, kind, rng) for kind in kinds]
+            kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "count", "relation")
+            asked = [*(question(scene, kind, rng) for kind in kinds), look_question(scene), grounding(scene, rng)]
             talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene))])
         return draw(scenes, self.side), talks
 

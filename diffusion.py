@@ -110,8 +110,10 @@ class DiT(nn.Module):
 
     `positions`: add sines of row and column to the latent tokens.
     # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner. Full presets: none.
-    `reference`: take the reference picture's clean latent on p extra channels (InstructPix2Pix, arXiv 2211.09800).
-    # differs from paper: there the reference reaches the DiT through the condition alone. Default: off.
+    `reference`: take the reference picture's clean latent z_r on p extra channels (InstructPix2Pix, arXiv 2211.09800), and
+    as the origin of the flow: x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z − z_r, of velocity
+    v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
+    # differs from paper: there the reference reaches the DiT through the condition alone. Full presets: off.
     """
 
     def __init__(self, p: int, c: int, layers: int, heads: int, cross_heads: int, condition_width: int,
@@ -141,10 +143,12 @@ class DiT(nn.Module):
     def forward(self, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None = None,
                 reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h = x_t.shape[2]
+        if reference is not None:
+            x_t = x_t - (1 - rearrange(sigma, "b -> b 1 1 1")) * reference
         x = self.embed(rearrange(x_t, "b p h w -> b (h w) p"))
         if self.positions:
             x = x + sine_positions(h, x_t.shape[3], x.shape[-1], x.device)
-        if self.reference is not None and reference is not None:
+        if reference is not None:
             x = x + self.reference(rearrange(reference, "b p h w -> b (h w) p"))
         time = self.time(sigma)
         modulation = rearrange(self.modulation(time), "b (six c) -> b six c", six=6)
@@ -154,8 +158,8 @@ class DiT(nn.Module):
             if number == self.align_block:
                 hidden = x  # f_dit, what L_align reads
         shift, scale = (self.table + time[:, None]).unsqueeze(2).unbind(1)
-        velocity = self.out(self.norm(x) * (1 + scale) + shift)
-        return rearrange(velocity, "b (h w) p -> b p h w", h=h), hidden
+        velocity = rearrange(self.out(self.norm(x) * (1 + scale) + shift), "b (h w) p -> b p h w", h=h)
+        return velocity if reference is None else velocity - reference, hidden
 
 
 class AlignmentHead(nn.Sequential):

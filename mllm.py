@@ -1,7 +1,7 @@
 """The language side: words, language model, learnable queries, connector (paper, Sec. 3.3).
 
 To answer:   <bos> f_v of the picture, question ─ LLM ─ answer, word by word
-To draw:     <bos> words, [f_v of a reference], queries ─ LLM (frozen, causal) ─ K hidden states ─ router ─ Ĥ
+To draw:     <bos> [f_v of a reference], words, queries ─ LLM (frozen, causal) ─ K hidden states ─ router ─ Ĥ
              Ĥ, at reference positions f_v again ─ connector (bidirectional) ─ condition of the DiT `b l e`
 
 The language model computes what Qwen2.5 does (arXiv 2412.15115): RMSNorm, rotary positions, grouped queries, SwiGLU.
@@ -254,29 +254,28 @@ class MLLM(nn.Module):
     # ------------------------------------------------------------ the way to the DiT
 
     def condition(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None) -> Condition:
-        """Words `b t` (left-padded), optional reference f_v `b n d` -> the DiT's condition `b l e`, l = t + n + q.
+        """Words `b t` (left-padded), with `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l e`,
+        l = t + q.
 
+        # differs from paper: there the reference follows the words; here it stands before them, as in a question about a
+        # picture, so that the frozen LLM finds what an instruction names as it finds what a question names.
         The LLM is frozen here and causal, so what stands before the queries does not depend on anything that trains:
         it is computed without gradient, and only the queries are followed through the LLM's layers.
         """
         b, t = ids.shape
         with torch.no_grad():
-            before = self.llm.embedding(ids)
-            if f_v is not None:
-                before = torch.cat([before, f_v], 1)
-                mask = torch.cat([mask, mask.new_ones(b, f_v.shape[1])], 1)
-            seen, cache = self.llm(before, mask)
+            seen, cache = self.llm(self.embed(ids, f_v), mask)
         mask = torch.cat([mask, mask.new_ones(b, len(self.queries))], 1)
         asked, _ = self.llm(repeat(self.queries, "q d -> b q d", b=b), mask, cache)
         H = torch.stack([torch.cat([seen[i], asked[i]], 1) for i in self.choice], 2)  # b l k d
         mixed, weights = self.router(H)  # Ĥ
-        said, shown, asked = mixed.split([t, mixed.shape[1] - t - len(self.queries), len(self.queries)], 1)
-        if f_v is not None:
-            shown = f_v  # reference positions: the encoder's own tokens, past the LLM
+        said, asked = mixed.split([t, len(self.queries)], 1)
+        if f_v is not None:  # reference positions: the encoder's own tokens, past the LLM
+            shown = f_v + grid_positions(f_v) if self.positions else f_v
+            said = said.masked_scatter((ids == self.words.image_id)[..., None], shown)
         if self.positions:
-            shown, asked = shown + grid_positions(shown), asked + grid_positions(asked)
-        mixed = torch.cat([said, shown, asked], 1)
-        return Condition(self.connector(mixed, mask), mask, weights)
+            asked = asked + grid_positions(asked[:1])
+        return Condition(self.connector(torch.cat([said, asked], 1), mask), mask, weights)
 
     def text_condition(self, ids: Tensor, mask: Tensor) -> Condition:
         """What a plain text-to-image model reads (stage P3, in SANA's place): the LLM's states, without queries or routing.
@@ -300,10 +299,10 @@ if __name__ == "__main__":
     mllm = MLLM(words, LanguageModel(len(words), 128, 4, 4, 2, 352), k=4, queries=16, connector_layers=2, condition_width=96)
     f_v = torch.randn(2, 16, 128)
     question = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("what is it?")] * 2)
-    prompt = torch.tensor([[words.bos_id, *words.encode("a red circle")]] * 2)
+    prompt = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("a red circle")] * 2)
     print("question   b l   ", tuple(question.shape), " with f_v b n d", tuple(f_v.shape))
     print("answers          ", [words.decode(r) for r in mllm.answer(question, question > 0, f_v, max_new=3)])
     tokens, mask, weights = mllm.condition(prompt, prompt > 0, f_v)
-    print("condition  b l e ", tuple(tokens.shape), " of", prompt.shape[1], "words, 16 visual tokens, 16 queries")
+    print("condition  b l e ", tuple(tokens.shape), " of 4 words, 16 visual tokens, 16 queries")
     print("weights    b l k ", tuple(weights.shape))
     assert tokens.shape == (2, 4 + 16 + 16, 96) and weights.shape == (2, 36, 4)

@@ -109,9 +109,10 @@ def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) 
     words = ["<bos>", *model.words.decode(model.words.encode(prompt)).split()]  # as the model reads them
     queries = model.config.queries
     layers = [f"layer {i}" for i in model.mllm.choice]
-    rows = [*words, *(["picture (mean)"] if reference is not None else []), "queries (mean)"]
-    inside = weights[len(words):-queries]
-    shown = [weights[:len(words)], *([inside.mean(0, keepdim=True)] if len(inside) else []), weights[-queries:].mean(0, keepdim=True)]
+    rows = ["<bos>", *(["picture (mean)"] if reference is not None else []), *words[1:], "queries (mean)"]
+    seen = len(weights) - len(words) - queries  # visual tokens of the reference, between <bos> and the words
+    shown = [weights[:1], *([weights[1:1 + seen].mean(0, keepdim=True)] if seen else []), weights[1 + seen:-queries],
+             weights[-queries:].mean(0, keepdim=True)]
     return [heat_map(torch.cat(shown), rows, layers, f"routing: “{prompt}”"), query_grids(weights[-queries:], layers)]
 
 

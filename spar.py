@@ -76,18 +76,18 @@ class Config:
     lpips_weights: str = ""  # file with VGG16's and LPIPS's weights; empty: features of the frozen pixel encoder
     lambda_z: float = 1e-3  # keeps P2's latents small
     lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
-    keep_p: float = 0.02  # L_p goes on in T2 and T3, so that P3's DiT still knows the latents (paper: 0)
-    lambda_s: float = 0.3  # L_s, the encoder stays close to itself (T3)
+    lambda_f: float = 0.02  # L_f, z_f onto the pixel latents, so that P3's DiT still knows what it draws (paper: 0)
+    lambda_s: float = 0.05  # L_s, the encoder stays close to itself (T3)
     lambda_gan: float = 0.002  # L_GAN (T3)
     lambda_a: float = 0.5  # L_align (U2, U3)
     gan_start: float = 0.3  # share of T3 after which the adversary joins
     gan_width: int = 16  # channels of the discriminator's first layer
     lecam: float = 0.001
-    encoder_rate: float = 0.1  # T3: the encoder's learning rate as a share of the stage's
+    encoder_rate: float = 0.5  # T3: the encoder's learning rate as a share of the stage's
     # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (700, 400, 800, 150, 100, 350, 80, 600, 120)
-    batch: tuple = (24, 32, 32, 32, 32, 32, 32, 32, 32)
-    lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-4)
+    steps: tuple = (750, 650, 650, 200, 80, 600, 60, 1100, 250)
+    batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)
+    lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)
     optimizer: str = "muon"  # muon | adamw
     muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
     weight_decay: float = 1e-4
@@ -97,7 +97,7 @@ class Config:
     ema: float = 0.99
     draws: int = 2  # times and noises for each picture and condition
     drop_words: float = 0.1  # share of emptied prompts, for guidance
-    edits: float = 0.5  # share of editing in U2 and U3
+    edits: float = 0.6  # share of editing in U2 and U3
     # ablations (README)
     tokenizer: str = "dual"  # dual | semantic-only | pixel-only
     symmetric: str = ""  # "" | with | without: both streams with, or both without, a Transformer
@@ -107,7 +107,7 @@ class Config:
     anchor: bool = True  # L_s in T3
     freeze_encoder: bool = False  # T3 without training the encoder
     skip_stage: str = ""  # T1 | T2 | T3
-    reference: str = "tokens"  # tokens: the paper's path | latent: z_f of the reference joined on channels as well
+    reference: str = "latent"  # tokens: the paper's path | latent: the flow starts at the reference's z_f as well
 
 
 CHOICES = {"tokenizer": ("dual", "semantic-only", "pixel-only"), "symmetric": ("", "with", "without"),
@@ -158,11 +158,11 @@ class SPAR(nn.Module):
         ids = torch.tensor([pad + row if left else row + pad for pad, row in zip(pads, rows)], device=self.device)
         return ids, ids != self.words.pad_id
 
-    def encode_prompts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """What stands before reference and queries: <bos> and the words. An empty text is <bos> alone."""
-        return self.encode_rows([[self.words.bos_id, *self.words.encode(text)] for text in texts])
+    def encode_prompts(self, texts: list[str], has_image: bool = False) -> tuple[Tensor, Tensor]:
+        """What stands before an answer or before the queries: <bos>, the place of a picture, the words."""
+        return self.encode_rows([self.before_answer(text, has_image) for text in texts])
 
-    def before_answer(self, question: str, has_image: bool = True) -> list[int]:
+    def before_answer(self, question: str, has_image: bool) -> list[int]:
         images = [self.words.image_id] * (self.config.side // (2 * self.config.patch)) ** 2 if has_image else []
         return [self.words.bos_id, *images, *self.words.encode(question)]
 
@@ -187,7 +187,7 @@ class SPAR(nn.Module):
                generator: torch.Generator | None = None) -> list[str]:
         """One answer for each question about its picture (None: questions about words alone)."""
         f_v = None if images is None else self.tokenizer.features(images)
-        ids, mask = self.encode_rows([self.before_answer(question, images is not None) for question in questions])
+        ids, mask = self.encode_prompts(questions, images is not None)
         replies = self.mllm.answer(ids, mask, f_v, max_new, temperature, generator)
         return [self.words.decode(reply) for reply in replies]
 
@@ -203,7 +203,8 @@ class SPAR(nn.Module):
         f_v = latent = None
         if references is not None:
             latent, f_v = self.clean_latent(references)
-        words, empty = self.encode_prompts(prompts), self.encode_prompts([""] * b)
+            latent = latent if f.reference == "latent" else None
+        words, empty = (self.encode_prompts(texts, references is not None) for texts in (prompts, [""] * b))
         if text_only:
             condition, nothing = self.mllm.text_condition(*words), self.mllm.text_condition(*empty)
         else:
@@ -212,7 +213,7 @@ class SPAR(nn.Module):
         noise = torch.randn(b, f.p, grid, grid, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
         def velocity(x, sigma, tokens, mask):
-            reference = None if latent is None else latent.repeat(len(x) // b, 1, 1, 1)
+            reference = None if latent is None else latent.repeat(len(x) // b, 1, 1, 1)  # guided: with words and without
             return self.dit(x, sigma, tokens, mask, reference)[0]
 
         z, path = sample(guided(velocity, condition[:2], nothing[:2], guidance), noise, steps, sampler)

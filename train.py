@@ -60,7 +60,7 @@ def language_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Lo
     and names for what each visual token shows (L_name)."""
     images, talks = h.world.conversations(numbers)
     f_v = model.tokenizer.features(images.to(model.device))
-    start = torch.tensor([model.before_answer("")] * len(images), device=model.device)
+    start = torch.tensor([model.before_answer("", has_image=True)] * len(images), device=model.device)
     _, cache = model.mllm.llm(model.mllm.embed(start, f_v))  # <bos> and the picture, read once
     turns = [(i, turn) for i, talk in enumerate(talks) for turn in talk[:-1]]
     turns.sort(key=lambda pair: sum(text.count(" ") for text in pair[1]))
@@ -123,14 +123,18 @@ def drawing_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Los
 
 
 def tokenizer_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
-    """T1 to T3: reconstruct; land on the pixel latents (L_p); stay what the encoder was (L_s); look real (L_gan)."""
+    """T1 to T3: reconstruct; land on the pixel latents with z_p (L_p) and z_f (L_f); stay what the encoder was (L_s); look
+    real (L_gan)."""
     images = h.world.pictures(numbers).to(model.device)
     reconstruction, f_v, latents = model.tokenizer(images)
     losses = {"L_mse": (reconstruction - images).square().mean()}
     if "L_lpips" in wanted:
         losses["L_lpips"] = h.perceptual(reconstruction, images)
+    pixel_latent = model.pixel_encoder(images).detach()  # E_p'(I)
     if "L_p" in wanted and latents.pixel is not None:
-        losses["L_p"] = (latents.pixel - model.pixel_encoder(images).detach()).square().mean()
+        losses["L_p"] = (latents.pixel - pixel_latent).square().mean()
+    if "L_f" in wanted:
+        losses["L_f"] = (latents.fused - pixel_latent).square().mean()
     if "L_s" in wanted:
         with torch.no_grad():
             f_was = h.teacher(images)  # f'_v
@@ -153,7 +157,7 @@ def unified_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Los
         parts.append(model.mllm.condition(*words))
     if edits:
         sources = draw([edit.source for edit in edits], h.world.side).to(model.device)
-        words = model.encode_prompts(some_emptied([edit.instruction for edit in edits], model, h))
+        words = model.encode_prompts(some_emptied([edit.instruction for edit in edits], model, h), has_image=True)
         with torch.no_grad():
             reference, f_v = model.clean_latent(sources)
         parts.append(model.mllm.condition(*words, f_v))
@@ -220,16 +224,16 @@ STAGES = [
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
           autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=8),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "mllm.connector": 1.0}, drawing_losses, {"L_fm": 1.0},
-          captions=0.7, cost=6),
-    Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_p": "lambda_p"}, cost=8),
+          captions=0.5, cost=6),
+    Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_f": "lambda_f", "L_p": "lambda_p"}, cost=8),
     Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, tokenizer_losses,
-          SEE | {"L_p": "keep_p"}, cost=9),
+          SEE | {"L_f": "lambda_f"}, cost=9),
     Stage("T3", "encoder fine-tuning with self-distillation",
           STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, tokenizer_losses,
-          SEE | {"L_p": "keep_p", "L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=11),
+          SEE | {"L_f": "lambda_f", "L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=11),
     Stage("U1", "connector pre-training", BRIDGE, unified_losses, {"L_fm": 1.0}, cost=7),
-    Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits", cost=11),
-    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", captions=0.0, cost=11),
+    Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits", captions=0.3, cost=11),
+    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", captions=0.3, cost=11),
 ]
 
 
@@ -420,7 +424,7 @@ def check_same_run(config: Config, run: Path) -> None:
     path.write_text(json.dumps(asdict(config), indent=1) + "\n")
 
 
-FIRST_TOUCHED = {"lambda_lpips": "T1", "lambda_p": "T1", "keep_p": "T2", "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "lecam": "T3",
+FIRST_TOUCHED = {"lambda_lpips": "T1", "lambda_p": "T1", "lambda_f": "T1", "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "lecam": "T3",
                  "encoder_rate": "T3", "gan_width": "T3", "lambda_a": "U2", "edits": "U2", "tokenizer": "T1", "symmetric": "T1",
                  "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1", "lpips_weights": "T1", "anchor": "T3",
                  "freeze_encoder": "T3", "fusion": "U1", "k": "U1", "queries": "U1", "connector_layers": "U1",

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 import data
 from data import (COLOURS, FACTS, HELD_OUT, NUMBERS, PAIRS, PLACES, PROMPT_KINDS, QUESTION_KINDS, SHAPES, WORDS,
-                  Background, DrawnWorld, Object, Scene, caption, draw, question, random_scene, repeated_scene, twin)
+                  Background, DrawnWorld, Object, Scene, caption, draw, grounding, question, random_scene, repeated_scene, twin)
 
 KINDS_OF_SAMPLE = ("pictures", "conversations", "prompts", "texts", "edits")
+PLAIN_NAMES = {(1.0, 1.0, 1.0): "white", (0.55, 0.55, 0.55): "gray", (0.05, 0.05, 0.05): "black"}
 PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
 
 
@@ -123,12 +125,34 @@ def right_answers(scene, text):
         return [PLACES[t.place] for t in named(found[1].split())]
     if found := re.fullmatch(r"how many (\w+) are there", text):
         return [NUMBERS[sum(found[1] in ("objects", t.shape + "s", t.shape + "es") for t in things)]]
-    first, relation, second = re.fullmatch(r"is the (.+) (left|right|above|below)(?: of)? the (.+)", text).groups()
-    (first,), (second,) = named(first.split()), named(second.split())
-    a, b = PLACES[first.place], PLACES[second.place]
-    sides = {"left": ("left", "right"), "right": ("right", "left"), "above": ("top", "bottom"),
-             "below": ("bottom", "top")}[relation]
-    return [f"{a} , {b} , " + ("yes" if sides[0] in a and sides[1] in b else "no")]
+    if found := re.fullmatch(r"which way is the (.+) from the (.+)", text):
+        (first,), (second,) = (named(label.split()) for label in found.groups())
+        (up, side), (other_up, other_side) = (PLACES[t.place].split("-") for t in (first, second))
+        words = [side] * (side != other_side) + [{"top": "above", "bottom": "below"}[up]] * (up != other_up)
+        return [" ".join(words)]
+    if found := re.fullmatch(r"how is the (picture|background)", text):
+        return [scene.style if found[1] == "picture" else PLAIN_NAMES.get(scene.background.tint, "")]
+    return [what_changes(words, t) for t in things if words[0] == "add" or words[2] in ("background", "picture")
+            or f"the {t.colour} {t.shape}" in text][:1 if words[0] == "add" or words[2] in ("background", "picture") else 3]
+
+
+def what_changes(words, thing):
+    """The answer to an instruction that names `thing`, read off its words."""
+    told = {"size": thing.size, "colour": thing.colour, "shape": thing.shape, "place": PLACES[thing.place]}
+    if words[0] == "add":
+        return f"{words[-1]} , {' '.join(words[1:])}"
+    if words[2] in ("background", "picture"):
+        return f"{words[2]} , {words[3]}"
+    if words[0] == "remove":
+        return told["place"]
+    new = dict(told)
+    if words[0] == "make":
+        new["size" if words[-1] in ("small", "large") else "colour"] = words[-1]
+    if words[0] == "replace":
+        new["colour"], new["shape"] = words[-2:]
+    if words[0] == "move":
+        new["place"] = words[-1]
+    return f"{told['place']} , a {' '.join(new.values())}"
 
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
@@ -140,18 +164,27 @@ def test_a_question_has_exactly_one_right_answer(kind):
         assert right_answers(scene, text) == [answer], (text, caption(scene))
 
 
-def test_relation_questions_are_yes_and_no_equally_often():
+def test_no_answer_to_a_relation_is_given_much_more_often_than_another():
     asked = [question(scene, "relation", rng) for scene, rng in some_scenes(4000)]
-    answers = [pair[1].split()[-1] for pair in asked if pair]
-    assert 0.45 < answers.count("yes") / len(answers) < 0.55
+    counts = Counter(pair[1] for pair in asked if pair)
+    assert len(counts) == 8 and max(counts.values()) < 0.2 * sum(counts.values())
+
+
+def test_an_instruction_as_a_question_is_answered_by_what_it_changes_and_into_what():
+    asked = [(scene, grounding(scene, rng)) for scene, rng in some_scenes(1500)]
+    asked = [(scene, *pair) for scene, pair in asked if pair]
+    assert len(asked) > 1000 and {text.split()[0] for _, text, _ in asked} == {"add", "make", "extract", "replace", "remove", "move"}
+    for scene, text, answer in asked:
+        assert right_answers(scene, text) == [answer], (text, caption(scene))
 
 
 def test_a_conversation_is_about_its_picture_and_ends_with_the_caption():
     world = DrawnWorld()
     pictures, talks = world.conversations(range(100))
-    assert torch.equal(pictures, draw([world.scene(i) for i in range(100)]))
+    assert torch.equal(pictures, draw([world.look(i) for i in range(100)]))
+    assert 10 < sum(world.look(i) != world.scene(i) for i in range(100)) < 40
     for i, talk in enumerate(talks):
-        assert all(right_answers(world.scene(i), text) == [answer] for text, answer in talk[:-1])
+        assert all(right_answers(world.look(i), text) == [answer] for text, answer in talk[:-1])
         told = [f"a {t.size} {t.colour} {t.shape} {PLACES[t.place]}" for t in world.scene(i).objects]
         assert talk[-1] == ("describe the picture", " , ".join(told))
 

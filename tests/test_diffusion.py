@@ -149,6 +149,14 @@ def test_positions_and_the_reference_each_change_the_velocity():
     torch.testing.assert_close(model(x, *rest)[0], plain(x, *rest)[0])  # asked without a reference: as before
 
 
+def test_the_reference_is_the_origin_of_the_flow():
+    model, (x, sigma, *rest) = dit(reference=True), inputs()
+    torch.nn.init.zeros_(model.reference.weight)  # all that is left of the reference is the origin
+    r = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    moved = x + (1 - sigma)[:, None, None, None] * r
+    torch.testing.assert_close(model(moved, sigma, *rest, r)[0], model(x, sigma, *rest)[0] - r, atol=1e-5, rtol=1e-5)
+
+
 def test_sine_positions_tell_every_cell_by_its_row_in_one_half_and_its_column_in_the_other():
     grid = sine_positions(2, 5, 16, "cpu").view(2, 5, 16)
     assert torch.equal(grid[:, :1, :8].expand(2, 5, 8), grid[..., :8])

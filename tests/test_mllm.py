@@ -1,12 +1,13 @@
 import pytest
 import torch
 
+from attention import sine_positions
 from mllm import MLLM, LanguageModel, UnknownWords, WordTokenizer, rotary, rotate
 from router import FUSIONS
 
 WORDS = WordTokenizer("a red blue green circle square left of what is it ,".split())
 TEXT, T = ("a red circle left of it", "blue square"), 7  # T: <bos> and six words
-D, QUERIES, VISUAL = 32, 5, 3
+D, QUERIES, VISUAL = 32, 9, 4
 
 
 def model(fusion="dtr"):
@@ -18,8 +19,9 @@ def model(fusion="dtr"):
     return mllm
 
 
-def prompts(*texts):
-    rows = [[WORDS.bos_id, *WORDS.encode(text)] for text in texts]
+def prompts(*texts, n=0):
+    """Left-padded ids and mask: <bos>, the places of n visual tokens, the words."""
+    rows = [[WORDS.bos_id, *[WORDS.image_id] * n, *WORDS.encode(text)] for text in texts]
     width = max(map(len, rows))
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
     return torch.tensor([[WORDS.pad_id] * (width - len(row)) + row for row in rows]), mask
@@ -27,6 +29,14 @@ def prompts(*texts):
 
 def pictures(b):
     return torch.randn(b, VISUAL, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def with_picture_at(ids, x, f_v):
+    """`x` `b l d`, f_v where ids has the places of visual tokens."""
+    x = x.clone()
+    rows, places = (ids == WORDS.image_id).nonzero(as_tuple=True)
+    x[rows, places] = f_v.flatten(0, 1)
+    return x
 
 
 def bridge(mllm, *inputs):
@@ -115,7 +125,7 @@ def questions(seed=0):
     g = torch.Generator().manual_seed(seed)
     said = [torch.randint(4, len(WORDS), (length,), generator=g).tolist() for length in (6, 1, 3, 4)]
     rows = [[WORDS.bos_id, *[WORDS.image_id] * VISUAL, *words] for words in said]
-    ids = torch.tensor([[0] * (10 - len(row)) + row for row in rows])
+    ids = torch.tensor([[0] * (7 + VISUAL - len(row)) + row for row in rows])
     return ids, ids > 0, pictures(4)
 
 
@@ -165,13 +175,12 @@ def test_text_loss_ignores_words_after_the_last_place_said():
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("n", [0, VISUAL])
 def test_condition_equals_one_pass_over_the_whole_sequence_in_values_and_gradients(fusion, n):
-    mllm, (ids, mask), f_v = model(fusion), prompts(*TEXT), pictures(2) if n else None
+    mllm, (ids, mask), f_v = model(fusion), prompts(*TEXT, n=n), pictures(2) if n else None
     mllm.llm.requires_grad_(False)
-    full = torch.cat([mask, torch.ones(2, n + QUERIES, dtype=torch.bool)], 1)
-    x = torch.cat([mllm.llm.embedding(ids), *([f_v] if n else []), mllm.queries.expand(2, -1, -1)], 1)
-    hidden, _ = mllm.llm(x, full)
+    full = torch.cat([mask, torch.ones(2, QUERIES, dtype=torch.bool)], 1)
+    hidden, _ = mllm.llm(torch.cat([mllm.embed(ids, f_v), mllm.queries.expand(2, -1, -1)], 1), full)
     mixed, weights = mllm.router(torch.stack([hidden[2], hidden[4]], 2))
-    whole = mllm.connector(torch.cat([mixed[:, :T], *([f_v] if n else []), mixed[:, T + n:]], 1), full)
+    whole = mllm.connector(with_picture_at(ids, mixed, f_v) if n else mixed, full)
     condition = mllm.condition(ids, mask, f_v)
     assert torch.equal(condition.mask, full)
     same(condition.tokens[full], whole[full])
@@ -185,7 +194,7 @@ def test_condition_equals_one_pass_over_the_whole_sequence_in_values_and_gradien
 
 
 def test_condition_sends_gradient_to_the_queries_but_not_to_a_frozen_llm_and_never_to_the_prompts_words():
-    mllm, (ids, mask) = model(), prompts(*TEXT)
+    mllm, (ids, mask) = model(), prompts(*TEXT, n=VISUAL)
     mllm.condition(ids, mask, pictures(2)).tokens.square().sum().backward()
     assert mllm.llm.embedding.weight.grad is None
     mllm.zero_grad()
@@ -196,10 +205,10 @@ def test_condition_sends_gradient_to_the_queries_but_not_to_a_frozen_llm_and_nev
 
 
 def test_inside_the_llm_the_queries_see_words_and_picture_and_those_do_not_see_the_queries():
-    mllm, (ids, mask), f_v = model(), prompts(TEXT[0]), pictures(1)
-    H, other = bridge(mllm, ids, mask, f_v)[1], prompts("a red square left of it")[0]
-    assert moved(bridge(mllm, other, mask, f_v)[1], H) == [False] * 3 + [True] * (T - 3 + VISUAL + QUERIES)
-    assert moved(bridge(mllm, ids, mask, f_v + 1)[1], H) == [False] * T + [True] * (VISUAL + QUERIES)
+    mllm, (ids, mask), f_v = model(), prompts(TEXT[0], n=VISUAL), pictures(1)
+    H, other = bridge(mllm, ids, mask, f_v)[1], prompts("a red square left of it", n=VISUAL)[0]
+    assert moved(bridge(mllm, other, mask, f_v)[1], H) == [False] * (3 + VISUAL) + [True] * (T - 3 + QUERIES)
+    assert moved(bridge(mllm, ids, mask, f_v + 1)[1], H) == [False] + [True] * (VISUAL + T - 1 + QUERIES)
     tokens = mllm.condition(ids, mask, f_v).tokens
     with torch.no_grad():
         mllm.queries[0] += 1
@@ -216,20 +225,31 @@ def test_inside_the_connector_every_token_sees_every_other():
 
 
 def test_the_connector_reads_f_v_itself_at_reference_positions_and_the_router_everywhere_else():
-    (ids, mask), f_v = prompts(*TEXT), pictures(2)
+    (ids, mask), f_v = prompts(*TEXT, n=VISUAL), pictures(2)
     read, wrote = bridge(model(), ids, mask, f_v)
-    assert torch.equal(read, torch.cat([wrote[:, :T], f_v, wrote[:, T + VISUAL:]], 1))
-    assert torch.equal(*bridge(model(), ids, mask))
+    assert torch.equal(read, with_picture_at(ids, wrote, f_v)) and not torch.equal(read, wrote)
+    assert torch.equal(*bridge(model(), *prompts(*TEXT)))
 
 
-@pytest.mark.parametrize("with_picture", [False, True])
-def test_padding_moves_no_token_of_the_condition(with_picture):
-    mllm, (ids, mask), f_v = model(), prompts(*TEXT), pictures(2) if with_picture else None
-    batch, plain = mllm.condition(ids, mask, f_v), mllm.text_condition(ids, mask)
-    alone = mllm.condition(*prompts(TEXT[1]), f_v[1:] if with_picture else None)
+def test_with_positions_reference_tokens_and_queries_know_their_cell_of_the_grid_and_words_do_not():
+    mllm, (ids, mask), f_v = model(), prompts(*TEXT, n=VISUAL), pictures(2)
+    plain = bridge(mllm, ids, mask, f_v)[0]
+    mllm.positions = True
+    added = bridge(mllm, ids, mask, f_v)[0] - plain
+    cells, asked = (sine_positions(side, side, D, "cpu").double().expand(2, -1, -1) for side in (2, 3))
+    same(added, torch.cat([with_picture_at(ids, torch.zeros(2, ids.shape[1], D).double(), cells), asked], 1))
+
+
+@pytest.mark.parametrize("n", [0, VISUAL])
+def test_padding_moves_no_token_of_the_condition(n):
+    mllm, (ids, mask), f_v = model(), prompts(*TEXT, n=n), pictures(2) if n else None
+    batch = mllm.condition(ids, mask, f_v)
+    alone = mllm.condition(*prompts(TEXT[1], n=n), f_v[1:] if n else None)
     same(batch.tokens[1][batch.mask[1]], alone.tokens[0])
     same(batch.weights[1][batch.mask[1]], alone.weights[0])
-    same(plain.tokens[1][mask[1]], mllm.text_condition(*prompts(TEXT[1])).tokens[0])
+    if not n:
+        plain = mllm.text_condition(ids, mask)
+        same(plain.tokens[1][mask[1]], mllm.text_condition(*prompts(TEXT[1])).tokens[0])
 
 
 def test_copy_layers_equals_the_last_layers_of_the_llm_and_shares_no_storage_and_trains():

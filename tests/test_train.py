@@ -57,7 +57,7 @@ def test_with_a_frozen_encoder_t3_leaves_it_alone_to_the_bit(tiny, tmp_path):
 
 @pytest.mark.parametrize("name, field, symbol", [
     ("T1", "lambda_lpips", "L_lpips"), ("T1", "lambda_p", "L_p"), ("T3", "lambda_s", "L_s"), ("T3", "lambda_gan", "L_gan"),
-    ("U2", "lambda_a", "L_align"), ("P2", "lambda_z", "L_z"), ("T2", "keep_p", "L_p")])
+    ("U2", "lambda_a", "L_align"), ("P2", "lambda_z", "L_z"), ("T2", "lambda_f", "L_f")])
 def test_a_term_with_weight_zero_leaves_no_trace(name, field, symbol, tiny, tmp_path):
     logs = {}
     for weight in (0.0, 0.5):
