@@ -171,8 +171,9 @@ def labels(thing: Object, things: tuple[Object, ...], asked: str) -> list[str]:
 
 
 def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """One question of `kind` about the scene with its one right answer; None where the scene allows none. A relation is asked
-    for all of the way from one thing to the other, "left above", so that no answer is right by chance half of the time."""
+    """One question of `kind` about the scene with its one right answer; None where the scene allows none. The answer to a
+    relation gives its reasons first, both places, then the way: "top-left , bottom-right , left above". Two look-ups that
+    are learned one by one, and no answer that is right by chance half of the time."""
     things = scene.objects
     if kind == "count":
         if rng.random() < 0.4:
@@ -183,7 +184,8 @@ def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | N
     named = [(rng.choice(ways), thing) for ways, thing in named if ways]
     if kind == "relation" and len(named) > 1:
         (label, first), (other, second) = rng.sample(named, 2)
-        return f"which way is {label} from {other}", " ".join(r for r in RELATIONS if related(first, second, r))
+        way = " ".join(relation for relation in RELATIONS if related(first, second, relation))
+        return f"which way is {label} from {other}", f"{first.word('place')} , {second.word('place')} , {way}"
     if kind in FACT_WORDS and named:
         label, thing = rng.choice(named)
         return f"where is {label}" if kind == "place" else f"what {kind} is {label}", thing.word(kind)

@@ -64,7 +64,7 @@ def language_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Lo
     _, cache = model.mllm.llm(model.mllm.embed(start, f_v))  # <bos> and the picture, read once
     turns = [(i, turn) for i, talk in enumerate(talks) for turn in talk[:-1]]
     turns.sort(key=lambda pair: sum(text.count(" ") for text in pair[1]))
-    cut = len(turns) * 7 // 8  # the longest apart, so that the short ones are not padded to their length
+    cut = len(turns) * 3 // 4  # the longest apart, so that the short ones are not padded to their length
     parts = [(dialogue(model, [turn for _, turn in part]), torch.tensor([i for i, _ in part], device=model.device))
              for part in (turns[:cut], turns[cut:])]
     said = sum(said.sum() for (_, said), _ in parts)
@@ -223,8 +223,8 @@ STAGES = [
           {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.2}, cost=13),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
           autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=8),
-    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "mllm.connector": 1.0}, drawing_losses, {"L_fm": 1.0},
-          captions=0.5, cost=6),
+    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
+          drawing_losses, {"L_fm": 1.0}, captions=0.85, cost=6),
     Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_f": "lambda_f", "L_p": "lambda_p"}, cost=8),
     Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, tokenizer_losses,
           SEE | {"L_f": "lambda_f"}, cost=9),
@@ -232,8 +232,8 @@ STAGES = [
           STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, tokenizer_losses,
           SEE | {"L_f": "lambda_f", "L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=11),
     Stage("U1", "connector pre-training", BRIDGE, unified_losses, {"L_fm": 1.0}, cost=7),
-    Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits", captions=0.3, cost=11),
-    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", captions=0.3, cost=11),
+    Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits", captions=0.5, cost=11),
+    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", captions=0.5, cost=11),
 ]
 
 

@@ -129,7 +129,7 @@ def right_answers(scene, text):
         (first,), (second,) = (named(label.split()) for label in found.groups())
         (up, side), (other_up, other_side) = (PLACES[t.place].split("-") for t in (first, second))
         words = [side] * (side != other_side) + [{"top": "above", "bottom": "below"}[up]] * (up != other_up)
-        return [" ".join(words)]
+        return [f"{PLACES[first.place]} , {PLACES[second.place]} , {' '.join(words)}"]
     if found := re.fullmatch(r"how is the (picture|background)", text):
         return [scene.style if found[1] == "picture" else PLAIN_NAMES.get(scene.background.tint, "")]
     return [what_changes(words, t) for t in things if words[0] == "add" or words[2] in ("background", "picture")
@@ -166,7 +166,7 @@ def test_a_question_has_exactly_one_right_answer(kind):
 
 def test_no_answer_to_a_relation_is_given_much_more_often_than_another():
     asked = [question(scene, "relation", rng) for scene, rng in some_scenes(4000)]
-    counts = Counter(pair[1] for pair in asked if pair)
+    counts = Counter(pair[1].split(" , ")[2] for pair in asked if pair)
     assert len(counts) == 8 and max(counts.values()) < 0.2 * sum(counts.values())
 
 

@@ -149,7 +149,7 @@ def test_every_ablation_trains_and_differs_from_the_standard(tiny, tmp_path):
     standard = end()
     for change in ({"tokenizer": "semantic-only"}, {"tokenizer": "pixel-only"}, {"anchor": False}, {"freeze_encoder": True},
                    {"align": "none"}, {"fusion": "last"}, {"fusion": "mean"}, {"fusion": "concat"}, {"fusion": "static"},
-                   {"symmetric": "with"}, {"symmetric": "without"}, {"reference": "latent"},
+                   {"symmetric": "with"}, {"symmetric": "without"}, {"reference": "tokens"},
                    {"align": "external", "teacher": str(teacher)}):
         other = end(**change)
         same = [key for key in standard if key in other and torch.equal(standard[key], other[key])]
