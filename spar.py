@@ -85,7 +85,7 @@ class Config:
     lecam: float = 0.001
     encoder_rate: float = 0.5  # T3: the encoder's learning rate as a share of the stage's
     # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (800, 650, 750, 200, 80, 600, 60, 1100, 250)
+    steps: tuple = (800, 650, 750, 200, 80, 600, 60, 1600, 250)
     batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)
     optimizer: str = "muon"  # muon | adamw
@@ -97,7 +97,7 @@ class Config:
     ema: float = 0.99
     draws: int = 2  # times and noises for each picture and condition
     drop_words: float = 0.1  # share of emptied prompts, for guidance
-    edits: float = 0.6  # share of editing in U2 and U3
+    edits: float = 0.45  # share of editing in U2 and U3
     # ablations (README)
     tokenizer: str = "dual"  # dual | semantic-only | pixel-only
     symmetric: str = ""  # "" | with | without: both streams with, or both without, a Transformer

@@ -220,20 +220,20 @@ DRAW = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
     Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_losses,
-          {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.2}, cost=13),
+          {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.2}, cost=9),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
-          autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=8),
+          autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
-          drawing_losses, {"L_fm": 1.0}, captions=0.85, cost=6),
-    Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_f": "lambda_f", "L_p": "lambda_p"}, cost=8),
+          drawing_losses, {"L_fm": 1.0}, captions=0.85, cost=4),
+    Stage("T1", "dual-stream initialisation", STREAMS, tokenizer_losses, SEE | {"L_f": "lambda_f", "L_p": "lambda_p"}, cost=5.5),
     Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, tokenizer_losses,
-          SEE | {"L_f": "lambda_f"}, cost=9),
+          SEE | {"L_f": "lambda_f"}, cost=7),
     Stage("T3", "encoder fine-tuning with self-distillation",
           STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, tokenizer_losses,
-          SEE | {"L_f": "lambda_f", "L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=11),
-    Stage("U1", "connector pre-training", BRIDGE, unified_losses, {"L_fm": 1.0}, cost=7),
-    Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits", captions=0.5, cost=11),
-    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", captions=0.5, cost=11),
+          SEE | {"L_f": "lambda_f", "L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=9),
+    Stage("U1", "connector pre-training", BRIDGE, unified_losses, {"L_fm": 1.0}, cost=4),
+    Stage("U2", "joint pre-training", DRAWER, unified_losses, DRAW, "edits", captions=0.15, cost=6.5),
+    Stage("U3", "supervised fine-tuning", DRAWER, unified_losses, DRAW, "edits", captions=0.15, cost=6.5),
 ]
 
 
@@ -370,10 +370,16 @@ def schedule(step: int, steps: int, warmup: float, final: float) -> float:
 
 
 def save(path: Path, content: dict) -> None:
-    """Written beside and renamed: a stopped run leaves the old file or the new one, never half of one."""
+    """Written beside and renamed: a stopped run leaves the old file or the new one, never half of one. Raises UserError where
+    it cannot be written, on a full disk for one."""
     beside = path.with_suffix(".part")
-    torch.save(content, beside)
-    os.replace(beside, path)
+    try:
+        torch.save(content, beside)
+        os.replace(beside, path)
+    except (RuntimeError, OSError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space and run the same command") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- a whole run

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+from data import FACT_WORDS, Background, Object, Scene
 from spar import NAMES, SPAR, UserError, load_run
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +88,21 @@ def test_the_teachers_get_no_gradient(tiny, tmp_path, monkeypatch):
         assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
 
+def test_a_thing_is_named_by_the_visual_tokens_of_its_quarter_and_by_no_others(tiny):
+    model = SPAR(tiny())
+    thing = Object("cross", "blue", "small", 1)
+    words = [model.words.ids[thing.word(fact)] for fact in FACT_WORDS]
+    with torch.no_grad():
+        said = 100 * torch.nn.functional.normalize(model.mllm.llm.embedding.weight, dim=1)[words].sum(0)
+    scene = Scene((thing,), Background((0.8, 0.8, 0.8)))
+    losses = []
+    for place in range(4):
+        f_v = torch.zeros(1, 4, 4, len(said))
+        f_v[:, place // 2 * 2:place // 2 * 2 + 2, place % 2 * 2:place % 2 * 2 + 2] = said
+        losses.append(train.naming_loss(f_v.flatten(1, 2), [scene], model).item())
+    assert losses[1] < 0.2 * min(losses[0], *losses[2:])
+
+
 def test_not_a_number_stops_before_the_update_and_names_stage_step_and_term(tiny, tmp_path):
     model = SPAR(tiny())
     before = state(model)
@@ -163,6 +179,20 @@ def test_averaged_weights_are_what_a_run_loads(tiny, tmp_path):
     key = "mllm.llm.embedding.weight"
     assert torch.equal(state(load_run(tmp_path))[key], content["ema"][key])
     assert torch.equal(state(model)[key], content["ema"][key]) and not torch.equal(content["weights"][key], content["ema"][key])
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
+    path = tmp_path / "P1.pt"
+    train.save(path, {"old": 1})
+
+    def full(content, beside):
+        beside.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="P1.pt: PytorchStreamWriter failed"):
+        train.save(path, {"new": 2})
+    assert torch.load(path, weights_only=True) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["P1.pt"]
 
 
 def test_the_schedule_warms_up_and_ends_where_it_says():
