@@ -76,7 +76,7 @@ class Config:
     lpips_weights: str = ""  # file with VGG16's and LPIPS's weights; empty: features of the frozen pixel encoder
     lambda_z: float = 1e-3  # keeps P2's latents small
     lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
-    lambda_f: float = 0.02  # L_f, z_f onto the pixel latents, so that P3's DiT still knows what it draws (paper: 0)
+    lambda_f: float = 0.02  # differs from paper: L_f holds z_f on the pixel latents, which P3's DiT knows (paper: 0)
     lambda_s: float = 0.05  # L_s, the encoder stays close to itself (T3)
     lambda_gan: float = 0.002  # L_GAN (T3)
     lambda_a: float = 0.5  # L_align (U2, U3)
