@@ -139,7 +139,7 @@ def loss_curves(run: Path) -> Image.Image:
             points = [(x0 + step / last * w, y0 + (top - math.log10(v)) / (top - low) * h) for step, v in values[symbol]]
             if len(points) > 1:
                 pen.line(points, LINES[i % len(LINES)], 2)
-            pen.text((x0 + i * 62, y0 + h + 6), symbol, LINES[i % len(LINES)], font(11))
+            pen.text((x0 + i * min(62, w // len(symbols)), y0 + h + 6), symbol, LINES[i % len(LINES)], font(11))
     return image
 
 
