@@ -234,6 +234,7 @@ def train(config: Config, run: Path, stages: list[str], steps_scale: float, devi
     todo = stage_names(config)
     if source:
         take_over(config, run, source)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # on two threads, sums into one place would come in any order
     torch.manual_seed(config.seed)
     model = SPAR(config).to(device)
     for position, name in enumerate(todo):

@@ -11,7 +11,7 @@ import torch
 import losses
 import train
 from data import FACT_WORDS, Background, Object, Scene
-from spar import NAMES, SPAR, UserError, load_run
+from spar import NAMES, SPAR, UserError, load_run, make_config
 
 ROOT = Path(__file__).parent.parent
 TRAINS = {  # README and paper: what each stage trains, as name prefixes
@@ -125,6 +125,11 @@ def test_the_same_seed_gives_the_same_bits(tiny, tmp_path):
     train.train(tiny(seed=1), tmp_path / "other", ["P1"], 1.0, "cpu", None)
     other = state(load_run(tmp_path / "other"))
     assert not torch.equal(other["mllm.llm.embedding.weight"], results[0]["mllm.llm.embedding.weight"])
+
+
+def test_the_same_seed_gives_the_same_bits_at_the_toys_own_size_where_threads_share_a_sum(tmp_path):
+    ends = [state(train.train(make_config(steps=(2,) * 9), tmp_path / str(i), ["P1"], 1.0, "cpu", None)) for i in range(3)]
+    assert all(torch.equal(ends[0][key], end[key]) for end in ends[1:] for key in end)
 
 
 def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tmp_path):
