@@ -336,10 +336,9 @@ def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
         return change.instruction, f"{what} , {word}"
     gone, come = ([thing for thing in one.objects if thing not in other.objects]
                   for one, other in ((scene, change.target), (change.target, scene)))
-    if change.kind == "extract":
-        gone, come = [], list(change.target.objects)
-    named = come[0] if change.kind == "extract" else gone[0] if gone else None
-    if named and sum((other.colour, other.shape) == (named.colour, named.shape) for other in scene.objects) > 1:
+    if change.kind == "extract":  # the thing that it names is the one that stays
+        gone = come = list(change.target.objects)
+    if gone and sum(name(other) == name(gone[0]) for other in scene.objects) > 1:
         return None
     return change.instruction, " , ".join([PLACES[(gone or come)[0].place], *map(describe, come)])
 

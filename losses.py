@@ -109,7 +109,8 @@ def tokenizer_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> L
     losses = {"L_mse": (reconstruction - images).square().mean()}
     if "L_lpips" in wanted:
         losses["L_lpips"] = h.perceptual(reconstruction, images)
-    pixel_latent = model.pixel_encoder(images).detach()  # E_p'(I)
+    if {"L_p", "L_f"} & wanted.keys():
+        pixel_latent = model.pixel_encoder(images).detach()  # E_p'(I)
     if "L_p" in wanted and latents.pixel is not None:
         losses["L_p"] = (latents.pixel - pixel_latent).square().mean()
     if "L_f" in wanted:
