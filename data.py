@@ -1,45 +1,25 @@
-"""The drawn world: pictures, words and edits that are made, not downloaded.
+"""What is said about the drawn world, and the order in which training sees it.
 
-It stands in for the paper's data (Sec. 4.1), and makes each claim of the paper testable. A scene holds one to three
-objects, one to a quarter of the picture. Its facts are of two kinds:
+It stands in for the paper's data (Sec. 4.1), and makes each claim of the paper testable: from one scene (world.py) come a
+caption, questions with answers, requests to draw, and edits with their exact target. Some facts are told in words alone
+("grass is green"). Sample `index` is a pure function of (seed, split, epoch, index), so the order of data is too.
 
-    captioned        shape, colour, size, place, count, relation      what the semantic features must keep
-    never captioned  background tint and stripes, exact offset, turn  what only the pixels carry
-
-Some colour × shape pairs are held out: no training picture and no training text has them. Some facts are told in words
-alone ("grass is green"). Scene `index` is a pure function of (seed, split, epoch, index), so the order of data is too.
-
-    python data.py                 shape trace, and a few scenes with their words
-    python data.py world.png       the same, with a contact sheet of scenes and edits
+    python data.py                 shape trace, and a few samples in words
+    python data.py edits.png       the same, with a sheet of edits
 """
 
-import math
 import random
 import sys
 from dataclasses import dataclass, replace
-from itertools import product
 
-import numpy as np
 import torch
 from torch import Tensor
 
-COLOURS = {  # RGB in [0, 1]; all strongly saturated, so that a background never looks like an object
-    "red": (0.88, 0.12, 0.14), "green": (0.10, 0.62, 0.20), "blue": (0.12, 0.28, 0.90),
-    "yellow": (0.98, 0.84, 0.08), "purple": (0.58, 0.14, 0.72), "orange": (0.98, 0.50, 0.06),
-}
-SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 4.2, "large": 6.4}  # radius in 32nds of the picture's side
-PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")  # quarter i: row i // 2, column i % 2
-RELATIONS = ("left", "right", "above", "below")
-NUMBERS = ("zero", "one", "two", "three")
-PLAIN = {"white": (1.0, 1.0, 1.0), "gray": (0.55, 0.55, 0.55), "black": (0.05, 0.05, 0.05)}  # backgrounds with a name
-STYLES = {"dark": (0.45, 0.0), "faded": (0.5, 0.5)}  # picture -> scale · picture + shift, in [0, 1]
+from world import (COLOURS, FACT_WORDS, NUMBERS, PAIRS, PLACES, PLAIN, RELATIONS, SHAPES, SIZES, STYLES, Background, Object,
+                   Scene, draw, random_object, random_scene, repeated_scene)
+
 FACTS = {"grass": "green", "tomato": "red", "sky": "blue", "lemon": "yellow", "grape": "purple", "carrot": "orange",
          "wheel": "circle", "window": "square", "tent": "triangle", "plus": "cross"}  # told in words, never shown
-HELD_OUT = {("red", "cross"), ("green", "square"), ("blue", "triangle"), ("yellow", "circle")}
-FACT_WORDS = {"size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES), "place": list(PLACES)}
-PAIRS = [pair for pair in product(COLOURS, SHAPES) if pair not in HELD_OUT]
-
 QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation")
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "binding")  # GenEval's six
 EDIT_KINDS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "hybrid", "action")  # ImgEdit's
@@ -48,83 +28,6 @@ WORDS = [*COLOURS, *SHAPES, *(shape_s for shape_s in ("circles", "squares", "tri
          *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
          objects object are there describe which way from in with to make add extract replace remove move background picture
          shaped like ,""".split()]
-
-
-@dataclass(frozen=True)
-class Object:
-    """One thing: captioned facts first, then what only the pixels tell (offset in 32nds of the side, turn in radians).
-
-    A fact left empty is one that nobody said: an object of a request, not of a scene."""
-
-    shape: str
-    colour: str = ""
-    size: str = ""
-    place: int | None = None  # quarter 0 … 3, see PLACES
-    offset: tuple[float, float] = (0.0, 0.0)
-    turn: float = 0.0
-
-    @property
-    def facts(self) -> tuple:
-        return self.shape, self.colour, self.size, self.place
-
-    def word(self, fact: str) -> str:
-        """The word for one of FACT_WORDS's facts; "" where nobody said it."""
-        return ("" if self.place is None else PLACES[self.place]) if fact == "place" else getattr(self, fact)
-
-
-@dataclass(frozen=True)
-class Background:
-    """A tint (RGB in [0, 1]) under stripes: amplitude, angle (radians), cycles per picture, phase (radians)."""
-
-    tint: tuple[float, float, float]
-    amplitude: float = 0.0
-    angle: float = 0.0
-    cycles: float = 0.0
-    phase: float = 0.0
-
-
-@dataclass(frozen=True)
-class Scene:
-    objects: tuple[Object, ...]  # in reading order of their places
-    background: Background
-    style: str = ""  # "" or a key of STYLES
-
-    def with_objects(self, objects) -> "Scene":
-        return replace(self, objects=tuple(sorted(objects, key=lambda thing: thing.place)))
-
-
-# ---------------------------------------------------------------- scenes
-
-
-def random_background(rng: random.Random) -> Background:
-    base = rng.uniform(0.68, 0.84)
-    return Background(tuple(base + rng.uniform(-0.09, 0.09) for _ in range(3)), rng.uniform(0.06, 0.14),
-                      rng.uniform(0, math.pi), rng.uniform(1.0, 2.5), rng.uniform(0, 2 * math.pi))
-
-
-def random_object(rng: random.Random, place: int, shape: str = "", colour: str = "", pairs=PAIRS) -> Object:
-    allowed = [pair for pair in pairs if shape in ("", pair[1]) and colour in ("", pair[0])]
-    colour, shape = rng.choice(allowed)
-    offset = rng.uniform(-1, 1), rng.uniform(-1, 1)
-    return Object(shape, colour, rng.choice(list(SIZES)), place, offset, rng.uniform(-0.25, 0.25))
-
-
-def random_scene(rng: random.Random, count: int = 0, pairs=PAIRS) -> Scene:
-    """`count` objects (0: one to three), no two alike in both shape and colour."""
-    count = count or rng.randint(1, 3)
-    objects: list[Object] = []
-    for place in rng.sample(range(4), count):
-        taken = {(thing.colour, thing.shape) for thing in objects}
-        objects.append(random_object(rng, place, pairs=[pair for pair in pairs if pair not in taken]))
-    return Scene((), random_background(rng)).with_objects(objects)
-
-
-def repeated_scene(rng: random.Random, count: int, pairs=PAIRS) -> Scene:
-    """`count` objects of one shape and colour; sizes and places differ."""
-    colour, shape = rng.choice(pairs)
-    objects = [random_object(rng, place, shape, colour, pairs) for place in rng.sample(range(4), count)]
-    return Scene((), random_background(rng)).with_objects(objects)
-
 
 # ---------------------------------------------------------------- words
 
@@ -135,9 +38,9 @@ def describe(thing: Object) -> str:
     return ("an " if words[0] == "orange" else "a ") + " ".join(words)
 
 
-def caption(scene: Scene) -> str:
-    """Every captioned fact, objects in reading order: "a large red circle top-left , a small blue square top-right"."""
-    return " , ".join(describe(thing) for thing in scene.objects)
+def caption(things) -> str:
+    """Every captioned fact of these objects: "a large red circle top-left , a small blue square top-right"."""
+    return " , ".join(map(describe, things))
 
 
 def plural(shape: str) -> str:
@@ -227,45 +130,49 @@ class Request:
     wanted: tuple[Object, ...]
     scene: Scene  # one scene that fulfils it
     relation: str = ""
+    things: tuple[Object, ...] = ()  # the scene's objects, in the order in which the text names them
 
 
 def prompt(kind: str, rng: random.Random, pairs=PAIRS) -> Request:
-    """A request of one of GenEval's kinds; "full" is the whole caption; "knowledge" needs a fact told in words alone."""
-    if kind == "counting":
+    """A request of one of GenEval's kinds; "full" leaves nothing unsaid, "part" a few facts; "knowledge" needs a fact told in
+    words alone."""
+    if kind == "counting" or kind == "full" and rng.random() < 0.15:
         scene = repeated_scene(rng, rng.randint(2, 3), pairs)
-        colour = scene.objects[0].colour if rng.random() < 0.5 else ""
-        wanted = tuple(Object(thing.shape, colour) for thing in scene.objects)
-        return Request(kind, f"{NUMBERS[len(wanted)]} {colour} {plural(wanted[0].shape)}".replace("  ", " "), wanted, scene)
+    else:
+        scene = random_scene(rng, {"full": 0, "part": 0, "two": 2, "position": 2, "binding": 2}.get(kind, 1), pairs)
+    things = tuple(scene.objects if kind == "counting" else rng.sample(scene.objects, len(scene.objects)))
+    first, relation = things[0], ""
+    coloured = kind in ("colours", "binding") or kind in ("counting", "position") and rng.random() < 0.5
+    wanted = tuple(Object(thing.shape, thing.colour if coloured else "") for thing in things)
     if kind == "full":
-        scene = repeated_scene(rng, rng.randint(2, 3), pairs) if rng.random() < 0.15 else random_scene(rng, 0, pairs)
-        return Request(kind, caption(scene), scene.objects, scene)
-    scene = random_scene(rng, 1 if kind in ("single", "colours", "knowledge") else 2, pairs)
-    if kind == "knowledge":
-        thing = scene.objects[0]
-        word = rng.choice([word for word, value in FACTS.items() if value in thing.facts])
-        size, place = thing.size, PLACES[thing.place]
-        text = (f"a {size} {thing.shape} in the colour of {word} {place}" if FACTS[word] == thing.colour else
-                f"a {size} {thing.colour} object shaped like a {word} {place}")
-        return Request(kind, text, scene.objects, scene)
-    coloured = kind in ("colours", "binding") or kind == "position" and rng.random() < 0.5
-    order = rng.sample(scene.objects, len(scene.objects))
-    wanted = tuple(Object(thing.shape, thing.colour if coloured else "") for thing in order)
-    if kind == "position":
-        relation = rng.choice([relation for relation in RELATIONS if related(*order, relation)])
+        wanted, text = things, caption(things)
+    elif kind == "part":
+        left_out = [{fact: None if fact == "place" else "" for fact in ("size", "colour", "place") if rng.random() < 0.5}
+                    for _ in things]
+        wanted = tuple(replace(thing, **facts) for thing, facts in zip(things, left_out))
+        text = rng.choice((" , ", " and ")).join(map(describe, wanted))
+    elif kind == "counting":
+        text = " ".join(word for word in (NUMBERS[len(things)], wanted[0].colour, plural(first.shape)) if word)
+    elif kind == "knowledge":
+        word = rng.choice([word for word, value in FACTS.items() if value in first.facts])
+        said = (f"{first.shape} in the colour of {word}" if FACTS[word] == first.colour else
+                f"{first.colour} object shaped like a {word}")
+        wanted, text = things, f"a {first.size} {said} {PLACES[first.place]}"
+    elif kind == "position":
+        relation = rng.choice([relation for relation in RELATIONS if related(*things, relation)])
         text = f"{describe(wanted[0])} {relation_words(relation)} {describe(wanted[1])}"
-        return Request(kind, text, wanted, scene, relation)
-    return Request(kind, " and ".join(describe(thing) for thing in wanted), wanted, scene)
+    else:
+        text = " and ".join(map(describe, wanted))
+    return Request(kind, text, wanted, scene, relation, things)
 
 
-def fact_text(rng: random.Random) -> tuple[str, str]:
-    """Text without a picture: (given words, words to learn)."""
-    word = rng.choice(list(FACTS))
-    kind = "colour" if FACTS[word] in COLOURS else "shape"
-    if rng.random() < 0.3:
-        return f"what {kind} is {word}", FACTS[word]
-    request = prompt("knowledge", rng)
-    return f"describe {request.text}", describe(request.wanted[0])
-
+def written_text(rng: random.Random) -> tuple[str, str]:
+    """Text without a picture: (given words, words to learn). A fact, or a request and a whole caption that fulfils it."""
+    if rng.random() < 0.15:
+        word = rng.choice(list(FACTS))
+        return f"what {'colour' if FACTS[word] in COLOURS else 'shape'} is {word}", FACTS[word]
+    request = prompt(rng.choice((*PROMPT_KINDS, "full", "part", "knowledge", "knowledge")), rng)
+    return f"describe {request.text}", caption(request.things)
 
 # ---------------------------------------------------------------- edits
 
@@ -276,10 +183,12 @@ class Edit:
     instruction: str
     source: Scene
     target: Scene
+    outcome: str  # what it changes, and into what: "top-left , a large blue circle top-left"
 
 
 def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS) -> Edit:
-    """One of ImgEdit's nine kinds with its exact target. The target differs from the source as the words say, no more."""
+    """One of ImgEdit's nine kinds with its exact target. The target differs from the source as the words say, no more.
+    Raises ValueError for another kind. A hybrid needs two objects."""
     scene = scene or random_scene(rng, rng.randint(2, 3) if kind in ("extract", "hybrid", "remove") else 0, pairs)
     things = list(scene.objects)
     thing = rng.choice(things)
@@ -287,106 +196,54 @@ def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS)
     taken = {(other.colour, other.shape) for other in things}
     fresh = [pair for pair in pairs if pair not in taken]
 
-    def swap(changed: Object | None) -> Scene:
-        return scene.with_objects([other for other in things if other is not thing] + [changed] * (changed is not None))
+    def swap(instruction: str, changed: Object | None) -> Edit:
+        target = scene.with_objects([other for other in things if other is not thing] + [changed] * (changed is not None))
+        return Edit(kind, instruction, scene, target, PLACES[thing.place] + (f" , {describe(changed)}" if changed else ""))
 
     if kind == "add":
         new = random_object(rng, rng.choice(free), pairs=fresh)
-        return Edit(kind, f"add {describe(new)}", scene, scene.with_objects([*things, new]))
+        return Edit(kind, f"add {describe(new)}", scene, scene.with_objects([*things, new]),
+                    f"{PLACES[new.place]} , {describe(new)}")
     if kind == "adjust":
         colours = [colour for colour, shape in fresh if shape == thing.shape]
         if rng.random() < 0.5 and colours:
             colour = rng.choice(colours)
-            return Edit(kind, f"make {name(thing)} {colour}", scene, swap(replace(thing, colour=colour)))
+            return swap(f"make {name(thing)} {colour}", replace(thing, colour=colour))
         size = "small" if thing.size == "large" else "large"
-        return Edit(kind, f"make {name(thing)} {size}", scene, swap(replace(thing, size=size)))
+        return swap(f"make {name(thing)} {size}", replace(thing, size=size))
     if kind == "extract":
-        return Edit(kind, f"extract {name(thing)}", scene, Scene((thing,), Background(PLAIN["white"])))
+        return Edit(kind, f"extract {name(thing)}", scene, Scene((thing,), Background(PLAIN["white"])),
+                    f"{PLACES[thing.place]} , {describe(thing)}")
     if kind == "replace":
         colour, shape = rng.choice(fresh)
-        new = replace(thing, colour=colour, shape=shape)
-        return Edit(kind, f"replace {name(thing)} with {describe(Object(shape, colour))}", scene, swap(new))
+        return swap(f"replace {name(thing)} with {describe(Object(shape, colour))}", replace(thing, colour=colour, shape=shape))
     if kind == "remove":
-        return Edit(kind, f"remove {name(thing)}", scene, swap(None))
+        return swap(f"remove {name(thing)}", None)
     if kind == "background":
         plain = rng.choice(list(PLAIN))
-        return Edit(kind, f"make the background {plain}", scene, replace(scene, background=Background(PLAIN[plain])))
+        return Edit(kind, f"make the background {plain}", scene, replace(scene, background=Background(PLAIN[plain])),
+                    f"background , {plain}")
     if kind == "style":
         style = rng.choice(list(STYLES))
-        return Edit(kind, f"make the picture {style}", scene, replace(scene, style=style))
+        return Edit(kind, f"make the picture {style}", scene, replace(scene, style=style), f"picture , {style}")
     if kind == "action":
         place = rng.choice(free)
-        return Edit(kind, f"move {name(thing)} to {PLACES[place]}", scene, swap(replace(thing, place=place)))
+        return swap(f"move {name(thing)} to {PLACES[place]}", replace(thing, place=place))
     if kind == "hybrid":  # one change to an object, one to what is behind it or to another object
         first = edit(rng.choice(("adjust", "remove", "action")), rng, scene, pairs)
         moved = [other for other in first.target.objects if other not in things]
         rest = replace(first.target, objects=tuple(other for other in first.target.objects if other in things))
         second = edit(rng.choice(("background", "adjust")), rng, rest, [pair for pair in pairs if pair not in taken])
         return Edit(kind, f"{first.instruction} and {second.instruction}", scene,
-                    second.target.with_objects([*second.target.objects, *moved]))
+                    second.target.with_objects([*second.target.objects, *moved]), f"{first.outcome} and {second.outcome}")
     raise ValueError(f"unknown kind of edit {kind!r}: one of {', '.join(EDIT_KINDS)}")
 
 
 def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """An instruction as a question: what does it change, and into what? "make the red circle blue" -> "top-left , a large
-    blue circle top-left". None where the name in it fits two things."""
-    change = edit(rng.choice([kind for kind in EDIT_KINDS if kind != "hybrid"]), rng, scene)
-    if change.kind in ("background", "style"):
-        *_, what, word = change.instruction.split()
-        return change.instruction, f"{what} , {word}"
-    gone, come = ([thing for thing in one.objects if thing not in other.objects]
-                  for one, other in ((scene, change.target), (change.target, scene)))
-    if change.kind == "extract":  # the thing that it names is the one that stays
-        gone = come = list(change.target.objects)
-    if gone and sum(name(other) == name(gone[0]) for other in scene.objects) > 1:
-        return None
-    return change.instruction, " , ".join([PLACES[(gone or come)[0].place], *map(describe, come)])
-
-
-# ---------------------------------------------------------------- drawing
-
-
-def draw(scenes: list[Scene], side: int = 32) -> Tensor:
-    """Scenes -> pictures `b 3 H W` in [-1, 1], anti-aliased: a pixel's cover is half minus its signed distance to the edge."""
-    unit = side / 32
-    slots = max([len(scene.objects) for scene in scenes] + [1])
-    numbers = np.zeros((len(scenes), slots, 7), np.float32)  # x, y, cos, sin, radius, shape, used
-    colours = np.zeros((len(scenes), slots, 3), np.float32)
-    ground = np.array([[*s.background.tint, s.background.amplitude, s.background.angle, s.background.cycles,
-                        s.background.phase, *STYLES.get(s.style, (1.0, 0.0))] for s in scenes], np.float32)
-    for b, scene in enumerate(scenes):
-        for i, thing in enumerate(scene.objects):
-            row, column = divmod(thing.place, 2)
-            x, y = 8 + 16 * column + thing.offset[0], 8 + 16 * row + thing.offset[1]
-            numbers[b, i] = (x * unit, y * unit, math.cos(thing.turn), math.sin(thing.turn),
-                             SIZES[thing.size] * unit, SHAPES.index(thing.shape), 1)
-            colours[b, i] = COLOURS[thing.colour]
-
-    pixel = np.arange(side, dtype=np.float32) + 0.5
-    tint, (amplitude, angle, cycles, phase, scale, shift) = ground[:, :3], ground[:, 3:].T[:, :, None, None]
-    along = np.cos(angle) * pixel[None, None, :] + np.sin(angle) * pixel[None, :, None]
-    stripes = amplitude * np.sin(2 * np.pi * cycles * along / side + phase)  # b H W
-    canvas = tint[:, :, None, None] + stripes[:, None]
-    for i in range(slots):
-        x, y, cos, sin, radius, shape, used = numbers[:, i].T[:, :, None, None]
-        dx, dy = pixel[None, None, :] - x, pixel[None, :, None] - y
-        u, v = cos * dx + sin * dy, cos * dy - sin * dx
-        cover = used * np.clip(0.5 - signed_distance(u, v, radius, shape), 0, 1)
-        canvas = canvas + cover[:, None] * (colours[:, i, :, None, None] - canvas)
-    canvas = np.clip(scale[:, None] * canvas + shift[:, None], 0, 1)
-    return torch.from_numpy(canvas * 2 - 1)
-
-
-def signed_distance(u, v, radius, shape):
-    """Distance in pixels from (u, v) to the edge, negative inside; `shape` indexes SHAPES, all arguments broadcast."""
-    bar = 0.36 * radius
-    inradius = 0.6 * radius
-    a, b = np.abs(u), np.abs(v)
-    return np.select([shape == 0, shape == 1, shape == 2], [
-        np.hypot(u, v) - radius,
-        np.maximum(a, b) - 0.86 * radius,
-        np.maximum(v, 0.8660254 * a - 0.5 * v) - inradius,
-    ], np.minimum(np.maximum(a - radius, b - bar), np.maximum(b - radius, a - bar)))
+    """An instruction as a question: what does it change, and into what? None where a name in it may fit two things."""
+    change = edit(rng.choice([kind for kind in EDIT_KINDS if kind != "hybrid" or len(scene.objects) > 1]), rng, scene)
+    alike = len({name(thing) for thing in scene.objects}) < len(scene.objects)
+    return None if alike and change.kind not in ("add", "background", "style") else (change.instruction, change.outcome)
 
 
 # ---------------------------------------------------------------- batches
@@ -429,7 +286,7 @@ class DrawnWorld:
             rng = self.rng("talk", index)
             kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "count", "relation")
             asked = [*(question(scene, kind, rng) for kind in kinds), look_question(scene), grounding(scene, rng)]
-            talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene))])
+            talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene.objects))])
         return draw(scenes, self.side), talks
 
     def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:
@@ -444,7 +301,7 @@ class DrawnWorld:
 
     def texts(self, indices) -> list[tuple[str, str]]:
         """(given, to learn) without pictures."""
-        return [fact_text(self.rng("text", index)) for index in indices]
+        return [written_text(self.rng("text", index)) for index in indices]
 
     def edits(self, indices, kind: str = "") -> list[Edit]:
         """Edits of one kind or of all nine in equal shares; `draw` makes their pictures."""

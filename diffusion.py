@@ -25,11 +25,12 @@ from tokenizer import MixFFN
 # ---------------------------------------------------------------- flow matching
 
 
-def logit_normal_times(b: int, generator: torch.Generator | None = None) -> Tensor:
-    """σ `b` in (0, 1): the sigmoid of a standard normal, so that the middle of the path is seen most. One from each of b
-    equally likely slices, in random order: a batch sees the whole path, and its loss varies less."""
+def logit_normal_times(b: int, generator: torch.Generator | None = None, shift: float = 1.0) -> Tensor:
+    """σ `b` in (0, 1): the sigmoid of a standard normal, moved by `shift` as in `sample`: above 1, more of them lie near the
+    noise, where it is decided what goes where (SANA: 3). One from each of b equally likely slices, in random order: a batch
+    sees the whole path, and its loss varies less."""
     share = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
-    return torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)).sigmoid()
+    return (torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)) + math.log(shift)).sigmoid()
 
 
 def add_noise(z: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

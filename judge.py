@@ -1,7 +1,7 @@
 """The judge of the drawn world: arithmetic, not a model. It reads the objects of a picture from its pixels.
 
 Per quarter of the picture: the saturated pixels' colour names the colour; every pixel's share of that colour over the
-ground is the object's cover; the nearest of the covers that `data.py` would draw names shape and size. What fits no
+ground is the object's cover; the nearest of the covers that `world.py` would draw names shape and size. What fits no
 colour or no cover well is seen as "?" and is never what anybody asked for.
 
     python judge.py                accuracy on clean drawings, attribute by attribute
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data import COLOURS, PLAIN, SHAPES, SIZES, STYLES, DrawnWorld, Edit, Object, Request, draw, related, signed_distance
+from data import DrawnWorld, Edit, Request, related
+from world import COLOURS, PLAIN, SHAPES, SIZES, STYLES, Object, draw, signed_distance
 
 COLOUR_TOLERANCE = 0.28  # largest RGB distance (range 0–1 per channel) at which a colour still has its name
 COVER_TOLERANCE = 0.25  # largest squared error of a cover, as a share of the drawn cover's square
@@ -39,7 +40,7 @@ def covers() -> tuple[Tensor, list[tuple[str, str]]]:
 
 
 def detect(images: Tensor, style: str = "") -> list[list[Object]]:
-    """Pictures `b 3 H W` in [-1, 1] -> the objects seen in each. `style` (see data.STYLES) is undone first."""
+    """Pictures `b 3 H W` in [-1, 1] -> the objects seen in each. `style` (see world.STYLES) is undone first."""
     scale, shift = STYLES.get(style, (1.0, 0.0))
     rgb = ((F.adaptive_avg_pool2d(images.float(), 32) + 1) / 2 - shift) / scale
     cells = rearrange(rgb, "b c (r y) (s x) -> (b r s) (y x) c", r=2, s=2)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from data import FACT_WORDS, DrawnWorld, Scene, draw
+from data import DrawnWorld
 from diffusion import add_noise, alignment_loss, equally_long, flow_matching_loss, logit_normal_times
 from spar import SPAR
 from tokenizer import Discriminator, Perceptual
+from world import FACT_WORDS, Scene, draw
 
 Losses = dict[str, Tensor]  # symbol -> value; the stage says the weights
 
@@ -52,8 +53,8 @@ def language_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Lo
     if "L_name" in wanted:
         losses["L_name"] = naming_loss(f_v, [h.world.scene(index) for index in numbers], model)
     if "L_text" in wanted:
-        facts = h.world.texts(numbers[::4])
-        _, bos = model.mllm.llm(model.mllm.embed(start[::4, :1]))
+        facts = h.world.texts(numbers)
+        _, bos = model.mllm.llm(model.mllm.embed(start[:, :1]))
         losses["L_text"] = model.mllm.text_loss(*dialogue(model, facts), bos)
     return losses
 
@@ -137,7 +138,9 @@ def unified_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Los
         parts.append(model.mllm.condition(*words))
     if edits:
         sources = draw([edit.source for edit in edits], h.world.side).to(model.device)
-        words = model.encode_prompts(some_emptied([edit.instruction for edit in edits], model, h), has_image=True)
+        told = torch.rand(len(edits), generator=h.generator) < wanted["outcomes"]
+        texts = [f"{edit.instruction} {edit.outcome}" if tell else edit.instruction for edit, tell in zip(edits, told.tolist())]
+        words = model.encode_prompts(some_emptied(texts, model, h), has_image=True)
         with torch.no_grad():
             reference, f_v = model.clean_latent(sources)
         parts.append(model.mllm.condition(*words, f_v))
@@ -162,7 +165,7 @@ def flow_losses(model: SPAR, z: Tensor, condition, h: Helpers, reference: Tensor
     condition, is computed once for all of them."""
     z, tokens, mask, reference = (None if x is None else repeat(x, "b ... -> (r b) ...", r=model.config.draws)
                                   for x in (z, condition[0], condition[1], reference))
-    sigma = logit_normal_times(len(z), h.generator).to(z.device)
+    sigma = logit_normal_times(len(z), h.generator, model.config.shift).to(z.device)
     noise = torch.randn(z.shape, generator=h.generator).to(z.device)
     velocity, hidden = model.dit(add_noise(z, noise, sigma), sigma, tokens, mask, reference)
     return flow_matching_loss(velocity, z, noise), hidden

@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data import EDIT_KINDS, DrawnWorld, draw
+from data import EDIT_KINDS, DrawnWorld
 from spar import NAMES, SPAR, Parser, load_run, run_command
+from world import draw
 
 PIXELS = 96  # shown side of one picture
 MARGIN, TEXT = 12, 13
@@ -163,11 +164,12 @@ def draw_report(run: Path, device: str = "cpu") -> None:
             for picture, (question, answer), reply in zip(pictures, turns, said)]))
     if "U1" in done:
         requests = world.prompts(range(8))
-        drawn = model.generate([request.text for request in requests])[0]
+        drawn = model.generate(model.rewrite([request.text for request in requests]))[0]
         sections.append(("draw: a prompt, the model's picture", [([p], r.text, INK) for p, r in zip(drawn, requests)]))
         edits = [world.edits([3], kind)[0] for kind in EDIT_KINDS[:8]]
         sources = draw([edit.source for edit in edits], world.side)
-        after = model.generate([edit.instruction for edit in edits], sources.to(device))[0]
+        sources = sources.to(device)
+        after = model.generate(model.rewrite([edit.instruction for edit in edits], sources), sources)[0]
         sections.append(("edit: before, after", [([a, b], e.instruction, INK) for a, b, e in zip(sources, after, edits)]))
         routing = routing_pictures(model, requests[0].text)
         sheet([], extra=routing).save(folder / "routing.png")

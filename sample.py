@@ -6,6 +6,7 @@
     python sample.py reconstruct --image scene.png
     python sample.py route "two green circles"
 
+What to draw or to change is first written out by the LLM, and printed; with `--no-rewrite` the words are drawn as they stand.
 Pictures are written to --out (default: generate.png and so on) and the path is printed. Pictures of another size
 are cut to a square and resized, and that is said. Wrong input ends in one line and exit code 2.
 """
@@ -67,7 +68,11 @@ def perform(model: SPAR, use: str, text: str, images: Tensor | None, given: argp
     if use == "route":
         return sheet([], extra=routing_pictures(model, text, images))
     references = None if images is None else images.repeat(given.count, 1, 1, 1)
-    pictures = model.generate([text] * given.count, references, **options)[0]
+    prompts = [text] * given.count
+    if given.rewrite:
+        prompts = model.rewrite(prompts, references, given.seed)
+        print("\n".join(prompts))
+    pictures = model.generate(prompts, references, **options)[0]
     return to_image(torch.cat(list(pictures), 2))
 
 
@@ -80,8 +85,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="picture to write (default <use>.png)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--sampler", choices=("euler", "dpm"), default="dpm")
+    parser.add_argument("--rewrite", action=argparse.BooleanOptionalAction, default=True,
+                        help="let the LLM write the prompt or the edit's outcome out first (--no-rewrite: the paper's path)")
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = parser.read()

@@ -14,7 +14,7 @@ import argparse
 import difflib
 import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ class Config:
     lecam: float = 0.001
     encoder_rate: float = 0.5  # T3: the encoder's learning rate as a share of the stage's
     # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (800, 650, 750, 200, 80, 600, 60, 1600, 250)
+    steps: tuple = (900, 650, 650, 200, 80, 650, 60, 1500, 250)
     batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)
     optimizer: str = "muon"  # muon | adamw
@@ -95,9 +95,10 @@ class Config:
     final_lr: float = 0.05  # share of lr that the cosine ends at
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.99
+    shift: float = 3.0  # moves training's and sampling's σ towards the noise (SANA: 3)
     draws: int = 2  # times and noises for each picture and condition
     drop_words: float = 0.1  # share of emptied prompts, for guidance
-    edits: float = 0.45  # share of editing in U2 and U3
+    edits: float = 0.5  # share of editing in U2 and U3
     # ablations (README)
     tokenizer: str = "dual"  # dual | semantic-only | pixel-only
     symmetric: str = ""  # "" | with | without: both streams with, or both without, a Transformer
@@ -191,9 +192,21 @@ class SPAR(nn.Module):
         replies = self.mllm.answer(ids, mask, f_v, max_new, temperature, generator)
         return [self.words.decode(reply) for reply in replies]
 
+    def rewrite(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, temperature: float = 0.5) -> list[str]:
+        """Each prompt as the LLM writes it out before it is drawn. To draw: one whole caption that fulfils it, what the words
+        leave open chosen at `temperature`. To edit a reference `b 3 H W`: the instruction and its likeliest outcome.
+
+        # differs from paper: there the words go to the generator as they stand, which has to settle colours and places for
+        # the whole picture at once; the LLM settles them one after the other. `generate` alone is the paper's path.
+        """
+        if references is not None:
+            return [f"{text} {outcome}" for text, outcome in zip(prompts, self.answer(references, prompts))]
+        generator = torch.Generator().manual_seed(seed)
+        return self.answer(None, [f"describe {text}" for text in prompts], temperature=temperature, generator=generator)
+
     @torch.no_grad()
     def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, steps: int = 20,
-                 guidance: float = 3.0, sampler: str = "dpm", text_only: bool = False):
+                 guidance: float = 1.5, sampler: str = "dpm", text_only: bool = False):
         """Draw each prompt, or edit its reference picture `b 3 H W` as it says.
 
         Returns (pictures `b 3 H W`, path: list of latents `b p h w` from noise to picture, DTR weights `b l k`).
@@ -216,7 +229,7 @@ class SPAR(nn.Module):
             reference = None if latent is None else latent.repeat(len(x) // b, 1, 1, 1)  # guided: with words and without
             return self.dit(x, sigma, tokens, mask, reference)[0]
 
-        z, path = sample(guided(velocity, condition[:2], nothing[:2], guidance), noise, steps, sampler)
+        z, path = sample(guided(velocity, condition[:2], nothing[:2], guidance), noise, steps, sampler, f.shift)
         return self.decode(z), path, condition.weights
 
     @torch.no_grad()

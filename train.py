@@ -50,6 +50,7 @@ class Stage:
     losses: dict[str, float | str]
     edits: float | str = 0.0  # share of the batch that edits
     captions: float = 0.5  # share of whole captions among what is drawn: nothing left unsaid; the rest are short requests
+    outcomes: float = 0.5  # share of edits whose outcome is said as well, as `SPAR.rewrite` says it
     cost: float = 1.0  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
 
 
@@ -61,7 +62,7 @@ DRAW = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
     Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_losses,
-          {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.2}, cost=9),
+          {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.3}, cost=9),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
           autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
@@ -141,6 +142,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, second
     h = Helpers(DrawnWorld(f.side, f.seed, epoch=index), torch.Generator().manual_seed(1000 * f.seed + index))
     prepare(model, stage, h)
     terms = wanted_terms(stage, f)
+    shares = {"edits": number(stage.edits, f), "captions": stage.captions, "outcomes": stage.outcomes}
     model.requires_grad_(False)
     groups, names = [], []
     for prefix, pairs in trained_parameters(model, stage).items():
@@ -164,7 +166,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, second
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak"]
         numbers = range(step * batch, (step + 1) * batch)
-        losses = stage.compute(model, numbers, terms | {"edits": number(stage.edits, f), "captions": stage.captions}, h)
+        losses = stage.compute(model, numbers, terms | shares, h)
         for symbol, value in losses.items():
             if not math.isfinite(value.item()):
                 raise UserError(f"{stage.name} step {step}: {symbol} is {value.item()}; lower --lr or raise --warmup")
@@ -229,6 +231,8 @@ def save(path: Path, content: dict) -> None:
 def train(config: Config, run: Path, stages: list[str], steps_scale: float, device: str, source: Path | None) -> SPAR:
     """Trains the named stages that `run` has not finished; the others are loaded. `source`: a run whose stages are taken
     over where no changed field touches them. Raises UserError where a predecessor is missing."""
+    if source:
+        load_config(source)  # a wrong folder is told before anything is written
     run.mkdir(parents=True, exist_ok=True)
     check_same_run(config, run)
     todo = stage_names(config)
@@ -276,7 +280,7 @@ FIRST_TOUCHED = {"lambda_lpips": "T1", "lambda_p": "T1", "lambda_f": "T1", "lamb
                  "encoder_rate": "T3", "gan_width": "T3", "lambda_a": "U2", "edits": "U2", "tokenizer": "T1", "symmetric": "T1",
                  "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1", "lpips_weights": "T1", "anchor": "T3",
                  "freeze_encoder": "T3", "fusion": "U1", "k": "U1", "queries": "U1", "connector_layers": "U1",
-                 "align": "U2", "teacher": "U2", "align_hidden": "U2", "reference": "U2"}  # any other field: P1
+                 "shift": "P3", "draws": "P3", "align": "U2", "teacher": "U2", "align_hidden": "U2", "reference": "U2"}  # any other field: P1
 
 
 def take_over(config: Config, run: Path, source: Path) -> None:

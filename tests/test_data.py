@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import data
-from data import (COLOURS, FACTS, HELD_OUT, NUMBERS, PAIRS, PLACES, PROMPT_KINDS, QUESTION_KINDS, SHAPES, WORDS,
-                  Background, DrawnWorld, Object, Scene, caption, draw, grounding, question, random_scene, repeated_scene, twin)
+from data import FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, grounding, question, twin
+from judge import fulfils
+from world import (COLOURS, HELD_OUT, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene, draw, random_scene,
+                   repeated_scene)
 
 KINDS_OF_SAMPLE = ("pictures", "conversations", "prompts", "texts", "edits")
 PLAIN_NAMES = {(1.0, 1.0, 1.0): "white", (0.55, 0.55, 0.55): "gray", (0.05, 0.05, 0.05): "black"}
@@ -78,7 +80,7 @@ def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch
     assert len(drawn) == 6000 and not HELD_OUT & set(PAIRS)
 
 
-@pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "knowledge"))
+@pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "part", "knowledge"))
 def test_prompts_of_held_out_pairs_have_only_those(kind):
     requests = DrawnWorld(split="test").prompts(range(200), kind, pairs=list(HELD_OUT))
     assert pairs_of(*(r.scene for r in requests)) == HELD_OUT
@@ -108,7 +110,7 @@ def test_facts_that_no_caption_tells_change_the_pixels_and_not_the_caption():
     others = [replace(scene, background=replace(ground, **change)) for change in grounds]
     others += [scene.with_objects([replace(thing, **change)]) for change in ({"offset": (0.5, 0)}, {"turn": 0.2})]
     for other in others:
-        assert caption(other) == caption(scene) == "a large red triangle top-right"
+        assert caption(other.objects) == caption(scene.objects) == "a large red triangle top-right"
         assert (draw([other]) - draw([scene])).abs().max() > 0.05
 
 
@@ -130,6 +132,8 @@ def right_answers(scene, text):
         (up, side), (other_up, other_side) = (PLACES[t.place].split("-") for t in (first, second))
         words = [side] * (side != other_side) + [{"top": "above", "bottom": "below"}[up]] * (up != other_up)
         return [f"{PLACES[first.place]} , {PLACES[second.place]} , {' '.join(words)}"]
+    if " and " in text:
+        return [" and ".join(answer for part in text.split(" and ") for answer in right_answers(scene, part))]
     if found := re.fullmatch(r"how is the (picture|background)", text):
         return [scene.style if found[1] == "picture" else PLAIN_NAMES.get(scene.background.tint, "")]
     return [what_changes(words, t) for t in things if words[0] == "add" or words[2] in ("background", "picture")
@@ -161,7 +165,7 @@ def test_a_question_has_exactly_one_right_answer(kind):
     asked = [(scene, *pair) for scene, pair in asked if pair]
     assert len(asked) > 600
     for scene, text, answer in asked:
-        assert right_answers(scene, text) == [answer], (text, caption(scene))
+        assert right_answers(scene, text) == [answer], (text, caption(scene.objects))
 
 
 def test_no_answer_to_a_relation_is_given_much_more_often_than_another():
@@ -173,9 +177,10 @@ def test_no_answer_to_a_relation_is_given_much_more_often_than_another():
 def test_an_instruction_as_a_question_is_answered_by_what_it_changes_and_into_what():
     asked = [(scene, grounding(scene, rng)) for scene, rng in some_scenes(1500)]
     asked = [(scene, *pair) for scene, pair in asked if pair]
-    assert len(asked) > 1000 and {text.split()[0] for _, text, _ in asked} == {"add", "make", "extract", "replace", "remove", "move"}
+    assert len(asked) > 1000 and sum(" and " in text for _, text, _ in asked) > 50
+    assert {text.split()[0] for _, text, _ in asked} == {"add", "make", "extract", "replace", "remove", "move"}
     for scene, text, answer in asked:
-        assert right_answers(scene, text) == [answer], (text, caption(scene))
+        assert right_answers(scene, text) == [answer], (text, caption(scene.objects))
 
 
 def test_a_conversation_is_about_its_picture_and_ends_with_the_caption():
@@ -210,5 +215,35 @@ def test_facts_told_in_words_alone_are_never_shown():
     shown += [e.instruction for e in world.edits(indices)]
     told = [given for given, _ in world.texts(indices)] + [p.text for p in world.prompts(indices, "knowledge")]
     assert not {word for text in shown for word in text.split()} & set(FACTS)
-    assert all(set(text.split()) & set(FACTS) for text in told)
+    assert all(set(p.text.split()) & set(FACTS) for p in world.prompts(indices, "knowledge"))
     assert {word for text in told for word in text.split()} >= set(FACTS)
+
+
+def objects_said(text):
+    """The objects that a whole caption names; "a large red circle top-left , …"."""
+    said = [re.fullmatch(r"an? (\w+) (\w+) (\w+) (\S+)", part) for part in text.split(" , ")]
+    return [Object(shape, colour, size, PLACES.index(place)) for size, colour, shape, place in (match.groups() for match in said)]
+
+
+@pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "part", "knowledge"))
+def test_a_request_is_fulfilled_by_its_scene_and_by_what_it_is_written_out_as(kind):
+    for request in DrawnWorld().prompts(range(300), kind):
+        written = objects_said(caption(request.things))
+        assert fulfils(written, request) and fulfils(list(request.scene.objects), request)
+        assert all(wish in ("", None, fact) for thing, wanted in zip(written, request.wanted)
+                   for wish, fact in zip(wanted.facts, thing.facts))  # in the order of the words
+        assert {thing.facts for thing in written} == {thing.facts for thing in request.scene.objects}
+
+
+def test_a_text_without_a_picture_is_a_fact_or_a_request_written_out():
+    kinds = Counter()
+    for given, answer in DrawnWorld().texts(range(1500)):
+        if found := re.fullmatch(r"what (colour|shape) is (\w+)", given):
+            assert FACTS[found[2]] == answer and (answer in COLOURS) == (found[1] == "colour")
+            kinds["fact"] += 1
+            continue
+        things = objects_said(answer)
+        assert given.startswith("describe ") and 1 <= len(things) <= 3
+        assert {thing.place for thing in things} and len({thing.place for thing in things}) == len(things)
+        kinds["copied"] += given == f"describe {answer}"
+    assert kinds["fact"] > 100 and kinds["copied"] > 50

@@ -59,6 +59,11 @@ def test_training_times_lie_between_0_and_1_with_their_median_at_one_half():
     assert times.quantile(0.8413).item() == pytest.approx(0.7311, abs=0.01)  # one deviation up: sigmoid(1)
 
 
+def test_a_shift_moves_training_times_as_it_moves_sampling_times():
+    plain, shifted = (logit_normal_times(1000, torch.Generator().manual_seed(0), shift) for shift in (1.0, 3.0))
+    assert torch.allclose(shifted, 3 * plain / (1 + 2 * plain), atol=1e-5)
+
+
 @pytest.mark.parametrize("sampler", ["euler", "dpm"])
 def test_sampling_with_the_known_velocity_gives_the_gaussian_back(sampler):
     z, _ = sample(known_velocity, normal(20000), 100, sampler)

@@ -71,7 +71,7 @@ def finished(tmp_path_factory):
 def test_a_run_measured_twice_gives_the_same_id_and_figures(finished):
     first, second = (evaluate(finished, Protocol(count=4)) for _ in range(2))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    assert evaluate(finished, Protocol(count=4, guidance=2.0))["eval_id"] != first["eval_id"]
+    assert evaluate(finished, Protocol(count=4, guidance=2.5))["eval_id"] != first["eval_id"]
     content = torch.load(finished / "U3.pt", weights_only=True)
     next(iter(content["ema"].values())).add_(1.0)
     torch.save(content, finished / "U3.pt")
@@ -83,7 +83,8 @@ def test_results_have_every_key_of_the_contract(finished):
     results = json.loads((finished / "results.json").read_text())
     wanted = {"reconstruction": "psnr ssim rfd", "understanding": "overall colour shape size place count relation twins before_t3",
               "generation": "overall single two counting colours position binding held_out knowledge",
-              "editing": "overall add adjust extract replace remove background style hybrid action preservation_psnr"}
+              "generation_direct": "overall single held_out knowledge knowledge_p3",
+              "editing_direct": "overall hybrid preservation_psnr", "editing": "overall add adjust extract replace remove background style hybrid action preservation_psnr"}
     assert {"eval_id", "seed", "seconds", "ablation", *wanted} <= set(results)
     for part, keys in wanted.items():
         assert set(keys.split()) <= set(results[part]), part

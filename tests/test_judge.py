@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-from data import (COLOURS, EDIT_KINDS, HELD_OUT, PLAIN, PROMPT_KINDS, SHAPES, STYLES, Background, DrawnWorld, Object,
-                  Request, Scene, draw)
+import world
+from data import EDIT_KINDS, PROMPT_KINDS, DrawnWorld, Request
 from judge import clean_accuracy, detect, fulfils, succeeds
+from world import COLOURS, HELD_OUT, PLAIN, SHAPES, SIZES, STYLES, Background, Object, Scene, draw
 
 GROUND = Background((0.8, 0.75, 0.8), 0.08, 0.4, 2.0)
 CIRCLE, SQUARE = Object("circle", "red", "large", 0), Object("square", "blue", "small", 3)
@@ -127,7 +127,7 @@ def test_a_background_edit_fails_where_stripes_are_left():
 def test_a_colour_between_two_names_has_none(pair, monkeypatch):
     middle = tuple((a + b) / 2 for a, b in zip(COLOURS[pair[0]], COLOURS[pair[1]]))
     with monkeypatch.context() as patch:
-        patch.setitem(data.COLOURS, "between", middle)
+        patch.setitem(world.COLOURS, "between", middle)
         pictures = draw([Scene((Object(shape, "between", "large", 2),), GROUND) for shape in SHAPES])
     for shape, (thing,) in zip(SHAPES, detect(pictures)):
         assert thing.facts == (shape, "?", "large", 2)
@@ -143,7 +143,7 @@ def test_a_blob_has_no_shape():
         (thing,), = detect(paint(blob, COLOURS["red"]))
         assert (thing.shape, thing.colour, thing.size) == ("?", "red", "?")
         assert not any(fulfils([thing], Request("single", "", (Object(shape),), SCENE)) for shape in SHAPES)
-    (circle,), = detect(paint(r < data.SIZES["large"], COLOURS["red"]))
+    (circle,), = detect(paint(r < SIZES["large"], COLOURS["red"]))
     assert circle.facts == ("circle", "red", "large", 0)
 
 

@@ -44,7 +44,7 @@ def test_ask_prints_an_answer_and_a_picture_of_another_size_is_resized_and_said(
     assert done.returncode == 0 and "resized from 50×30 to 16×16" in done.stdout
 
 
-@pytest.mark.parametrize("flag", [("--seed", "1"), ("--guidance", "9"), ("--steps", "2"), ("--sampler", "euler")])
+@pytest.mark.parametrize("flag", [("--seed", "1"), ("--guidance", "9"), ("--steps", "2"), ("--sampler", "euler"), ("--no-rewrite",)])
 def test_every_option_changes_the_picture(flag, run, tmp_path):
     for name, extra in (("a.png", ()), ("b.png", flag)):
         assert sample(run, "generate", "a red circle", "--out", str(tmp_path / name), *extra).returncode == 0

@@ -10,8 +10,8 @@ import torch
 
 import losses
 import train
-from data import FACT_WORDS, Background, Object, Scene
 from spar import NAMES, SPAR, UserError, load_run, make_config
+from world import FACT_WORDS, Background, Object, Scene
 
 ROOT = Path(__file__).parent.parent
 TRAINS = {  # README and paper: what each stage trains, as name prefixes
@@ -211,8 +211,9 @@ def test_the_schedule_warms_up_and_ends_where_it_says():
     ("train.py --stepps-scale 1", "did you mean --steps-scale"), ("train.py --fusion lst", "invalid choice"),
     ("train.py --stages P1,P9", "unknown stage 'P9'"), ("train.py --stages T1 --out {tmp}/run", "needs P1"),
     ("evaluate.py {tmp}/none", "no run in"), ("sample.py generate a --run {tmp}/none", "no run in"),
-    ("sample.py edit blue", "--image"), ("sample.py generate", "needs words"), ("train.py --from {tmp}/none", "no run in")])
+    ("sample.py edit blue", "--image"), ("sample.py generate", "needs words"), ("train.py --from {tmp}/none --out {tmp}/new", "no run in")])
 def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, words, tmp_path):
     command = [sys.executable, *arguments.format(tmp=tmp_path).split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "new").exists()
