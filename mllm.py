@@ -53,7 +53,7 @@ class WordTokenizer:
         return [self.ids[word] for word in words]
 
     def decode(self, ids: list[int]) -> str:
-        return " ".join(self.words[i] for i in ids if i not in (self.pad_id, self.bos_id, self.eos_id))
+        return " ".join(self.words[i] for i in ids if i > self.image_id)  # the four signs are no words
 
 
 # ---------------------------------------------------------------- language model

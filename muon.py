@@ -10,10 +10,12 @@ from einops import rearrange
 from torch import Tensor
 
 BLOCK = 128  # rows orthogonalised at a time: the cost grows with the square of the smaller side
+STEPS = 3  # of Newton–Schulz in training; five are usual, three train as well here and cost a fifth of a step less
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Newton–Schulz: `… r c` -> the same with all singular values moved near 1 (between about 0.7 and 1.2)."""
+    """Newton–Schulz: `… r c` -> the same with all singular values moved towards 1 (five steps bring them to
+    between about 0.7 and 1.2)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
@@ -58,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                 alike.setdefault(ahead.shape, []).append((parameter, ahead))
             for (many, rows, columns), pairs in alike.items():
                 size = group["lr"] * max(1, rows / columns) ** 0.5
-                steps = orthogonalise(torch.stack([ahead for _, ahead in pairs]))
+                steps = orthogonalise(torch.stack([ahead for _, ahead in pairs]), STEPS)
                 for (parameter, _), step in zip(pairs, steps):
                     parameter.sub_(size * step.reshape(parameter.shape))
 
