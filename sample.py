@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="run folder (default runs/toy)")
     parser.add_argument("--out", type=Path, help="picture to write (default <use>.png)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--sampler", choices=("euler", "dpm"), default="dpm")
     parser.add_argument("--rewrite", action=argparse.BooleanOptionalAction, default=True,
