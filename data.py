@@ -24,7 +24,7 @@ QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation")
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "binding")  # GenEval's six
 EDIT_KINDS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "hybrid", "action")  # ImgEdit's
 
-WORDS = [*COLOURS, *SHAPES, *(shape_s for shape_s in ("circles", "squares", "triangles", "crosses")), *SIZES, *PLACES,
+WORDS = [*COLOURS, *SHAPES, "circles", "squares", "triangles", "crosses", *SIZES, *PLACES,
          *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
          objects object are there describe which way from in with to make add extract replace remove move background picture
          shaped like ,""".split()]
@@ -174,6 +174,7 @@ def written_text(rng: random.Random) -> tuple[str, str]:
     request = prompt(rng.choice((*PROMPT_KINDS, "full", "part", "knowledge", "knowledge")), rng)
     return f"describe {request.text}", caption(request.things)
 
+
 # ---------------------------------------------------------------- edits
 
 
@@ -188,7 +189,7 @@ class Edit:
 
 def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS) -> Edit:
     """One of ImgEdit's nine kinds with its exact target. The target differs from the source as the words say, no more.
-    Raises ValueError for another kind. A hybrid needs two objects."""
+    Raises ValueError for another kind, and for a hybrid of a scene with one object."""
     scene = scene or random_scene(rng, rng.randint(2, 3) if kind in ("extract", "hybrid", "remove") else 0, pairs)
     things = list(scene.objects)
     thing = rng.choice(things)
@@ -229,14 +230,14 @@ def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS)
     if kind == "action":
         place = rng.choice(free)
         return swap(f"move {name(thing)} to {PLACES[place]}", replace(thing, place=place))
-    if kind == "hybrid":  # one change to an object, one to what is behind it or to another object
+    if kind == "hybrid" and len(things) > 1:  # one change to an object, one to what is behind it or to another object
         first = edit(rng.choice(("adjust", "remove", "action")), rng, scene, pairs)
         moved = [other for other in first.target.objects if other not in things]
         rest = replace(first.target, objects=tuple(other for other in first.target.objects if other in things))
         second = edit(rng.choice(("background", "adjust")), rng, rest, [pair for pair in pairs if pair not in taken])
         return Edit(kind, f"{first.instruction} and {second.instruction}", scene,
                     second.target.with_objects([*second.target.objects, *moved]), f"{first.outcome} and {second.outcome}")
-    raise ValueError(f"unknown kind of edit {kind!r}: one of {', '.join(EDIT_KINDS)}")
+    raise ValueError(f"no edit {kind!r} of {len(things)} objects: kinds are {', '.join(EDIT_KINDS)}; a hybrid needs two objects")
 
 
 def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
@@ -291,6 +292,8 @@ class DrawnWorld:
 
     def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:
         """(scenes, questions, answers) of one kind; scenes that allow no such question are passed over."""
+        if kind not in QUESTION_KINDS:
+            raise ValueError(f"unknown kind of question {kind!r}: one of {', '.join(QUESTION_KINDS)}")
         found = []
         for index in indices:
             rng = self.rng(f"question {kind}", index)

@@ -110,11 +110,11 @@ class DiT(nn.Module):
     """(x_t `b p h w`, σ `b`, condition `b l e`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after `align_block`).
 
     `positions`: add sines of row and column to the latent tokens.
-    # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner. Full presets: none.
+    # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner.
     `reference`: take the reference picture's clean latent z_r on p extra channels (InstructPix2Pix, arXiv 2211.09800), and
     as the origin of the flow: x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z − z_r, of velocity
     v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
-    # differs from paper: there the reference reaches the DiT through the condition alone. Full presets: off.
+    # differs from paper: there the reference reaches the DiT through the condition alone.
     """
 
     def __init__(self, p: int, c: int, layers: int, heads: int, cross_heads: int, condition_width: int,

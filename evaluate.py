@@ -1,6 +1,6 @@
 """Every figure of a run, from its folder: reconstruction, understanding, generation, editing, routing.
 
-    python evaluate.py runs/toy              prints the tables, writes results.json and report/
+    python evaluate.py runs/toy              prints the tables, writes results.json
     python evaluate.py runs/toy --count 50   fewer samples for each figure
 
 The same weights, seed, sampler and counts give the same `eval_id` and the same figures. Pictures are judged by
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import EDIT_KINDS, PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
 from judge import detect, fulfils, succeeds
-from spar import SPAR, Parser, changes, load_run, run_command
+from spar import SPAR, Parser, UserError, best_device, changes, load_run, run_command
 from world import HELD_OUT, draw
 
 # ---------------------------------------------------------------- picture metrics, all on pictures in [-1, 1]
@@ -39,7 +39,7 @@ def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair, `b 3 H W` -> `b`: 11×11 Gaussian window, σ 1.5, K = 0.01 and 0.03, mean over
     the windows that lie wholly inside and over channels (Wang et al. 2004)."""
-    a, b = (x.double().add(1).div(2) for x in (a, b))
+    a, b = (x.cpu().double().add(1).div(2) for x in (a, b))  # mps has no float64
     window = torch.exp(-(torch.arange(11, dtype=torch.float64) - 5).square() / (2 * 1.5**2))
     window = torch.outer(window, window) / window.sum() ** 2
 
@@ -59,7 +59,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     tr (Σ_a Σ_b)^½ is the sum of the singular values of A Bᵀ, with Σ_a = AᵀA and Σ_b = BᵀB the centred features
     over √(n−1): exact for any rank, fewer samples than features included.
     """
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     mean_a, mean_b = a.mean(0), b.mean(0)
     A, B = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
     cross = torch.linalg.svdvals(A @ B.T).sum()
@@ -70,6 +70,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 TABLES = ("reconstruction", "understanding", "generation", "generation_direct", "editing", "editing_direct")
 GENERATED = (*PROMPT_KINDS, "held_out", "knowledge")
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -161,7 +162,7 @@ def evaluation_id(run: Path, how: Protocol) -> str:
 
 
 def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu") -> dict:
-    """All measures that the finished stages allow, written to results.json; pictures go to report/. Deterministic on CPU."""
+    """All measures that the finished stages allow, written to results.json. Deterministic on CPU."""
     start = time.time()
     model, before = load_run(run, device), load_run(run, device, upto="P1")
     world, f, done = DrawnWorld(model.config.side, model.config.seed, "test"), model.config, set(model.finished)
@@ -212,9 +213,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Protocol.steps)
     parser.add_argument("--guidance", type=float, default=Protocol.guidance)
     parser.add_argument("--sampler", choices=("euler", "dpm"), default="dpm")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = vars(parser.read())
-    run, device = given.pop("run"), given.pop("device")
+    run, device = given.pop("run"), best_device(given.pop("device"))
+    if given["count"] < 2 or given["steps"] < 1:
+        raise UserError("--count must be at least 2 and --steps at least 1")
     print_tables(evaluate(run, Protocol(**given), device))
 
 

@@ -1,7 +1,8 @@
 """What each kind of stage learns from: one function for P1, P2, P3, the tokenizer's stages and the unified ones.
 
 Each takes the model, the numbers of the batch's samples, the wanted terms and the stage's helpers, and returns its losses
-by their symbols; the table of stages in train.py says which are wanted and how they are weighed.
+by their symbols; the table of stages in train.py says which are wanted and how they are weighed, and which shares of the
+batch are edits, whole captions and edits whose outcome is said.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Helpers:
 
 
 def language_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Losses:
-    """P1: the next word, on answers (L_lm) and captions (L_caption) about pictures, and on facts told in words (L_text);
+    """P1: the next word, on answers (L_lm) and captions (L_caption) about pictures, and on words alone: facts, and requests written out (L_text);
     and names for what each visual token shows (L_name)."""
     images, talks = h.world.conversations(numbers)
     f_v = model.tokenizer.features(images.to(model.device))
@@ -53,9 +54,9 @@ def language_losses(model: SPAR, numbers: range, wanted: dict, h: Helpers) -> Lo
     if "L_name" in wanted:
         losses["L_name"] = naming_loss(f_v, [h.world.scene(index) for index in numbers], model)
     if "L_text" in wanted:
-        facts = h.world.texts(numbers)
+        texts = h.world.texts(numbers)
         _, bos = model.mllm.llm(model.mllm.embed(start[:, :1]))
-        losses["L_text"] = model.mllm.text_loss(*dialogue(model, facts), bos)
+        losses["L_text"] = model.mllm.text_loss(*dialogue(model, texts), bos)
     return losses
 
 

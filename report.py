@@ -97,7 +97,7 @@ def query_grids(weights: Tensor, columns: list[str]) -> Image.Image:
     for c, name in enumerate(columns):
         x = c * (cell * side + 2 * MARGIN)
         pen.text((x, 24), name, INK, font())
-        for q in range(side * side):
+        for q in range(len(weights)):
             shade = tuple(int(255 - float(weights[q, c]) * (255 - k)) for k in (20, 70, 150))
             row, column = divmod(q, side)
             pen.rectangle((x + column * cell, 44 + row * cell, x + (column + 1) * cell - 2, 44 + (row + 1) * cell - 2), shade)
@@ -126,6 +126,7 @@ def loss_curves(run: Path) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for place, name in enumerate(stages):
         here = [line for line in lines if line["stage"] == name]
+        here = here[max(i for i, line in enumerate(here) if line["step"] == 0):]  # a stage begun anew: its last beginning
         x0, y0 = place % 3 * wide + 44, place // 3 * high + 26
         w, h = wide - 60, high - 66
         symbols = [key for key in here[-1] if key.startswith("L_")]
@@ -151,7 +152,7 @@ def draw_report(run: Path, device: str = "cpu") -> None:
     folder.mkdir(exist_ok=True)
     sections, extra = [], []
     images = world.pictures(range(8))
-    if "T1" in done:
+    if done & {"T1", "T2"}:
         copies = model.reconstruct(images.to(device))
         sections.append(("reconstruct: source, reconstruction", [([a, b], "", INK) for a, b in zip(images[:4], copies)]))
         streams(model, images.to(device)).save(folder / "streams.png")
@@ -167,15 +168,15 @@ def draw_report(run: Path, device: str = "cpu") -> None:
         drawn = model.generate(model.rewrite([request.text for request in requests]))[0]
         sections.append(("draw: a prompt, the model's picture", [([p], r.text, INK) for p, r in zip(drawn, requests)]))
         edits = [world.edits([3], kind)[0] for kind in EDIT_KINDS[:8]]
-        sources = draw([edit.source for edit in edits], world.side)
-        sources = sources.to(device)
+        sources = draw([edit.source for edit in edits], world.side).to(device)
         after = model.generate(model.rewrite([edit.instruction for edit in edits], sources), sources)[0]
         sections.append(("edit: before, after", [([a, b], e.instruction, INK) for a, b, e in zip(sources, after, edits)]))
-        routing = routing_pictures(model, requests[0].text)
+        routing = routing_pictures(model, requests[1].text)
         sheet([], extra=routing).save(folder / "routing.png")
         extra = routing
     sheet(sections, extra=extra).save(folder / "summary.png")
-    loss_curves(run).save(folder / "losses.png")
+    if (run / "log.jsonl").exists():  # not where every stage was taken over
+        loss_curves(run).save(folder / "losses.png")
 
 
 @torch.no_grad()

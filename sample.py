@@ -21,7 +21,7 @@ from torch import Tensor
 from report import routing_pictures, sheet, to_image
 from spar import SPAR, Parser, UserError, best_device, load_run, run_command
 
-NEEDS = {"generate": "U1", "edit": "U1", "route": "U1", "ask": "P1", "reconstruct": "T1"}
+NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1"}
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 64_000_000
 
@@ -96,6 +96,8 @@ def main() -> None:
         raise UserError(f"{given.use} needs words: python sample.py {given.use} \"…\"")
     if given.use in ("edit", "ask", "reconstruct") and given.image is None:
         raise UserError(f"{given.use} needs a picture: add --image FILE")
+    if given.use == "generate" and given.image is not None:
+        raise UserError("generate draws from words alone: to change a picture, python sample.py edit --image FILE \"…\"")
     if given.count < 1 or given.steps < 1:
         raise UserError("--count and --steps must be at least 1")
     out = given.out or Path(f"{given.use}.png")

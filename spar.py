@@ -6,8 +6,6 @@
     words, f_v of a reference, queries ─ mllm.llm ─ router ─ connector ─ condition ─ dit ─ z_f ─ decoder ─ picture
 
 `Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; `load_run` reads a run folder.
-
-    python spar.py                 the parts of each preset with their parameter counts
 """
 
 import argparse
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 
 from data import WORDS
 from diffusion import AlignmentHead, DiT, guided, sample
-from mllm import MLLM, LanguageModel, UnknownWords, WordTokenizer
+from mllm import MLLM, LanguageModel, WordTokenizer
 from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder
 
 NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
@@ -72,7 +70,7 @@ class Config:
     align_block: int = 2  # L_align reads the tokens after this block
     align_hidden: int = 256
     # losses: weights of the terms
-    lambda_lpips: float = 0.02  # perceptual (paper: 1.1)
+    lambda_lpips: float = 0.004  # perceptual (paper: 1.1)
     lpips_weights: str = ""  # file with VGG16's and LPIPS's weights; empty: features of the frozen pixel encoder
     lambda_z: float = 1e-3  # keeps P2's latents small
     lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
@@ -85,7 +83,7 @@ class Config:
     lecam: float = 0.001
     encoder_rate: float = 0.5  # T3: the encoder's learning rate as a share of the stage's
     # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (900, 680, 600, 200, 80, 720, 60, 1350, 230)
+    steps: tuple = (900, 650, 600, 200, 80, 720, 60, 1350, 230)
     batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)
     optimizer: str = "muon"  # muon | adamw
@@ -257,6 +255,8 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, arguments: list[str] | None = None) -> argparse.Namespace:
         given, unknown = self.parse_known_intermixed_args(arguments)  # flags may stand before the words
+        if unknown and not unknown[0].startswith("-"):
+            raise UserError(f"what does {unknown[0]!r} belong to? Put the words in quotes")
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)[0]
@@ -277,7 +277,7 @@ def run_command(command) -> None:
     """Runs a script's main; a mistake of the user ends in one line and exit code 2, without traceback."""
     try:
         command()
-    except (UserError, UnknownWords, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,7 +1,7 @@
 """Train SPAR from nothing: nine stages, one loop.
 
     python train.py                          the toy preset on two CPU cores, all nine stages, then the evaluation
-    python train.py --steps-scale 0.01       the same in a minute: a smoke test
+    python train.py --steps-scale 0.01 --out runs/smoke      the same in a minute, pictures of noise
     python train.py --plan                   what would be trained, with how many parameters, steps and pictures
     python train.py --fusion last --from runs/toy --out runs/last      an ablation, on the stages it does not touch
 
@@ -134,10 +134,10 @@ def read_vgg16(path: str) -> VGG16:
         raise UserError(f"--lpips-weights {path}: {error}".splitlines()[0]) from None
 
 
-def train_stage(model: SPAR, stage: Stage, run: Path, steps_scale: float, seconds_after: Callable) -> None:
+def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable) -> None:
     """Trains one stage and writes <stage>.pt. `seconds_after(rate)` estimates what the stages after it will take."""
     f, index = model.config, NAMES.index(stage.name)
-    steps, batch, lr = max(1, round(f.steps[index] * steps_scale)), f.batch[index], f.lr[index]
+    steps, batch, lr = f.steps[index], f.batch[index], f.lr[index]
     torch.manual_seed(1000 * f.seed + index)
     h = Helpers(DrawnWorld(f.side, f.seed, epoch=index), torch.Generator().manual_seed(1000 * f.seed + index))
     prepare(model, stage, h)
@@ -228,7 +228,7 @@ def save(path: Path, content: dict) -> None:
 # ---------------------------------------------------------------- a whole run
 
 
-def train(config: Config, run: Path, stages: list[str], steps_scale: float, device: str, source: Path | None) -> SPAR:
+def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None) -> SPAR:
     """Trains the named stages that `run` has not finished; the others are loaded. `source`: a run whose stages are taken
     over where no changed field touches them. Raises UserError where a predecessor is missing."""
     if source:
@@ -257,10 +257,10 @@ def train(config: Config, run: Path, stages: list[str], steps_scale: float, devi
 
         def seconds_after(speed: float) -> float:  # told from this stage's speed and the stages' known relation
             slower = 1000 / speed / here.cost
-            return sum(slower * s.cost * config.steps[NAMES.index(s.name)] * steps_scale *
+            return sum(slower * s.cost * config.steps[NAMES.index(s.name)] *
                        config.batch[NAMES.index(s.name)] / 1000 for s in behind)
 
-        train_stage(model, here, run, steps_scale, seconds_after)
+        train_stage(model, here, run, seconds_after)
     return model
 
 
@@ -279,7 +279,7 @@ def check_same_run(config: Config, run: Path) -> None:
 FIRST_TOUCHED = {"lambda_lpips": "T1", "lambda_p": "T1", "lambda_f": "T1", "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "lecam": "T3",
                  "encoder_rate": "T3", "gan_width": "T3", "lambda_a": "U2", "edits": "U2", "tokenizer": "T1", "symmetric": "T1",
                  "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1", "lpips_weights": "T1", "anchor": "T3",
-                 "freeze_encoder": "T3", "fusion": "U1", "k": "U1", "queries": "U1", "connector_layers": "U1",
+                 "freeze_encoder": "T3", "fusion": "U1", "k": "P3", "queries": "U1", "connector_layers": "P3",
                  "shift": "P3", "draws": "P3", "align": "U2", "teacher": "U2", "align_hidden": "U2", "reference": "U2"}  # any other field: P1
 
 
@@ -300,7 +300,7 @@ def take_over(config: Config, run: Path, source: Path) -> None:
             os.replace(run / f"{name}.part", run / f"{name}.pt")
 
 
-def plan(config: Config, steps_scale: float) -> str:
+def plan(config: Config) -> str:
     """The stages of a run in figures; allocates no weights."""
     with torch.device("meta"):
         model = SPAR(config)
@@ -314,7 +314,7 @@ def plan(config: Config, steps_scale: float) -> str:
         trained = sum(p.numel() for pairs in trained_parameters(model, stage).values() for _, p in pairs)
         whole = sum(p.numel() for p in model.parameters())
         memory = 4 * (whole + 5 * trained) / 2**30  # fp32: weights; gradient, two moments, average, and its copy
-        lines.append(f"{stage.name}  {stage.about:48} trains {trained / 1e6:8.2f} M   {max(1, round(config.steps[i] * steps_scale)):6} "
+        lines.append(f"{stage.name}  {stage.about:48} trains {trained / 1e6:8.2f} M   {config.steps[i]:6} "
                      f"steps of {config.batch[i]:3} pictures ({config.batch[i] * tokens} tokens)   {memory:6.2f} GiB + activations")
     return "\n".join(lines)
 
@@ -339,24 +339,31 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
             parser.add_argument(flag, type=lambda text, like=field.default: tuple(type(like[0])(x) for x in text.split(",")))
         else:
             parser.add_argument(flag, type=kind, choices=CHOICES.get(field.name))
-    known = parser.read(arguments)
-    given = vars(known)
-    rest = argparse.Namespace(**{key: given.pop(key) for key in ("stages", "out", "source", "steps_scale", "device", "plan")})
+    given = vars(parser.read(arguments))
+    scale = given.pop("steps_scale")
+    rest = argparse.Namespace(**{key: given.pop(key) for key in ("stages", "out", "source", "device", "plan")})
     rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
     for name in rest.stages:
         if name not in NAMES:
             raise UserError(f"unknown stage {name!r} in --stages: they are {','.join(NAMES)}")
-    return make_config(**given), rest
+    config = make_config(**given)
+    for key in ("steps", "batch", "lr"):
+        if len(getattr(config, key)) != len(NAMES):
+            raise UserError(f"--{key} takes {len(NAMES)} numbers, one for each of {','.join(NAMES)}")
+    if config.align == "external" and not config.teacher:
+        raise UserError("--align external needs --teacher RUN, a run folder whose P1 encoder teaches")
+    config.steps = tuple(max(1, round(steps * scale)) for steps in config.steps)
+    return config, rest
 
 
 def main() -> None:
     config, rest = parse()
     if rest.plan:
-        print(plan(config, rest.steps_scale))
+        print(plan(config))
         return
     device = best_device(rest.device)
     start = time.time()
-    train(config, rest.out, rest.stages, rest.steps_scale, device, rest.source)
+    train(config, rest.out, rest.stages, device, rest.source)
     if set(stage_names(config)) <= {path.stem for path in rest.out.glob("*.pt")}:
         results = evaluate(rest.out, device=device)
         draw_report(rest.out, device=device)

@@ -64,7 +64,7 @@ def finished(tmp_path_factory):
     from conftest import TINY
     from spar import make_config
     run = tmp_path_factory.mktemp("run")
-    train.train(make_config(**TINY), run, list(train.NAMES), 1.0, "cpu", None)
+    train.train(make_config(**TINY), run, list(train.NAMES), "cpu", None)
     return run
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train.train(make_config(**TINY), folder, list(train.NAMES), 1.0, "cpu", None)
+    train.train(make_config(**TINY), folder, list(train.NAMES), "cpu", None)
     Image.new("RGB", (16, 16), "white").save(folder / "exact.png")
     Image.new("RGB", (50, 30), "white").save(folder / "other.png")
     (folder / "text.png").write_text("no picture")

@@ -25,7 +25,7 @@ TRAINS = {  # README and paper: what each stage trains, as name prefixes
 
 def run_stage(model: SPAR, name: str, folder: Path) -> list[dict]:
     stage = next(stage for stage in train.STAGES if stage.name == name)
-    train.train_stage(model, stage, folder, 1.0, lambda speed: 0.0)
+    train.train_stage(model, stage, folder, lambda speed: 0.0)
     return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["stage"] == name]
 
 
@@ -83,7 +83,7 @@ def test_the_teachers_get_no_gradient(tiny, tmp_path, monkeypatch):
     stage = next(stage for stage in train.STAGES if stage.name == "T3")
     model = SPAR(tiny())
     monkeypatch.setattr(train, "tokenizer_losses", watched)
-    train.train_stage(model, train.Stage(**{**vars(stage), "compute": watched}), tmp_path, 1.0, lambda speed: 0.0)
+    train.train_stage(model, train.Stage(**{**vars(stage), "compute": watched}), tmp_path, lambda speed: 0.0)
     for teacher in (seen[0].teacher, seen[0].perceptual):
         assert teacher is not None
         assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
@@ -111,7 +111,7 @@ def test_not_a_number_stops_before_the_update_and_names_stage_step_and_term(tiny
     bad = train.Stage(**{**vars(stage), "compute": lambda *given: {
         key: value * torch.nan if key == "L_z" else value for key, value in stage.compute(*given).items()}})
     with pytest.raises(UserError, match="P2 step 0: L_z is nan"):
-        train.train_stage(model, bad, tmp_path, 1.0, lambda speed: 0.0)
+        train.train_stage(model, bad, tmp_path, lambda speed: 0.0)
     assert all(torch.equal(value, before[key]) for key, value in state(model).items())
     assert not (tmp_path / "P2.pt").exists()
 
@@ -119,25 +119,33 @@ def test_not_a_number_stops_before_the_update_and_names_stage_step_and_term(tiny
 def test_the_same_seed_gives_the_same_bits(tiny, tmp_path):
     results = []
     for attempt in range(2):
-        train.train(tiny(), tmp_path / str(attempt), ["P1", "P2", "P3"], 1.0, "cpu", None)
+        train.train(tiny(), tmp_path / str(attempt), ["P1", "P2", "P3"], "cpu", None)
         results.append(state(load_run(tmp_path / str(attempt))))
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
-    train.train(tiny(seed=1), tmp_path / "other", ["P1"], 1.0, "cpu", None)
+    train.train(tiny(seed=1), tmp_path / "other", ["P1"], "cpu", None)
     other = state(load_run(tmp_path / "other"))
     assert not torch.equal(other["mllm.llm.embedding.weight"], results[0]["mllm.llm.embedding.weight"])
 
 
 def test_the_same_seed_gives_the_same_bits_at_the_toys_own_size_where_threads_share_a_sum(tmp_path):
-    ends = [state(train.train(make_config(steps=(2,) * 9), tmp_path / str(i), ["P1"], 1.0, "cpu", None)) for i in range(3)]
+    ends = [state(train.train(make_config(steps=(2,) * 9), tmp_path / str(i), ["P1"], "cpu", None)) for i in range(3)]
     assert all(torch.equal(ends[0][key], end[key]) for end in ends[1:] for key in end)
+
+
+def test_a_scale_of_the_steps_is_part_of_the_configuration(tmp_path):
+    config, _ = train.parse(["--steps-scale", "0.01"])
+    assert config.steps == tuple(max(1, round(steps / 100)) for steps in make_config().steps)
+    train.check_same_run(config, tmp_path)
+    with pytest.raises(UserError, match="was begun with steps"):
+        train.check_same_run(train.parse([])[0], tmp_path)
 
 
 def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tmp_path):
     with pytest.raises(UserError, match="P3 needs P1"):
-        train.train(tiny(), tmp_path / "gap", ["P3"], 1.0, "cpu", None)
-    train.train(tiny(), tmp_path / "run", ["P1"], 1.0, "cpu", None)
+        train.train(tiny(), tmp_path / "gap", ["P3"], "cpu", None)
+    train.train(tiny(), tmp_path / "run", ["P1"], "cpu", None)
     stamp = (tmp_path / "run" / "P1.pt").stat().st_mtime_ns
-    train.train(tiny(), tmp_path / "run", ["P1", "P2"], 1.0, "cpu", None)
+    train.train(tiny(), tmp_path / "run", ["P1", "P2"], "cpu", None)
     assert (tmp_path / "run" / "P1.pt").stat().st_mtime_ns == stamp and (tmp_path / "run" / "P2.pt").exists()
 
 
@@ -180,7 +188,7 @@ def test_every_ablation_trains_and_differs_from_the_standard(tiny, tmp_path):
 
 
 def test_averaged_weights_are_what_a_run_loads(tiny, tmp_path):
-    model = train.train(tiny(), tmp_path, ["P1"], 1.0, "cpu", None)
+    model = train.train(tiny(), tmp_path, ["P1"], "cpu", None)
     content = torch.load(tmp_path / "P1.pt", weights_only=True)
     key = "mllm.llm.embedding.weight"
     assert torch.equal(state(load_run(tmp_path))[key], content["ema"][key])
@@ -211,7 +219,10 @@ def test_the_schedule_warms_up_and_ends_where_it_says():
     ("train.py --stepps-scale 1", "did you mean --steps-scale"), ("train.py --fusion lst", "invalid choice"),
     ("train.py --stages P1,P9", "unknown stage 'P9'"), ("train.py --stages T1 --out {tmp}/run", "needs P1"),
     ("evaluate.py {tmp}/none", "no run in"), ("sample.py generate a --run {tmp}/none", "no run in"),
-    ("sample.py edit blue", "--image"), ("sample.py generate", "needs words"), ("train.py --from {tmp}/none --out {tmp}/new", "no run in")])
+    ("sample.py edit blue", "--image"), ("sample.py generate", "needs words"), ("train.py --from {tmp}/none --out {tmp}/new", "no run in"),
+    ("train.py --steps 1,2 --out {tmp}/new", "takes 9 numbers"), ("train.py --align external --out {tmp}/new", "--teacher RUN"),
+    ("sample.py generate two green circles", "in quotes"), ("evaluate.py {tmp}/none --count 1", "at least 2"),
+    ("train.py --plan --queries 15", "square grid"), ("sample.py generate circle --image x.png", "edit --image")])
 def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, words, tmp_path):
     command = [sys.executable, *arguments.format(tmp=tmp_path).split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
