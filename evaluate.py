@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import EDIT_KINDS, PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
 from judge import detect, fulfils, succeeds
-from spar import SPAR, Parser, UserError, best_device, changes, load_run, run_command
+from spar import SAMPLING, SPAR, Parser, UserError, best_device, changes, load_run, run_command
 from world import HELD_OUT, draw
 
 # ---------------------------------------------------------------- picture metrics, all on pictures in [-1, 1]
@@ -78,9 +78,9 @@ class Protocol:
 
     count: int = 200  # samples of each figure
     seed: int = 0  # of the sampler's noise
-    steps: int = 12  # paper: 20; at the toy's size more change nothing
-    guidance: float = 1.5
-    sampler: str = "dpm"
+    steps: int = SAMPLING["steps"]
+    guidance: float = SAMPLING["guidance"]
+    sampler: str = SAMPLING["sampler"]
 
 
 def share(verdicts) -> float:
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampler's noise")
     parser.add_argument("--steps", type=int, default=Protocol.steps)
     parser.add_argument("--guidance", type=float, default=Protocol.guidance)
-    parser.add_argument("--sampler", choices=("euler", "dpm"), default="dpm")
+    parser.add_argument("--sampler", choices=("euler", "dpm"), default=Protocol.sampler)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = vars(parser.read())
     run, device = given.pop("run"), best_device(given.pop("device"))

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from report import routing_pictures, sheet, to_image
-from spar import SPAR, Parser, UserError, best_device, load_run, run_command
+from spar import SAMPLING, SPAR, Parser, UserError, best_device, load_run, run_command
 
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1"}
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="run folder (default runs/toy)")
     parser.add_argument("--out", type=Path, help="picture to write (default <use>.png)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=1.5)
-    parser.add_argument("--sampler", choices=("euler", "dpm"), default="dpm")
+    parser.add_argument("--steps", type=int, default=SAMPLING["steps"])
+    parser.add_argument("--guidance", type=float, default=SAMPLING["guidance"])
+    parser.add_argument("--sampler", choices=("euler", "dpm"), default=SAMPLING["sampler"])
     parser.add_argument("--rewrite", action=argparse.BooleanOptionalAction, default=True,
                         help="let the LLM write the prompt or the edit's outcome out first (--no-rewrite: the paper's path)")
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")

@@ -27,6 +27,9 @@ from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder
 NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
 
 
+SAMPLING = {"steps": 12, "guidance": 1.5, "sampler": "dpm"}  # what drawing takes unless told (paper: 20 steps, guidance 4.5)
+
+
 @dataclass
 class Config:
     """Every number of a run. The letters are the paper's (README, dimension key); defaults are the toy preset."""
@@ -203,8 +206,8 @@ class SPAR(nn.Module):
         return self.answer(None, [f"describe {text}" for text in prompts], temperature=temperature, generator=generator)
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, steps: int = 12,
-                 guidance: float = 1.5, sampler: str = "dpm", text_only: bool = False):
+    def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, steps: int = SAMPLING["steps"],
+                 guidance: float = SAMPLING["guidance"], sampler: str = SAMPLING["sampler"], text_only: bool = False):
         """Draw each prompt, or edit its reference picture `b 3 H W` as it says.
 
         Returns (pictures `b 3 H W`, path: list of latents `b p h w` from noise to picture, DTR weights `b l k`).
