@@ -23,9 +23,9 @@ def some(n, m, hq, hk, hidden="none", dtype=torch.float64, size=1.0):
 
 
 def seen_by(n, m, causal, key_mask):
-    seen = torch.ones(2, 1, n, m, dtype=torch.bool)
+    seen = torch.ones(1, 1, n, m, dtype=torch.bool)
     if causal:
-        seen &= torch.arange(m)[None, :] <= torch.arange(n)[:, None] + m - n
+        seen = seen & (torch.arange(m)[None, :] <= torch.arange(n)[:, None] + m - n)
     return seen if key_mask is None else seen & key_mask[:, None, None, :]
 
 
