@@ -262,6 +262,9 @@ class DrawnWorld:
     def rng(self, what: str, index: int) -> random.Random:
         return random.Random(f"{self.key}/{what}/{index}")
 
+    def generator(self, what: str, index: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.rng(what, index).getrandbits(60))
+
     def scene(self, index: int, what: str = "scene") -> Scene:
         rng = self.rng(what, index)
         return repeated_scene(rng, rng.randint(2, 3)) if rng.random() < 0.15 else random_scene(rng)

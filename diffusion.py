@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attention import attention, linear_attention, sine_positions
+from layer import Layer
 from tokenizer import MixFFN
 
 # ---------------------------------------------------------------- flow matching
@@ -74,7 +75,7 @@ class CrossAttention(nn.Module):
         return self.out(rearrange(attention(q, k, v, key_mask=mask), "b h n e -> b n (h e)"))
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Layer):
     """Linear self-attention, cross-attention, Mix-FFN; the first and the last scaled, shifted and gated by σ."""
 
     def __init__(self, c: int, heads: int, cross_heads: int, mlp_ratio: float):

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from data import EDIT_KINDS, PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
 from judge import detect, fulfils, succeeds
-from spar import SAMPLING, SPAR, Parser, UserError, best_device, changes, load_run, run_command
+from runs import Parser, UserError, best_device, changes, load_run, run_command
+from spar import SAMPLING, SPAR
 from world import HELD_OUT, draw
 
 # ---------------------------------------------------------------- picture metrics, all on pictures in [-1, 1]

@@ -20,6 +20,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from attention import attention, sine_positions
+from layer import Layer
 from router import FUSIONS, layer_choice
 
 # ---------------------------------------------------------------- words
@@ -52,8 +53,20 @@ class WordTokenizer:
                                ", ".join(f"'{word}' (nearest: '{found[0]}')" for word, found in zip(unknown, near)))
         return [self.ids[word] for word in words]
 
+    def pad(self, rows: list[list[int]], left: bool = True) -> tuple[Tensor, Tensor]:
+        """Rows of ids -> (ids `b t`, mask `b t`, true = a word), padded on the left or on the right."""
+        width = max(map(len, rows))
+        pads = [[self.pad_id] * (width - len(row)) for row in rows]
+        ids = torch.tensor([pad + row if left else row + pad for pad, row in zip(pads, rows)])
+        return ids, ids != self.pad_id
+
+    def prompts(self, texts: list[str], visual_tokens: int = 0) -> tuple[Tensor, Tensor]:
+        """What stands before an answer or before the queries: <bos>, the place of a picture, the words (`pad` on the left)."""
+        return self.pad([[self.bos_id, *[self.image_id] * visual_tokens, *self.encode(text)] for text in texts])
+
     def decode(self, ids: list[int]) -> str:
-        return " ".join(self.words[i] for i in ids if i > self.image_id)  # the four signs are no words
+        """The four signs are no words, nor are the rows that a larger vocabulary leaves free."""
+        return " ".join(self.words[i] for i in ids if self.image_id < i < len(self))
 
 
 # ---------------------------------------------------------------- language model
@@ -68,7 +81,7 @@ def rotary(positions: Tensor, width: int, base: float = 1e6) -> tuple[Tensor, Te
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)  # angles are float32, x may be half
 
 
 class CausalSelfAttention(nn.Module):
@@ -90,7 +103,7 @@ class CausalSelfAttention(nn.Module):
         return self.out(rearrange(y, "b h l e -> b l (h e)")), (k, v)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     def __init__(self, d: int, heads: int, kv_heads: int, mlp: int):
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
@@ -109,14 +122,16 @@ class LanguageModel(nn.Module):
     """Embeddings `b l d` in, L + 1 hidden states out: the embeddings, each layer's result, the last one normed.
 
     `mask` `b m` (m keys: the cached ones, then these l; true = a word) hides padding, which may stand on either side.
-    `cache`: what an earlier call returned; then only the new positions are computed. Output weights are the embedding's.
+    `cache`: what an earlier call returned; then only the new positions are computed. `tied`: the output weights are the
+    embedding's (InternVL3's are not).
     """
 
-    def __init__(self, vocabulary: int, d: int, layers: int, heads: int, kv_heads: int, mlp: int):
+    def __init__(self, vocabulary: int, d: int, layers: int, heads: int, kv_heads: int, mlp: int, tied: bool = True):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, d)
         self.layers = nn.ModuleList(DecoderLayer(d, heads, kv_heads, mlp) for _ in range(layers))
         self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.output = None if tied else nn.Linear(d, vocabulary, bias=False)
         self.rotary_width = d // heads
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -136,7 +151,7 @@ class LanguageModel(nn.Module):
         return hidden, new_cache
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.embedding.weight.T
+        return hidden @ self.embedding.weight.T if self.output is None else self.output(hidden)
 
 
 def word_positions(mask: Tensor | None, x: Tensor, past: int = 0) -> Tensor:
@@ -272,7 +287,7 @@ class MLLM(nn.Module):
         said, asked = mixed.split([t, len(self.queries)], 1)
         if f_v is not None:  # reference positions: the encoder's own tokens, past the LLM
             shown = f_v + grid_positions(f_v) if self.positions else f_v
-            said = said.masked_scatter((ids == self.words.image_id)[..., None], shown)
+            said = said.masked_scatter((ids == self.words.image_id)[..., None], shown.to(said.dtype))
         if self.positions:
             asked = asked + grid_positions(asked[:1])
         return Condition(self.connector(torch.cat([said, asked], 1), mask), mask, weights)

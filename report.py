@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data import EDIT_KINDS, DrawnWorld
-from spar import NAMES, SPAR, Parser, load_run, run_command
+from runs import Parser, load_run, run_command
+from spar import NAMES, SPAR
 from world import draw
 
 PIXELS = 96  # shown side of one picture

@@ -19,7 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from report import routing_pictures, sheet, to_image
-from spar import SAMPLING, SPAR, Parser, UserError, best_device, load_run, run_command
+from runs import Parser, UserError, best_device, load_run, run_command
+from spar import SAMPLING, SPAR
 
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1"}
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")

@@ -5,15 +5,10 @@
                                       └─ mllm.llm ─ answer
     words, f_v of a reference, queries ─ mllm.llm ─ router ─ connector ─ condition ─ dit ─ z_f ─ decoder ─ picture
 
-`Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; `load_run` reads a run folder.
+`Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; runs.py reads a run folder.
 """
 
-import argparse
-import difflib
-import json
-import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -22,7 +17,7 @@ from torch import Tensor, nn
 from data import WORDS
 from diffusion import AlignmentHead, DiT, guided, sample
 from mllm import MLLM, LanguageModel, WordTokenizer
-from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder
+from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder, resize
 
 NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
 
@@ -48,6 +43,8 @@ class Config:
     llm_heads: int = 4
     llm_kv_heads: int = 2
     llm_mlp: int = 256
+    vocabulary: int = 0  # rows of the embedding; 0: one for each word of the drawn world
+    tied: bool = True  # the output weights are the embedding's
     # tokenizer: streams and pixel autoencoder (DC-AE)
     p: int = 16  # D_p: channels of the compact latent
     pixel_layers: int = 3  # Transformer layers of the pixel stream
@@ -57,6 +54,7 @@ class Config:
     ae_depths: tuple = (0, 1, 1, 1)
     ae_decoder_depths: tuple = (0, 1, 1, 1)
     ae_vit_stages: int = 1  # how many of the deepest stages are EfficientViT blocks
+    ae_resample: str = "shuffle"  # shuffle: pixels to channels and back | conv: strided, and each pixel four times (SANA's)
     # unified model
     k: int = 4  # layers that DTR chooses from
     queries: int = 16
@@ -111,13 +109,58 @@ class Config:
     skip_stage: str = ""  # T1 | T2 | T3
     reference: str = "latent"  # tokens: the paper's path | latent: the flow starts at the reference's z_f as well
 
+    # how it is computed, not what: may change while a run goes on
+    precision: str = "fp32"  # fp32 | bf16 | fp16 of products and activations; weights, sums and losses are fp32
+    compile: bool = False  # torch.compile for encoder, streams, autoencoder and DiT
+    checkpointing: bool = False  # forget activations inside layers, compute them again in backward
+    workers: int = 0  # processes that make batches ahead of time
+    shard: bool = False  # FSDP2: spread weights and optimizer over the processes (default: a copy on each, DDP)
+    save_minutes: float = 10.0  # how often a stage in progress is saved
 
-CHOICES = {"tokenizer": ("dual", "semantic-only", "pixel-only"), "symmetric": ("", "with", "without"),
-           "fusion": ("dtr", "last", "mean", "concat", "static"), "align": ("self", "external", "none"),
-           "skip_stage": ("", "T1", "T2", "T3"), "reference": ("tokens", "latent"), "optimizer": ("muon", "adamw")}
+    @property
+    def grid(self) -> int:
+        """Visual tokens, and latents, along a side of the picture."""
+        return self.side // (2 * self.patch)
+
+
+CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
+           "symmetric": ("", "with", "without"), "fusion": ("dtr", "last", "mean", "concat", "static"),
+           "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"), "reference": ("tokens", "latent"),
+           "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16")}
+HOW = ("precision", "compile", "checkpointing", "workers", "shard", "save_minutes")
+
+SMALL = dict(  # toy, everything larger: one GPU, minutes
+    side=64, vision_width=192, vision_layers=8, vision_heads=6,
+    d=256, llm_layers=8, llm_heads=8, llm_kv_heads=4, llm_mlp=768,
+    pixel_layers=4, pixel_heads=8, ae_widths=(64, 128, 256, 256), ae_depths=(0, 2, 2, 2), ae_decoder_depths=(0, 2, 2, 2),
+    queries=64, connector_layers=3, condition_width=256,
+    c=384, dit_layers=8, dit_heads=12, dit_cross_heads=6, align_block=3, align_hidden=512, gan_width=32,
+    steps=(1200, 800, 900, 300, 120, 800, 100, 1500, 300), batch=(32, 32, 64, 32, 32, 32, 64, 64, 64),
+    lr=(1e-3, 1.5e-3, 1.5e-3, 1.5e-3, 1e-3, 1.5e-3, 1e-3, 1e-3, 5e-4), ema=0.995)
+
+FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1.1) and SANA 0.6B, to the parameter
+    side=448, patch=14, vision_width=1024, vision_layers=24, vision_heads=16,  # InternViT-300M
+    d=896, llm_layers=24, llm_heads=14, llm_kv_heads=2, llm_mlp=4864, vocabulary=151674, tied=False,  # Qwen2.5-0.5B
+    p=32, pixel_layers=6, pixel_heads=16, ae_widths=(128, 256, 512, 512, 1024, 1024), ae_depths=(2, 2, 2, 3, 3, 3),
+    ae_decoder_depths=(3, 3, 3, 3, 3, 3), ae_vit_stages=3, ae_resample="conv",
+    queries=256, connector_layers=6, connector_start=1.0, condition_width=2304, positions=False, reference="tokens",
+    c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
+    lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, shift=1.0, draws=1,
+    checkpointing=True,
+    # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's, batch for each of its 64 GPUs.
+    # paper leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well.
+    # differs from paper: T1 to T3 begin there at 224 px; weight_decay, warmup and final_lr are 1e-4, 0.1, 1/3 in T1 to T3
+    # and 0, 0.003, 0.1 in U1 to U3, here the same in all stages.
+    steps=(100_000, 100_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
+    batch=(32, 16, 64, 32, 32, 32, 128, 128, 128), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
+    optimizer="adamw", warmup=0.1, final_lr=0.1, ema=0.9999, edits=0.3)  # edits: 1.5 M of them ten times, 36 M pictures once
 
 PRESETS: dict[str, dict] = {
     "toy": {},
+    "small": SMALL,
+    "full": FULL,
+    "full-3b": FULL | dict(  # SPAR-3B: InternVL3-2B (Qwen2.5-1.5B) and SANA 1.6B
+        d=1536, llm_layers=28, llm_heads=12, llm_mlp=8960, c=2240, dit_layers=20, dit_heads=70, dit_cross_heads=20),
 }
 
 
@@ -135,11 +178,14 @@ class SPAR(nn.Module):
         symmetric = {"": (0, f.pixel_layers), "with": (f.pixel_layers,) * 2, "without": (0, 0)}[f.symmetric]
         self.words = WordTokenizer(WORDS)
         vision = VisionEncoder(f.side, f.patch, f.vision_width, f.vision_layers, f.vision_heads, 4, f.d)
-        decoder = PixelDecoder(f.p, f.ae_widths, f.ae_decoder_depths, f.ae_vit_stages)
-        self.pixel_encoder = PixelEncoder(f.p, f.ae_widths, f.ae_depths, f.ae_vit_stages)  # E_p, then frozen as E_p'
+        decoder = PixelDecoder(f.p, f.ae_widths, f.ae_decoder_depths, f.ae_vit_stages, f.ae_resample)
+        self.pixel_encoder = PixelEncoder(f.p, f.ae_widths, f.ae_depths, f.ae_vit_stages, f.ae_resample)  # E_p, then E_p'
         self.tokenizer = Tokenizer(vision, decoder, f.d, f.p, symmetric[1], f.pixel_heads, f.stream_blocks,
                                    f.tokenizer, symmetric[0])
-        llm = LanguageModel(len(self.words), f.d, f.llm_layers, f.llm_heads, f.llm_kv_heads, f.llm_mlp)
+        rows = f.vocabulary or len(self.words)
+        if rows < len(self.words):
+            raise ValueError(f"vocabulary {rows}: the drawn world alone has {len(self.words)} words, take as many or 0")
+        llm = LanguageModel(rows, f.d, f.llm_layers, f.llm_heads, f.llm_kv_heads, f.llm_mlp, f.tied)
         self.mllm = MLLM(self.words, llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion,
                          f.connector_start, f.positions)
         self.dit = DiT(f.p, f.c, f.dit_layers, f.dit_heads, f.dit_cross_heads, f.condition_width, f.dit_mlp_ratio,
@@ -153,26 +199,20 @@ class SPAR(nn.Module):
 
     # ------------------------------------------------------------ words and latents
 
-    def encode_rows(self, rows: list[list[int]], left: bool = True) -> tuple[Tensor, Tensor]:
-        """Rows of ids -> (ids `b t`, mask `b t`, true = a word), padded on the left or on the right."""
-        width = max(map(len, rows))
-        pads = [[self.words.pad_id] * (width - len(row)) for row in rows]
-        ids = torch.tensor([pad + row if left else row + pad for pad, row in zip(pads, rows)], device=self.device)
-        return ids, ids != self.words.pad_id
-
     def encode_prompts(self, texts: list[str], has_image: bool = False) -> tuple[Tensor, Tensor]:
-        """What stands before an answer or before the queries: <bos>, the place of a picture, the words."""
-        return self.encode_rows([self.before_answer(text, has_image) for text in texts])
-
-    def before_answer(self, question: str, has_image: bool) -> list[int]:
-        images = [self.words.image_id] * (self.config.side // (2 * self.config.patch)) ** 2 if has_image else []
-        return [self.words.bos_id, *images, *self.words.encode(question)]
+        ids, mask = self.words.prompts(texts, self.config.grid**2 if has_image else 0)
+        return ids.to(self.device), mask.to(self.device)
 
     def clean_latent(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures -> (what the DiT learns to draw: z_f · scale as `b p h w`, f_v `b n d`)."""
         f_v = self.tokenizer.features(images)
         z_f = self.tokenizer.latents(f_v).fused
-        return self.as_grid(z_f) * self.latent_scale, f_v
+        return self.as_grid(z_f).float() * self.latent_scale, f_v
+
+    def pixel_latent(self, images: Tensor) -> Tensor:
+        """E_p(I): pictures -> the pixel autoencoder's latents `b n p`, one for each visual token. Where its factor differs from
+        a token's pixels (paper: 32 and 28) it sees the picture resized, as `Tokenizer.decode` resizes what D_p draws."""
+        return self.pixel_encoder(resize(images, self.config.grid * self.pixel_encoder.factor))
 
     def as_grid(self, z: Tensor) -> Tensor:
         return rearrange(z, "b (h w) p -> b p h w", h=int(z.shape[1] ** 0.5))
@@ -223,8 +263,7 @@ class SPAR(nn.Module):
             condition, nothing = self.mllm.text_condition(*words), self.mllm.text_condition(*empty)
         else:
             condition, nothing = self.mllm.condition(*words, f_v), self.mllm.condition(*empty, f_v)
-        grid = f.side // (2 * f.patch)
-        noise = torch.randn(b, f.p, grid, grid, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        noise = torch.randn(b, f.p, self.config.grid, self.config.grid, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
         def velocity(x, sigma, tokens, mask):
             reference = None if latent is None else latent.repeat(len(x) // b, 1, 1, 1)  # guided: with words and without
@@ -238,92 +277,3 @@ class SPAR(nn.Module):
         """Scaled latents `b p h w` -> pictures in [-1, 1]."""
         tokens = rearrange(z / self.latent_scale, "b p h w -> b (h w) p")
         return self.tokenizer.decode(tokens, self.config.side).clamp(-1, 1)
-
-
-# ---------------------------------------------------------------- run folders
-
-
-class UserError(Exception):
-    """A mistake that the user can mend; the message says how, in one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Flags whose mistakes become UserErrors; an unknown flag names the nearest."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        raise UserError(message)
-
-    def read(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        given, unknown = self.parse_known_intermixed_args(arguments)  # flags may stand before the words
-        if unknown and not unknown[0].startswith("-"):
-            raise UserError(f"what does {unknown[0]!r} belong to? Put the words in quotes")
-        if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)[0]
-            raise UserError(f"unknown option {unknown[0]}: did you mean {near}?")
-        return given
-
-
-def best_device(wish: str) -> str:
-    """"auto" -> cuda where there is one, else cpu. Raises UserError for a device that torch cannot use here."""
-    if wish == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wish == "cuda" and not torch.cuda.is_available() or wish == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"this machine's torch has no {wish}: use --device cpu")
-    return wish
-
-
-def run_command(command) -> None:
-    """Runs a script's main; a mistake of the user ends in one line and exit code 2, without traceback."""
-    try:
-        command()
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def stage_names(config: Config) -> list[str]:
-    return [name for name in NAMES if name != config.skip_stage]
-
-
-def changes(config: Config) -> dict:
-    """The fields in which a configuration differs from its preset."""
-    preset = asdict(make_config(preset=config.preset))
-    return {key: value for key, value in asdict(config).items() if value != preset[key] and key != "seed"}
-
-
-def load_config(run: Path) -> Config:
-    try:
-        found = json.loads((run / "config.json").read_text())
-        return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no run in {run}: train one with `python train.py --out {run}`") from None
-    except (json.JSONDecodeError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(f"{run / 'config.json'} is not from this train.py ({error}): train again into another --out") from None
-
-
-def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
-    """The model of a run folder after its finished stages (at most `upto`), which `model.finished` names.
-    Raises UserError where the folder is missing, is another's or holds no finished stage."""
-    model = SPAR(load_config(run)).to(device).eval()
-    names = stage_names(model.config)
-    model.finished = [name for name in names if (run / f"{name}.pt").exists() and NAMES.index(name) <= NAMES.index(upto)]
-    if not model.finished:
-        raise UserError(f"{run} holds no finished stage: go on with `python train.py --out {run}`")
-    for name in model.finished:
-        load_stage(model, run, name)
-    return model
-
-
-def load_stage(model: SPAR, run: Path, name: str) -> dict:
-    """Lays the averaged weights of <name>.pt over the model; returns the file's content. What a stage did not train stays."""
-    content = torch.load(run / f"{name}.pt", map_location=model.device, weights_only=True)
-    known = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, value in content["ema"].items():
-            known[key].copy_(value)
-        model.latent_scale.copy_(content["latent_scale"])
-    return content

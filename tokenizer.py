@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from attention import attention, linear_attention
+from layer import Layer
 
 # ---------------------------------------------------------------- vision encoder E_s
 
@@ -32,7 +34,7 @@ class SelfAttention(nn.Module):
         return self.out(rearrange(attention(q, k, v), "b h n e -> b n (h e)"))
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(Layer):
     """Pre-norm attention and GELU MLP; `layer_scale` starts both branches at that share (None: without)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4, layer_scale: float | None = None):
@@ -90,7 +92,7 @@ class ChannelNorm(nn.RMSNorm):
         return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")) + self.bias, "b h w c -> b c h w")
 
 
-class ResBlock(nn.Module):
+class ResBlock(Layer):
     def __init__(self, c: int):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1, bias=False)
@@ -115,7 +117,7 @@ class MixFFN(nn.Module):
         return self.down(x * F.silu(gate))
 
 
-class EfficientViTBlock(nn.Module):
+class EfficientViTBlock(Layer):
     """Linear attention over the features and over their 5×5 neighbourhoods (two scales), then a Mix-FFN."""
 
     def __init__(self, c: int, head_width: int = 32, neighbourhood: int = 5):
@@ -139,28 +141,41 @@ class EfficientViTBlock(nn.Module):
 
 
 class Down(nn.Module):
-    """Half the side: conv + pixel unshuffle, plus (shortcut) the unshuffled input averaged down to the channels."""
+    """Half the side: conv + pixel unshuffle (`resample` shuffle) or a conv of stride 2 (conv), plus (shortcut) the
+    unshuffled input averaged down to the channels."""
 
-    def __init__(self, c_in: int, c_out: int, shortcut: bool = True):
+    def __init__(self, c_in: int, c_out: int, shortcut: bool = True, resample: str = "shuffle"):
         super().__init__()
-        self.conv, self.shortcut, self.c_out = nn.Conv2d(c_in, c_out // 4, 3, padding=1), shortcut, c_out
+        self.shuffle, self.shortcut, self.c_out = resample == "shuffle", shortcut, c_out
+        self.conv = nn.Conv2d(c_in, c_out // 4 if self.shuffle else c_out, 3, 1 if self.shuffle else 2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.pixel_unshuffle(self.conv(x), 2)
+        y = F.pixel_unshuffle(self.conv(x), 2) if self.shuffle else self.conv(x)
         return y + reduce(F.pixel_unshuffle(x, 2), "b (c g) h w -> b c h w", "mean", c=self.c_out) if self.shortcut else y
 
 
 class Up(nn.Module):
-    """Twice the side: conv + pixel shuffle, plus (shortcut) the input's channels repeated and shuffled."""
+    """Twice the side: conv + pixel shuffle (`resample` shuffle) or each pixel four times + conv (conv), plus (shortcut) the
+    input's channels repeated and shuffled."""
 
-    def __init__(self, c_in: int, c_out: int, shortcut: bool = True):
+    def __init__(self, c_in: int, c_out: int, shortcut: bool = True, resample: str = "shuffle"):
         super().__init__()
-        self.conv, self.shortcut = nn.Conv2d(c_in, 4 * c_out, 3, padding=1), shortcut
-        self.repeats = 4 * c_out // c_in
+        self.shuffle, self.shortcut, self.repeats = resample == "shuffle", shortcut, 4 * c_out // c_in
+        self.conv = nn.Conv2d(c_in, 4 * c_out if self.shuffle else c_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.pixel_shuffle(self.conv(x), 2)
+        if self.shuffle:
+            y = F.pixel_shuffle(self.conv(x), 2)
+        else:
+            y = self.conv(repeat(x, "b c h w -> b c (h s1) (w s2)", s1=2, s2=2))
         return y + F.pixel_shuffle(repeat(x, "b c h w -> b (c g) h w", g=self.repeats), 2) if self.shortcut else y
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """`b 3 H H` -> `b 3 side side`, bilinear, smoothed where it shrinks; as it is where it fits."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=images.shape[-1] > side)
 
 
 def blocks(c: int, depth: int, is_vit: bool) -> list[nn.Module]:
@@ -168,15 +183,17 @@ def blocks(c: int, depth: int, is_vit: bool) -> list[nn.Module]:
 
 
 class PixelEncoder(nn.Module):
-    """E_p: `b 3 H W` -> latents `b n p`. Each stage after the first halves the side; the deepest `vit_stages` hold
-    EfficientViT blocks. A first depth of 0 means: the first stage is one strided convolution, as in DC-AE f32."""
+    """E_p: `b 3 H W` -> latents `b n p`, one for `factor`² pixels. Each stage after the first halves the side; the deepest
+    `vit_stages` hold EfficientViT blocks. A first depth of 0 means: the first stage is one strided convolution, as in the
+    first DC-AE f32; `resample` conv is the later one's, SANA's."""
 
-    def __init__(self, p: int, widths: tuple, depths: tuple, vit_stages: int):
+    def __init__(self, p: int, widths: tuple, depths: tuple, vit_stages: int, resample: str = "shuffle"):
         super().__init__()
         self.p, self.stages, last = p, nn.ModuleList(), len(widths) - 1
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1) if depths[0] else Down(3, widths[1], shortcut=False)
+        self.factor = 2**last
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1) if depths[0] else Down(3, widths[1], False, resample)
         for i, (c, depth) in enumerate(zip(widths, depths)):
-            down = [Down(c, widths[i + 1])] if depth and i < last else []
+            down = [Down(c, widths[i + 1], resample=resample)] if depth and i < last else []
             self.stages.append(nn.Sequential(*blocks(c, depth, i > last - vit_stages), *down))
         self.out = nn.Conv2d(widths[-1], p, 3, padding=1)
 
@@ -197,16 +214,16 @@ class PixelEncoder(nn.Module):
 class PixelDecoder(nn.Module):
     """D_p, the mirror of E_p: latents `b n p` of a square grid -> `b 3 H W`."""
 
-    def __init__(self, p: int, widths: tuple, depths: tuple, vit_stages: int):
+    def __init__(self, p: int, widths: tuple, depths: tuple, vit_stages: int, resample: str = "shuffle"):
         super().__init__()
         self.repeats, self.stages, last = widths[-1] // p, nn.ModuleList(), len(widths) - 1
         self.stem = nn.Conv2d(p, widths[-1], 3, padding=1)
         for i, (c, depth) in reversed(list(enumerate(zip(widths, depths)))):
-            up = [Up(widths[i + 1], c)] if depth and i < last else []
+            up = [Up(widths[i + 1], c, resample=resample)] if depth and i < last else []
             self.stages.append(nn.Sequential(*up, *blocks(c, depth, i > last - vit_stages)))
         c = widths[0] if depths[0] else widths[1]
         self.norm = ChannelNorm(c)
-        self.out = nn.Conv2d(c, 3, 3, padding=1) if depths[0] else Up(c, 3, shortcut=False)
+        self.out = nn.Conv2d(c, 3, 3, padding=1) if depths[0] else Up(c, 3, False, resample)
 
     def forward(self, z: Tensor) -> Tensor:
         z = rearrange(z, "b (h w) p -> b p h w", h=round(z.shape[1] ** 0.5))
@@ -282,10 +299,7 @@ class Tokenizer(nn.Module):
 
     def decode(self, z_f: Tensor, side: int) -> Tensor:
         """D_p; where its factor differs from a token's pixels (paper: 32 and 28) the picture is resized to `side`."""
-        images = self.decoder(z_f)
-        if images.shape[-1] != side:
-            images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=images.shape[-1] > side)
-        return images
+        return resize(self.decoder(z_f), side)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Latents]:
         """-> (reconstruction `b 3 H W`, f_v `b n d`, latents)"""
@@ -300,8 +314,9 @@ class Tokenizer(nn.Module):
 def perceptual_distance(maps: list[Tensor], others: list[Tensor], heads: list[Tensor] | None = None) -> Tensor:
     """LPIPS (arXiv 1801.03924, Eq. 1): unit-normalise each position's feature, squared difference, `heads` weigh the
     channels (None: all 1), mean over positions and batch, sum over layers."""
-    total = maps[0].new_zeros(())
+    total = maps[0].new_zeros((), dtype=torch.float32)
     for i, (a, b) in enumerate(zip(maps, others)):
+        a, b = a.float(), b.float()
         difference = (F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)).square()
         total = total + ((difference if heads is None else difference * heads[i]).sum(1)).mean()
     return total
@@ -383,6 +398,9 @@ class Discriminator(nn.Module):
         on_real, on_fake = self(real), self(fake.detach())
         if self.training:
             now = torch.stack([on_real.detach().mean(), on_fake.detach().mean()])
+            if dist.is_initialized():
+                dist.all_reduce(now)
+                now /= dist.get_world_size()
             self.anchors.lerp_(now.to(self.anchors), 0.01)
         hinge = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
         distance = (F.relu(on_real - self.anchors[1]).square() + F.relu(self.anchors[0] - on_fake).square()).mean()

@@ -108,15 +108,15 @@ LANGUAGE_RULES = [
 LANGUAGE_SIZES = [(32, 2, 4, 2, 48), (24, 3, 3, 1, 40), (48, 1, 6, 6, 64), (40, 4, 5, 5, 24)]
 
 
-def language_models(size, causal_lm=False):
+def language_models(size, causal_lm=False, tied=True):
     transformers = pytest.importorskip("transformers", reason=REASON)
     d, layers, heads, kv_heads, mlp = size
     config = transformers.Qwen2Config(
         vocab_size=29, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         intermediate_size=mlp, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True)
+        tie_word_embeddings=tied)
     theirs = transformers.Qwen2ForCausalLM._from_config(config, attn_implementation="eager").eval()
-    return LanguageModel(29, d, layers, heads, kv_heads, mlp), theirs if causal_lm else theirs.model
+    return LanguageModel(29, d, layers, heads, kv_heads, mlp, tied), theirs if causal_lm else theirs.model
 
 
 def padding(kind, length):
@@ -143,10 +143,11 @@ def test_all_hidden_states_equal_qwen2_where_there_are_words(size, kind, length,
 
 @pytest.mark.parametrize("size", LANGUAGE_SIZES, ids=str)
 @pytest.mark.parametrize("kind, length", [("none", 17), ("left", 11)])
-def test_logits_with_tied_embeddings_equal_qwen2(size, kind, length):
-    """From ids to logits; the embedding's gradient comes from both of its ends."""
-    ours, theirs = language_models(size, causal_lm=True)
-    pairs = share(ours, theirs, [*LANGUAGE_RULES, (r"^", "model.")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_with_and_without_tied_embeddings_equal_qwen2(size, kind, length, tied):
+    """From ids to logits; a tied embedding's gradient comes from both of its ends."""
+    ours, theirs = language_models(size, causal_lm=True, tied=tied)
+    pairs = share(ours, theirs, [*LANGUAGE_RULES, (r"^", "model."), (r"^model\.output", "lm_head")])
     ids, mask = torch.randint(0, 29, (3, length), generator=torch.Generator().manual_seed(3)), padding(kind, length)
     reference = theirs(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     logits = ours.logits(ours(ours.embedding(ids), mask)[0][-1])
@@ -156,22 +157,24 @@ def test_logits_with_tied_embeddings_equal_qwen2(size, kind, length):
 # ---------------------------------------------------------------- pixel autoencoder: DC-AE
 
 FFN_RULES = [(r"ffn\.up", "conv_inverted"), (r"ffn\.depth", "conv_depth"), (r"ffn\.down", "conv_point")]
-# p, widths, depths, stages with attention
-AUTOENCODERS = [(16, (8, 16, 32, 64), (0, 1, 2, 1), 1), (16, (16, 32, 32, 64), (1, 2, 1, 2), 2),
-                (8, (16, 32, 32, 32), (0, 2, 1, 1), 2)]
+# p, widths, depths, stages with attention, resampling
+AUTOENCODERS = [(16, (8, 16, 32, 64), (0, 1, 2, 1), 1, "shuffle"), (16, (16, 32, 32, 64), (1, 2, 1, 2), 2, "shuffle"),
+                (8, (16, 32, 32, 32), (0, 2, 1, 1), 2, "shuffle"), (8, (16, 32, 32, 32), (0, 2, 1, 1), 2, "conv"),
+                (16, (16, 32, 32, 64), (2, 1, 1, 1), 2, "conv")]
+RESAMPLING = {"shuffle": dict(downsample_block_type="pixel_unshuffle", upsample_block_type="pixel_shuffle"),
+              "conv": dict(downsample_block_type="conv", upsample_block_type="interpolate")}
 
 
 def dc_ae(shape):
     """DC-AE, and the rules that hold for both of its halves once `stages` has got its name there."""
     diffusers = pytest.importorskip("diffusers", reason=REASON)
-    p, widths, depths, vit_stages = shape
+    p, widths, depths, vit_stages, resample = shape
     resnets = len(widths) - vit_stages
     half = dict(block_types=("ResBlock",) * resnets + ("EfficientViTBlock",) * vit_stages, block_out_channels=widths,
                 layers_per_block=depths, qkv_multiscales=((),) * resnets + ((5,),) * vit_stages)
     halves = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in half.items()}
     theirs = diffusers.AutoencoderDC(
-        latent_channels=p, decoder_norm_types="rms_norm", decoder_act_fns="silu", upsample_block_type="pixel_shuffle",
-        downsample_block_type="pixel_unshuffle", **halves).eval()
+        latent_channels=p, decoder_norm_types="rms_norm", decoder_act_fns="silu", **RESAMPLING[resample], **halves).eval()
     vit = rf"^(\w+\.[{''.join(map(str, range(resnets, len(widths))))}]\.\d+\.)"
     return theirs, [
         (r"^stem", "conv_in"), (r"^out", "conv_out"), (r"^norm", "norm_out"), (vit + "qkv", r"\1attn.to_{q,k,v}"),

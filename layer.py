@@ -1,0 +1,17 @@
+"""What the Transformers of all files are made of: a layer that may forget its insides and compute them again in backward.
+
+That trades a third more arithmetic for most of the memory (`--checkpointing`); a layer is also the unit in which `--shard`
+spreads a model over processes.
+"""
+
+from torch import is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Layer(nn.Module):
+    recompute = False
+
+    def __call__(self, *inputs, **options):
+        if self.recompute and is_grad_enabled():
+            return checkpoint(super().__call__, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+        return super().__call__(*inputs, **options)

@@ -1,0 +1,105 @@
+"""Several processes compute what one computes, and a stopped stage goes on as if nothing had happened."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from batches import Batches
+from spar import NAMES
+
+HERE = Path(__file__).parent
+# AdamW's first steps go by the sign of a gradient, and where it is nearly 0 rounding decides that: so with a small rate
+BASE = dict(optimizer="adamw", steps=(4,) * 9, lr=(1e-4,) * 9, gan_start=0.3)
+
+
+def torchrun(processes: int, folder: Path, *options: str, environment: dict | None = None, **changes) -> dict[str, list]:
+    """The stages of a tiny run, by the script's own commands; -> stage -> its losses."""
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
+    command += [str(HERE / "tiny_run.py"), str(folder), json.dumps(BASE | changes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(folder)
+
+
+def losses(folder: Path) -> dict[str, list]:
+    """The last line of each step counts: a step that was done again after a restart was logged again."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {name: list({line["step"]: line["loss"] for line in lines if line["stage"] == name}.values()) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, torchrun(0, folder)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_have_the_losses_of_one_in_every_stage(shard, alone, tmp_path):
+    two = torchrun(2, tmp_path, shard=shard)
+    for name in NAMES:
+        assert len(two[name]) == 2 and two[name] == pytest.approx(alone[1][name], abs=1e-5), name
+    a, b = (torch.load(folder / "U3.pt", weights_only=True)["ema"] for folder in (tmp_path, alone[0]))
+    assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+
+
+@pytest.mark.parametrize("name", ["T3", "U2"])
+def test_a_stopped_stage_ends_in_the_same_bits(name, alone, tmp_path):
+    torchrun(0, tmp_path, environment={"STOP_AT": f"{name} 2"})
+    assert not (tmp_path / f"{name}.pt").exists() and (tmp_path / "resume" / f"{name}-0000002").is_dir()
+    torchrun(0, tmp_path)
+    a, b = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (tmp_path, alone[0]))
+    for part in ("weights", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in b[part])
+
+
+@pytest.mark.parametrize("before, after, shard", [(2, 0, False), (2, 0, True), (0, 2, False), (0, 2, True)])
+def test_what_some_processes_saved_others_go_on_with(before, after, shard, alone, tmp_path):
+    torchrun(before, tmp_path, environment={"STOP_AT": "T3 2"}, shard=shard and before > 0)
+    torchrun(after, tmp_path, shard=shard and after > 0)
+    assert losses(tmp_path)["T3"] == pytest.approx(alone[1]["T3"], abs=1e-5)
+
+
+def test_torchrun_starts_a_killed_process_again_and_the_losses_go_on(alone, tmp_path):
+    marker = tmp_path / "killed"
+    two = torchrun(2, tmp_path / "run", "--max-restarts=1", environment={"KILL_AT": "U2 2", "KILL_MARKER": str(marker)})
+    assert marker.exists()
+    for name in NAMES:
+        assert two[name] == pytest.approx(alone[1][name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["P1", "T1", "P3", "U2"])
+def test_the_shares_of_several_processes_are_together_the_batch_of_one(name, tiny):
+    stage = next(stage for stage in train.STAGES if stage.name == name)
+    shares = {"edits": 0.5, "captions": 0.5, "outcomes": 0.5}
+    whole, *parts = (Batches(tiny(), name, stage.sample, shares, *who)[3] for who in ((0, 1), (0, 2), (1, 2)))
+    assert {len(part["images"]) for part in parts} == {4}
+    assert sorted(x.sum().item() for x in whole["images"]) == sorted(x.sum().item() for part in parts for x in part["images"])
+    if "noise" in whole:
+        for i in range(2):
+            drawn = [{tuple(row) for row in batch["noise"][i].unsqueeze(1).flatten(1).tolist()}
+                     for batch in (whole, *parts)]
+            assert drawn[0] == drawn[1] | drawn[2]
+
+
+def test_a_batch_that_the_processes_cannot_share_is_told(tiny):
+    stage = train.STAGES[0]
+    with pytest.raises(ValueError, match="P1 has a batch of 8, which 3 processes cannot share"):
+        Batches(tiny(), "P1", stage.sample, {}, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["P1", "U2"])
+def test_workers_make_the_same_batches(name, tiny, tmp_path):
+    stage = next(stage for stage in train.STAGES if stage.name == name)
+    source = Batches(tiny(), name, stage.sample, {"edits": 0.5, "captions": 0.5, "outcomes": 0.5})
+    ahead = torch.utils.data.DataLoader(source, batch_size=None, sampler=range(2), num_workers=2)
+    for step, batch in enumerate(ahead):
+        assert torch.equal(batch["images"], source[step]["images"])
