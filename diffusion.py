@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attention import attention, linear_attention, sine_positions
-from layer import Layer
+from layer import Layer, RMSNorm
 from tokenizer import MixFFN
 
 # ---------------------------------------------------------------- flow matching
@@ -129,7 +129,7 @@ class DiT(nn.Module):
         self.time = TimeEmbedding(c)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
         self.caption = nn.Sequential(nn.Linear(condition_width, c), nn.GELU("tanh"), nn.Linear(c, c))
-        self.caption_norm = nn.RMSNorm(c, eps=1e-5)
+        self.caption_norm = RMSNorm(c, eps=1e-5)
         self.blocks = nn.ModuleList(DiTBlock(c, heads, cross_heads, mlp_ratio) for _ in range(layers))
         self.norm = nn.LayerNorm(c, eps=1e-6, elementwise_affine=False)
         self.table = nn.Parameter(torch.randn(2, c) / c**0.5)

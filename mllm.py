@@ -20,7 +20,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from attention import attention, sine_positions
-from layer import Layer
+from layer import Layer, RMSNorm
 from router import FUSIONS, layer_choice
 
 # ---------------------------------------------------------------- words
@@ -106,7 +106,7 @@ class CausalSelfAttention(nn.Module):
 class DecoderLayer(Layer):
     def __init__(self, d: int, heads: int, kv_heads: int, mlp: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+        self.norm1, self.norm2 = RMSNorm(d, eps=1e-6), RMSNorm(d, eps=1e-6)
         self.attn = CausalSelfAttention(d, heads, kv_heads)
         self.gate, self.up = nn.Linear(d, mlp, bias=False), nn.Linear(d, mlp, bias=False)
         self.down = nn.Linear(mlp, d, bias=False)
@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, d)
         self.layers = nn.ModuleList(DecoderLayer(d, heads, kv_heads, mlp) for _ in range(layers))
-        self.norm = nn.RMSNorm(d, eps=1e-6)
+        self.norm = RMSNorm(d, eps=1e-6)
         self.output = None if tied else nn.Linear(d, vocabulary, bias=False)
         self.rotary_width = d // heads
         for module in self.modules():

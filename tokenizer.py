@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from attention import attention, linear_attention
-from layer import Layer
+from layer import Layer, RMSNorm
 
 # ---------------------------------------------------------------- vision encoder E_s
 
@@ -81,7 +81,7 @@ class VisionEncoder(nn.Module):
 # ---------------------------------------------------------------- pixel autoencoder: E_p and D_p
 
 
-class ChannelNorm(nn.RMSNorm):
+class ChannelNorm(RMSNorm):
     """RMS over the channels of `b c h w`, then a learned scale and shift."""
 
     def __init__(self, c: int):

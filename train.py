@@ -72,13 +72,14 @@ SEE = {"L_mse": 1.0, "L_lpips": "lambda_lpips"}
 DRAW = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
-    Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_batch, language_losses,
-          {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.3}, cost=9),
+    Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_batch,
+          language_losses, {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.3}, cost=9),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
           picture_batch, autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
           drawing_batch, drawing_losses, {"L_fm": 1.0}, captions=0.85, cost=4),
-    Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer_losses, SEE | {"L_f": "lambda_f", "L_p": "lambda_p"}, cost=5.5),
+    Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer_losses,
+          SEE | {"L_f": "lambda_f", "L_p": "lambda_p"}, cost=5.5),
     Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, picture_batch, tokenizer_losses,
           SEE | {"L_f": "lambda_f"}, cost=7),
     Stage("T3", "encoder fine-tuning with self-distillation",
@@ -121,7 +122,7 @@ def wanted_terms(stage: Stage, config: Config) -> dict[str, float]:
 def prepare(model: SPAR, stage: Stage, lr: float) -> Helpers:
     """What a stage needs before its first step: frozen copies, the adversary, the latents' scale, the connector's start."""
     f, h = model.config, Helpers()
-    if stage.compute is tokenizer_losses:
+    if "L_lpips" in wanted_terms(stage, f):
         h.perceptual = Perceptual(read_vgg16(f.lpips_weights) if f.lpips_weights else model.pixel_encoder).to(model.device)
     if stage.name == "T3":
         h.teacher = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)
@@ -380,11 +381,16 @@ def build(config: Config, device: str, run: Path, finished: list[str]) -> SPAR:
     if device.startswith("cuda"):
         model.to(memory_format=torch.channels_last)
     if config.compile:
-        parts = (model.tokenizer.vision, model.tokenizer.semantic_stream, model.tokenizer.pixel_stream, model.tokenizer.decoder,
-                 model.pixel_encoder, model.dit, model.align_head)
-        for part in filter(None, parts):
-            part.compile()
+        compile_parts(model)
     return model
+
+
+def compile_parts(model: SPAR, backend: str = "inductor") -> None:
+    """Those that always see one shape; the LLM and the connector read sentences of any length."""
+    t = model.tokenizer
+    for part in (t.vision, t.semantic_stream, t.pixel_stream, t.decoder, model.pixel_encoder, model.dit, model.align_head):
+        if part is not None:
+            part.compile(backend=backend)
 
 
 def plan(config: Config) -> str:

@@ -1,0 +1,99 @@
+"""Half precision learns what full precision learns; what needs float32 stays float32."""
+
+import pytest
+import torch
+
+import train
+from layer import Layer
+from runs import UserError
+from spar import NAMES, SPAR
+from test_train import run_stage, state
+
+# Largest difference of a loss, as a share of it (or of 1, where it is smaller). fp16 skips its first steps, until it has found
+# a scale at which no gradient overflows.
+BAND = {"bf16": 0.02, "fp16": 0.03}
+
+
+def losses(precision, name, tiny, folder, **changes):
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = SPAR(tiny(precision=precision, steps=(12,) * 9, lr=(1e-3,) * 9, **changes))
+    lines = run_stage(model, name, folder)
+    return [{key: value for key, value in line.items() if key == "loss" or key.startswith("L_")} for line in lines], state(model)
+
+
+@pytest.mark.parametrize("precision", list(BAND))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_stage_has_the_losses_of_float32_within_a_band(name, precision, tiny, tmp_path):
+    (full, whole), (half, rough) = (losses(kind, name, tiny, tmp_path / kind) for kind in ("fp32", precision))
+    assert len(full) == len(half) == 3
+    for a, b in zip(full, half):
+        assert a.keys() == b.keys()
+        for symbol in a:
+            assert abs(a[symbol] - b[symbol]) <= BAND[precision] * max(1, abs(a[symbol])), symbol
+    assert full != half  # it did compute in another precision
+    assert all(value.dtype == torch.float32 for value in rough.values())
+    content = torch.load(tmp_path / precision / f"{name}.pt", weights_only=True)
+    tensors = [x for x in torch.utils._pytree.tree_leaves(content) if isinstance(x, torch.Tensor)]
+    assert all(x.dtype == torch.float32 for x in tensors if x.is_floating_point())  # weights, average, optimizer
+
+
+@pytest.mark.parametrize("name", ["P1", "P2", "P3", "T3", "U2"])
+def test_every_loss_is_float32(name, tiny, tmp_path):
+    seen = {}
+    stage = next(stage for stage in train.STAGES if stage.name == name)
+
+    def watched(*given):
+        result = stage.compute(*given)
+        seen.update({symbol: value.dtype for symbol, value in result.items()})
+        return result
+
+    watching = train.Stage(**{**vars(stage), "compute": watched})
+    train.train_stage(SPAR(tiny(precision="bf16")), watching, tmp_path, lambda speed: 0.0)
+    assert seen and set(seen.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["P1", "P2", "U2"])
+def test_recomputing_layers_changes_no_bit(name, tiny, tmp_path):
+    ends = {}
+    for recompute in (False, True):
+        ends[recompute] = losses("fp32", name, tiny, tmp_path / str(recompute), checkpointing=recompute)
+    for key in ends[False][1]:
+        assert torch.equal(ends[False][1][key], ends[True][1][key]), key
+
+
+def test_a_layer_that_recomputes_keeps_nothing_of_its_inside():
+    class Wide(Layer):
+        def forward(self, x):
+            return (x[:, None] * torch.ones(100)[:, None]).sin().sum(1)
+
+    kept = {}
+    for recompute in (False, True):
+        layer, sizes = Wide(), []
+        layer.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            layer(torch.ones(4, 5, requires_grad=True))
+        kept[recompute] = max(sizes, default=0)
+    assert kept[False] == 2000 and kept[True] <= 20
+
+
+def test_half_precision_is_refused_where_it_is_slower_with_the_factor(monkeypatch):
+    clock = iter([0, 1, 1, 2, 2, 3, 3, 4, 10, 50, 50, 90, 90, 130, 130, 170])  # fp32: 1 s a product, bf16: 40 s
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(UserError, match="takes 40 times as long for products in bf16 as in fp32; use --precision fp32"):
+        train.check_precision("bf16", "cpu")
+    train.check_precision("bf16", "cuda")
+    train.check_precision("fp32", "cpu")
+
+
+def test_compiled_parts_compute_the_same(tiny, tmp_path):
+    """By the graph that torch.compile traces; making machine code of it takes a compiler and minutes."""
+    ends = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = SPAR(tiny(compile=compiled))
+        train.compile_parts(model, backend="aot_eager") if compiled else None
+        (tmp_path / str(compiled)).mkdir()
+        ends[compiled] = [run_stage(model, name, tmp_path / str(compiled)) for name in ("T1", "U2")]
+    for a, b in zip(*([line for stage in ends[kind] for line in stage] for kind in (False, True))):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
