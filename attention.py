@@ -8,15 +8,17 @@ Every softmax attention of the project goes through `attention`. Three backends 
     triton   the same, fused: on the GPU a tile of queries stays on the chip while tiles of keys pass by; the default on CUDA
     sdpa     torch's own scaled_dot_product_attention; the default elsewhere, and what the tests compare with
 
-`linear_attention` is the cheap relative that DC-AE and SANA use on grids of latents.
+linear_attention.py holds the cheap relative that DC-AE and SANA use on grids of latents.
 
     python attention.py            shape trace, and the backends side by side
+    python attention.py --bench    on a GPU: the kernels against every backend of torch's own, timed
 
 Letters: b batch, hq/hk heads of queries/keys, n queries, m keys, e width of a head.
 """
 
 import math
 import os
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -73,14 +75,6 @@ def why_not_triton(q: Tensor) -> str:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q is {q.dtype}, the kernels take float32, bfloat16 and float16"
     return f"heads are {q.shape[-1]} wide, the kernels take up to 256" if q.shape[-1] > 256 else ""
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """ReLU(q) (ReLU(k)ᵀ v), rows normalised: `b h n e` three times -> `b h n e`, in time linear in n (SANA, Sec. 2.2)."""
-    with torch.autocast(q.device.type, enabled=False):  # the sums over n are too large for half precision
-        q, k, v = q.float().relu(), k.float().relu(), v.float()
-        values, total = k.mT @ v, k.sum(2)
-        return q @ values / ((q * total[:, :, None]).sum(-1, keepdim=True) + 1e-15)
 
 
 def sine_positions(h: int, w: int, c: int, device) -> Tensor:
@@ -465,6 +459,9 @@ def settings(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> dic
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--bench"]:
+        from benchmarks.attention import main
+        sys.exit(main())
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = (torch.randn(2, *shape, 32, device=device) for shape in ((4, 100), (2, 150), (2, 150)))

@@ -85,12 +85,13 @@ def language_batch(source: Batches, numbers: range) -> Batch:
                               torch.tensor(right))}
 
 
-def dialogue(words: WordTokenizer, turns: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """(asked, reply) pairs -> right-padded ids `r l` of both and <eos>, and where the reply stands."""
+def dialogue(words: WordTokenizer, turns: list[tuple[str, str]]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(asked, reply) pairs -> right-padded ids `r l` of both and <eos>, and where the replies stand: (rows, columns)."""
     asked = [words.encode(question) for question, _ in turns]
     rows = [question + words.encode(reply) + [words.eos_id] for question, (_, reply) in zip(asked, turns)]
     ids, mask = words.pad(rows, left=False)
-    return ids, mask & (torch.arange(ids.shape[1]) >= torch.tensor([len(question) for question in asked])[:, None])
+    replies = mask & (torch.arange(ids.shape[1]) >= torch.tensor([len(question) for question in asked])[:, None])
+    return ids, replies.nonzero(as_tuple=True)
 
 
 def picture_batch(source: Batches, numbers: range) -> Batch:
@@ -135,5 +136,5 @@ if __name__ == "__main__":
     for name, make in (("P1", language_batch), ("T1", picture_batch), ("P3", drawing_batch), ("U2", unified_batch)):
         batch = Batches(Config(), name, make, {"edits": 0.5, "captions": 0.5, "outcomes": 0.5})[0]
         for key, value in batch.items():
-            print(f"{name}  {key:13}", *(tuple(part.shape) for part in (value if isinstance(value, tuple) else (value,))))
+            print(f"{name}  {key:13}", *(tuple(part.shape) for part in torch.utils._pytree.tree_leaves(value)))
         assert batch["images"].shape[1:] == (3, 32, 32)

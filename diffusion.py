@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attention import attention, linear_attention, sine_positions
+from attention import attention, sine_positions
 from layer import Layer, RMSNorm
+from linear_attention import linear_attention
 from tokenizer import MixFFN
 
 # ---------------------------------------------------------------- flow matching

@@ -42,23 +42,23 @@ def language_losses(model: SPAR, batch: Batch, wanted: dict, h: Helpers) -> Loss
     f_v = model.tokenizer.features(batch["images"])
     _, cache = mllm.llm(mllm.embed(start, f_v))  # <bos> and the picture, read once
     parts = [batch["short"], batch["long"]]
-    said = sum(said.sum() for _, said, _ in parts)
-    mean = sum(mllm.text_loss(ids, here, cache, owner) * here.sum() / said for ids, here, owner in parts)
+    said = sum(len(rows) for _, (rows, _), _ in parts)
+    mean = sum(mllm.text_loss(ids, here, cache, owner) * len(here[0]) / said for ids, here, owner in parts)
     losses = {"L_lm": of_all(mean, said),
-              "L_caption": of_all(mllm.text_loss(*batch["caption"], cache), batch["caption"][1].sum())}
+              "L_caption": of_all(mllm.text_loss(*batch["caption"], cache), len(batch["caption"][1][0]))}
     if "L_name" in wanted:
         losses["L_name"] = of_all(naming_loss(f_v, batch["things"], model), len(batch["things"][0]))
     if "L_text" in wanted:
         _, bos = mllm.llm(mllm.embed(start[:, :1]))
-        losses["L_text"] = of_all(mllm.text_loss(*batch["text"], bos), batch["text"][1].sum())
+        losses["L_text"] = of_all(mllm.text_loss(*batch["text"], bos), len(batch["text"][1][0]))
     return losses
 
 
-def of_all(mean: Tensor, count: Tensor | int) -> Tensor:
+def of_all(mean: Tensor, count: int) -> Tensor:
     """A mean over `count` words as this process's part: averaged over all processes, it is the mean over all their words."""
     if not dist.is_initialized():
         return mean
-    total = torch.as_tensor(count, dtype=torch.float32, device=mean.device).clone()
+    total = torch.tensor(float(count), device=mean.device)
     dist.all_reduce(total)
     return mean * count * dist.get_world_size() / total
 

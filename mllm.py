@@ -233,8 +233,8 @@ class MLLM(nn.Module):
 
     # ------------------------------------------------------------ understanding
 
-    def text_loss(self, ids: Tensor, said: Tensor, cache: list, owner: Tensor | None = None) -> Tensor:
-        """Mean next-word loss on the places of ids `r l` (right-padded) where `said` is true: what the model must say.
+    def text_loss(self, ids: Tensor, said: tuple[Tensor, Tensor], cache: list, owner: Tensor | None = None) -> Tensor:
+        """Mean next-word loss at the (rows, columns) `said` of ids `r l` (right-padded): what the model must say.
 
         `cache`: what the LLM kept of the embeddings that come first (<bos>, a picture). With `owner` `r`, row i follows
         entry owner[i] of it: many questions about one picture, none of which sees another, and the picture is read once.
@@ -242,8 +242,8 @@ class MLLM(nn.Module):
         if owner is not None:
             cache = [(k[owner], v[owner]) for k, v in cache]
         hidden, _ = self.llm(self.embed(ids), cache=cache)
-        wanted = said[:, 1:]
-        return F.cross_entropy(self.llm.logits(hidden[-1][:, :-1][wanted]).float(), ids[:, 1:][wanted])
+        rows, columns = said
+        return F.cross_entropy(self.llm.logits(hidden[-1][rows, columns - 1]).float(), ids[rows, columns])
 
     @torch.no_grad()
     def answer(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None, max_new: int = 24, temperature: float = 0.0,

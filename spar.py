@@ -129,7 +129,8 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16")}
 HOW = ("precision", "compile", "checkpointing", "workers", "shard", "save_minutes")
 
-SMALL = dict(  # toy, everything larger: one GPU, minutes
+SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
+    precision="bf16",
     side=64, vision_width=192, vision_layers=8, vision_heads=6,
     d=256, llm_layers=8, llm_heads=8, llm_kv_heads=4, llm_mlp=768,
     pixel_layers=4, pixel_heads=8, ae_widths=(64, 128, 256, 256), ae_depths=(0, 2, 2, 2), ae_decoder_depths=(0, 2, 2, 2),
@@ -146,13 +147,14 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     queries=256, connector_layers=6, connector_start=1.0, condition_width=2304, positions=False, reference="tokens",
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
     lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, shift=1.0, draws=1,
-    checkpointing=True,
-    # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's, batch for each of its 64 GPUs.
+    precision="bf16", checkpointing=True,
+    # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives each of
+    # its 64 GPUs 32 pictures of 224 px, then 4 of 448 px; 16 are what 80 GB hold.
     # paper leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well.
     # differs from paper: T1 to T3 begin there at 224 px; weight_decay, warmup and final_lr are 1e-4, 0.1, 1/3 in T1 to T3
     # and 0, 0.003, 0.1 in U1 to U3, here the same in all stages.
     steps=(100_000, 100_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
-    batch=(32, 16, 64, 32, 32, 32, 128, 128, 128), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
+    batch=(32, 16, 64, 16, 16, 16, 128, 128, 128), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
     optimizer="adamw", warmup=0.1, final_lr=0.1, ema=0.9999, edits=0.3)  # edits: 1.5 M of them ten times, 36 M pictures once
 
 PRESETS: dict[str, dict] = {

@@ -17,8 +17,9 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from attention import attention, linear_attention
+from attention import attention
 from layer import Layer, RMSNorm
+from linear_attention import linear_attention
 
 # ---------------------------------------------------------------- vision encoder E_s
 

@@ -7,16 +7,14 @@
     torchrun --standalone --nproc-per-node 8 train.py --preset full    on eight GPUs; --shard to share out the weights too
 
 P1 to P3 make the three public models that the paper starts from; T1 to T3 are its tokenizer stages (Sec. 3.2), U1 to U3
-its unified ones (Sec. 3.3). A stage is data (`STAGES`): what trains, on which batches, with which losses. The loop in
+its unified ones (Sec. 3.3). A stage is data (stages.py): what trains, on which batches, with which losses. The loop in
 `train_stage` runs them all. runs.py says what a run folder holds; the same command goes on with a stopped run.
 """
 
 import argparse
-import copy
 import json
 import math
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -33,136 +31,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from batches import Batch, Batches, drawing_batch, language_batch, picture_batch, to, unified_batch
-from data import DrawnWorld
+from batches import Batches, to
+from cost import bench, plan, write
 from evaluate import evaluate, print_tables
 from layer import Layer
-from losses import Helpers, Losses, autoencoder_losses, drawing_losses, language_losses, tokenizer_losses, unified_losses
+from losses import Helpers
 from muon import Muon
 from report import draw_report
 from runs import (Parser, UserError, best_device, check_same_run, first_process, load_config, load_progress, load_stage,
                   run_command, save, save_progress, saved_progress, stage_names, take_over, wait_for_all)
 from spar import CHOICES, NAMES, PRESETS, SPAR, Config, make_config
-from tokenizer import VGG16, Discriminator, Perceptual
-
-# ---------------------------------------------------------------- the nine stages
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`trains`: name prefix of the parameters -> their share of the stage's learning rate (a number or a field of Config).
-    `losses`: symbol -> weight (the same); a weight of 0 leaves the term out."""
-
-    name: str
-    about: str
-    trains: dict[str, float | str]
-    sample: Callable[..., Batch]  # (batches.Batches, numbers of the step's pictures) -> what the losses read
-    compute: Callable[..., Losses]
-    losses: dict[str, float | str]
-    edits: float | str = 0.0  # share of the batch that edits
-    captions: float = 0.5  # share of whole captions among what is drawn: nothing left unsaid; the rest are short requests
-    outcomes: float = 0.5  # share of edits whose outcome is said as well, as `SPAR.rewrite` says it
-    cost: float = 1.0  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
-
-
-STREAMS = {"tokenizer.semantic_stream": 1.0, "tokenizer.pixel_stream": 1.0, "tokenizer.fusion": 1.0}
-BRIDGE = {"mllm.queries": 1.0, "mllm.router": 1.0, "mllm.connector": 1.0}
-DRAWER = BRIDGE | {"dit": 1.0, "align_head": 1.0}
-SEE = {"L_mse": 1.0, "L_lpips": "lambda_lpips"}
-DRAW = {"L_fm": 1.0, "L_align": "lambda_a"}
-
-STAGES = [
-    Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_batch,
-          language_losses, {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.3}, cost=9),
-    Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
-          picture_batch, autoencoder_losses, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
-    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
-          drawing_batch, drawing_losses, {"L_fm": 1.0}, captions=0.85, cost=4),
-    Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer_losses,
-          SEE | {"L_f": "lambda_f", "L_p": "lambda_p"}, cost=5.5),
-    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, picture_batch, tokenizer_losses,
-          SEE | {"L_f": "lambda_f"}, cost=7),
-    Stage("T3", "encoder fine-tuning with self-distillation",
-          STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, picture_batch, tokenizer_losses,
-          SEE | {"L_f": "lambda_f", "L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=9),
-    Stage("U1", "connector pre-training", BRIDGE, unified_batch, unified_losses, {"L_fm": 1.0}, cost=4),
-    Stage("U2", "joint pre-training", DRAWER, unified_batch, unified_losses, DRAW, "edits", captions=0.15, cost=6.5),
-    Stage("U3", "supervised fine-tuning", DRAWER, unified_batch, unified_losses, DRAW, "edits", captions=0.15, cost=6.5),
-]
-
-
-def trained_parameters(model: SPAR, stage: Stage) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """prefix -> the (name, parameter) pairs that train in this stage; each parameter under its longest prefix."""
-    found: dict[str, list] = {prefix: [] for prefix in stage.trains}
-    for name, parameter in model.named_parameters():
-        fits = [prefix for prefix in stage.trains if name == prefix or name.startswith(prefix + ".")]
-        if fits and number(stage.trains[max(fits, key=len)], model.config):
-            found[max(fits, key=len)].append((name, parameter))
-    return found
-
-
-def number(value: float | str, config: Config) -> float:
-    """A number as it is, a name as that field of the configuration."""
-    if value == "encoder_rate" and config.freeze_encoder:
-        return 0.0
-    return getattr(config, value) if isinstance(value, str) else value
-
-
-def wanted_terms(stage: Stage, config: Config) -> dict[str, float]:
-    """symbol -> weight of the terms that this configuration asks for."""
-    off = {"L_s"} if not config.anchor else set()
-    off |= {"L_align"} if config.align == "none" else set()
-    weights = {symbol: number(weight, config) for symbol, weight in stage.losses.items() if symbol not in off}
-    return {symbol: weight for symbol, weight in weights.items() if weight}
-
+from stages import STAGES, Objective, Stage, measure_latents, number, prepare, trained_parameters, wanted_terms
 
 # ---------------------------------------------------------------- one loop
-
-
-def prepare(model: SPAR, stage: Stage, lr: float) -> Helpers:
-    """What a stage needs before its first step: frozen copies, the adversary, the latents' scale, the connector's start."""
-    f, h = model.config, Helpers()
-    if "L_lpips" in wanted_terms(stage, f):
-        h.perceptual = Perceptual(read_vgg16(f.lpips_weights) if f.lpips_weights else model.pixel_encoder).to(model.device)
-    if stage.name == "T3":
-        h.teacher = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)
-    if "L_gan" in wanted_terms(stage, f):
-        h.discriminator = Discriminator(f.gan_width).to(model.device)
-        h.adversary = torch.optim.AdamW(h.discriminator.parameters(), lr=lr / 2, betas=(0.5, 0.9))
-    if stage.name == "P3":
-        model.mllm.connector.copy_layers(model.mllm.llm)
-    if "L_align" in stage.losses and f.align == "external":
-        external = SPAR(f)
-        load_stage(external, Path(f.teacher), "P1")
-        h.teacher = external.tokenizer.vision.to(model.device).requires_grad_(False)
-    if stage.name in ("P3", "U1"):
-        world, z = DrawnWorld(f.side, f.seed, epoch=NAMES.index(stage.name)), []
-        with torch.no_grad():
-            for first in range(0, 512, 32):
-                images = world.pictures(range(first, first + 32)).to(model.device)
-                z.append(model.pixel_latent(images) if stage.name == "P3" else model.tokenizer(images)[2].fused)
-        model.latent_scale.fill_(1 / torch.cat(z).std())
-    return h
-
-
-def read_vgg16(path: str) -> VGG16:
-    try:
-        return VGG16(torch.load(path, map_location="cpu", weights_only=True))
-    except (ValueError, AttributeError, TypeError, pickle.UnpicklingError, RuntimeError) as error:
-        raise UserError(f"--lpips-weights {path}: {error}".splitlines()[0]) from None
-
-
-class Objective(nn.Module):
-    """Model and losses as one module whose forward is all that a step computes: what DDP and FSDP wrap."""
-
-    def __init__(self, model: SPAR, stage: Stage, helpers: Helpers):
-        super().__init__()
-        self.model, self.stage, self.helpers = model, stage, helpers
-
-    def forward(self, batch: Batch, wanted: dict) -> Losses:
-        kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.model.config.precision]
-        with torch.autocast(self.model.device.type, kind, enabled=kind is not None):
-            return self.stage.compute(self.model, batch, wanted, self.helpers)
 
 
 def spread(objective: Objective, shard: bool) -> nn.Module:
@@ -177,16 +58,42 @@ def spread(objective: Objective, shard: bool) -> nn.Module:
     return fully_shard(objective)
 
 
-def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable) -> None:
-    """Trains one stage and writes <stage>.pt. `seconds_after(rate)` estimates what the stages after it will take."""
-    f, index, device = model.config, NAMES.index(stage.name), model.device
-    steps, batch, lr = f.steps[index], f.batch[index], f.lr[index]
-    torch.manual_seed(1000 * f.seed + index)
-    h = prepare(model, stage, lr)
-    terms = wanted_terms(stage, f)
-    shares = {"edits": number(stage.edits, f), "captions": stage.captions, "outcomes": stage.outcomes}
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    source = Batches(f, stage.name, stage.sample, shares, rank, ranks)
+@dataclass
+class Progress:
+    """All that a stage in progress is, but for its step: noise and order of data are functions of that."""
+
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    helpers: Helpers
+    weights: dict[str, nn.Parameter]  # those that train
+    average: dict[str, torch.Tensor]  # their running average
+
+    def state(self) -> dict:
+        state = {"weights": self.weights, "average": self.average, "scaler": self.scaler.state_dict(),
+                 "optimizer": get_optimizer_state_dict(self.objective, self.optimizer)}
+        h = self.helpers
+        if h.discriminator is not None:
+            state["discriminator"] = h.discriminator.state_dict()
+            state["adversary"] = get_optimizer_state_dict(h.discriminator, h.adversary)
+        return state
+
+    def load(self, folder: Path) -> tuple[int, float]:
+        """-> (the step to go on with, seconds spent before)"""
+        state, h = self.state() | {"step": 0, "seconds": 0.0}, self.helpers
+        load_progress(folder, state)
+        self.scaler.load_state_dict(state["scaler"])
+        set_optimizer_state_dict(self.objective, self.optimizer, state["optimizer"])
+        if h.discriminator is not None:
+            h.discriminator.load_state_dict(state["discriminator"])
+            set_optimizer_state_dict(h.discriminator, h.adversary, state["adversary"])
+        return state["step"], state["seconds"]
+
+
+def begin(model: SPAR, stage: Stage) -> Progress:
+    """A stage before its first step."""
+    f, index, h = model.config, NAMES.index(stage.name), prepare(model, stage)
+    measure_latents(model, stage)
     model.requires_grad_(False)
     for pairs in trained_parameters(model, stage).values():
         for _, parameter in pairs:
@@ -195,72 +102,84 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable) -
         if isinstance(layer, Layer):
             layer.recompute = f.checkpointing
     objective = spread(Objective(model, stage, h), f.shard)
-    groups, names = [], []
+    groups, weights = [], {}
     for prefix, pairs in trained_parameters(model, stage).items():
         for matrices in (True, False):  # Muon is for the matrices inside; embeddings and first or last layers are AdamW's
-            chosen = [(n, p) for n, p in pairs if matrices == is_inner_matrix(n, p)]
-            rate = lr * number(stage.trains[prefix], f) * (f.muon_lr if matrices and f.optimizer == "muon" else 1)
-            groups += [dict(params=[p for _, p in chosen], matrices=matrices, peak=rate)] if chosen else []
-            names += [n for n, _ in chosen]
+            chosen = {name: p for name, p in pairs if matrices == is_inner_matrix(name, p)}
+            rate = f.lr[index] * number(stage.trains[prefix], f) * (f.muon_lr if matrices and f.optimizer == "muon" else 1)
+            groups += [dict(params=list(chosen.values()), matrices=matrices, peak=rate)] if chosen else []
+            weights |= chosen
     optimizer = (Muon(groups, weight_decay=f.weight_decay) if f.optimizer == "muon" else
-                 torch.optim.AdamW(groups, weight_decay=f.weight_decay, fused=device.type == "cuda"))
-    scaler = torch.amp.GradScaler(device.type, enabled=f.precision == "fp16")
-    parameters = [p for group in groups for p in group["params"]]
-    average = [p.detach().clone() for p in parameters]
-    first, spent = 0, 0.0
-    for folder in reversed(saved_progress(run, stage.name)):
-        first, spent = load_state(folder, objective, optimizer, scaler, h, dict(zip(names, parameters)), dict(zip(names, average)))
-        break
+                 torch.optim.AdamW(groups, weight_decay=f.weight_decay, fused=model.device.type == "cuda"))
+    scaler = torch.amp.GradScaler(model.device.type, enabled=f.precision == "fp16")
+    return Progress(objective, optimizer, scaler, h, weights, {name: p.detach().clone() for name, p in weights.items()})
+
+
+def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable, keep: bool = True) -> None:
+    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(rate)` estimates what the stages after it will take."""
+    f, index, device = model.config, NAMES.index(stage.name), model.device
+    steps, batch, lr = f.steps[index], f.batch[index], f.lr[index]
+    torch.manual_seed(1000 * f.seed + index)
+    now, terms = begin(model, stage), wanted_terms(stage, f)
+    parameters, average = list(now.weights.values()), list(now.average.values())
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    source, saved = Batches(f, stage.name, stage.sample, stage.shares(f), rank, ranks), saved_progress(run, stage.name)
+    first, spent = now.load(saved[-1]) if saved else (0, 0.0)
 
     loader = iter(DataLoader(source, batch_size=None, sampler=range(first, steps), num_workers=f.workers,
                              pin_memory=device.type == "cuda"))
     bar = tqdm(range(first, steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True, disable=rank > 0)
-    start = saved = time.time()
-    waited, log = 0.0, (run / "log.jsonl").open("a", buffering=1) if rank == 0 else None
+    log = (run / "log.jsonl").open("a", buffering=1) if rank == 0 else None
+    start = last_save = time.time()
+    waited = 0.0
     for step in bar:
-        h.adversary_joins = step >= f.gan_start * steps
+        now.helpers.adversary_joins = step >= f.gan_start * steps
         # ------------------------------ one training step
         asked = time.time()
         read = to(next(loader), device)
         waited += time.time() - asked
         rate = schedule(step, steps, f.warmup, f.final_lr)
-        for group in optimizer.param_groups:
+        for group in now.optimizer.param_groups:
             group["lr"] = rate * group["peak"]
-        losses = objective(read, terms | shares)
+        losses = now.objective(read, terms)
         loss = sum(terms[symbol] * value for symbol, value in losses.items())
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+        now.optimizer.zero_grad()
+        now.scaler.scale(loss).backward()
+        now.scaler.unscale_(now.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, f.clip))
-        seen = of_all_processes(torch.stack([*losses.values(), loss, norm]).detach())  # the one wait for the device in a step
-        check_finite(stage.name, step, dict(zip([*losses, "loss", "gradient"], seen)), scaler.is_enabled())
-        scaler.step(optimizer)
-        scaler.update()
-        decay = min(f.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        seen = of_all_processes(torch.stack([*losses.values(), loss, norm]).detach())  # a step's one wait for the device
+        check_finite(stage.name, step, dict(zip([*losses, "loss", "gradient"], seen)), now.scaler.is_enabled())
+        now.scaler.step(now.optimizer)
+        now.scaler.update()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(f.ema, (1 + step) / (10 + step)))
         # ------------------------------
-        spent_now = spent + time.time() - start
-        speed = (step + 1 - first) * batch / (time.time() - start)
+        passed = time.time() - start
+        speed = (step + 1 - first) * batch / passed
         if rank == 0 and (step % 10 == 0 or step == steps - 1):
             left = seconds_after(speed) + (steps - step - 1) * batch / speed
             shown = {symbol: f"{value:.3f}" for symbol, value in zip(losses, seen)}
             bar.set_postfix(shown | {"img/s": f"{speed:.0f}", "run left": f"{left / 60:.0f}m"}, refresh=False)
-            log.write(json.dumps({"stage": stage.name, "step": step, "loss": seen[-2]} | dict(zip(losses, seen)) |
-                                 {"lr": rate * lr, "grad_norm": seen[-1], "seconds": round(spent_now, 2),
-                                  "images_per_second": round(speed, 1), "waiting": round(waited / (time.time() - start), 4)}) + "\n")
-        if step + 1 < steps and agreed(time.time() - saved >= 60 * f.save_minutes, device):
-            state = progress(objective, optimizer, scaler, h, dict(zip(names, parameters)), dict(zip(names, average)))
-            save_progress(run, stage.name, step + 1, state | {"step": step + 1, "seconds": spent_now})
-            saved = time.time()
-    ended = get_optimizer_state_dict(objective, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    raw, ends = ({name: whole(p.detach()).clone() for name, p in zip(names, tensors)} for tensors in (parameters, average))
+            line = {"stage": stage.name, "step": step, "loss": seen[-2]} | dict(zip(losses, seen)) | {
+                "lr": rate * lr, "grad_norm": seen[-1], "seconds": round(spent + passed, 2),
+                "images_per_second": round(speed, 1), "waiting": round(waited / passed, 4)}
+            log.write(json.dumps(line) + "\n")
+        if keep and step + 1 < steps and agreed(time.time() - last_save >= 60 * f.save_minutes, device):
+            save_progress(run, stage.name, step + 1, now.state() | {"step": step + 1, "seconds": spent + passed})
+            last_save = time.time()
+    if keep:
+        keep_stage(now, run, stage, model.latent_scale, {"position": steps * batch, "seconds": spent + time.time() - start})
+
+
+def keep_stage(now: Progress, run: Path, stage: Stage, latent_scale: torch.Tensor, more: dict) -> None:
+    """Writes <stage>.pt; the model goes on with the averaged weights."""
+    ended = get_optimizer_state_dict(now.objective, now.optimizer,
+                                     options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    raw, ema = ({name: whole(p.detach()).clone() for name, p in some.items()} for some in (now.weights, now.average))
     with torch.no_grad():
-        for parameter, ema in zip(parameters, average):
-            parameter.copy_(ema)  # the next stage starts from the averaged weights
-    if rank == 0:
-        log.close()
-        save(run / f"{stage.name}.pt", {"weights": raw, "ema": ends, "latent_scale": model.latent_scale, "optimizer": ended,
-                                        "position": steps * batch, "seconds": spent + time.time() - start})
+        for name, parameter in now.weights.items():
+            parameter.copy_(now.average[name])
+    if first_process():
+        save(run / f"{stage.name}.pt", {"weights": raw, "ema": ema, "latent_scale": latent_scale, "optimizer": ended} | more)
         shutil.rmtree(run / "resume", ignore_errors=True)
     wait_for_all()
 
@@ -294,30 +213,9 @@ def agreed(mine: bool, device: torch.device) -> bool:
     return bool(answer)
 
 
-def progress(objective: nn.Module, optimizer, scaler, h: Helpers, weights: dict, average: dict) -> dict:
-    """All that a stage in progress is, but for its step: noise and order of data are functions of that."""
-    state = {"weights": weights, "average": average, "optimizer": get_optimizer_state_dict(objective, optimizer),
-             "scaler": scaler.state_dict()}
-    if h.discriminator is not None:
-        state |= {"discriminator": h.discriminator.state_dict(), "adversary": get_optimizer_state_dict(h.discriminator, h.adversary)}
-    return state
-
-
-def load_state(folder: Path, objective, optimizer, scaler, h: Helpers, weights: dict, average: dict) -> tuple[int, float]:
-    """-> (the step to go on with, seconds spent before)"""
-    state = progress(objective, optimizer, scaler, h, weights, average) | {"step": 0, "seconds": 0.0}
-    load_progress(folder, state)
-    set_optimizer_state_dict(objective, optimizer, state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if h.discriminator is not None:
-        h.discriminator.load_state_dict(state["discriminator"])
-        set_optimizer_state_dict(h.discriminator, h.adversary, state["adversary"])
-    return state["step"], state["seconds"]
-
-
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     outer = ("embedding", "llm.output", "positions", "queries", "cls", "patches", "stem", "table", "dit.out", "decoder.out")
-    return parameter.ndim > 1 and parameter[0].numel() > 25 and not any(word in name for word in outer)
+    return parameter.ndim > 1 and math.prod(parameter.shape[1:]) > 25 and not any(word in name for word in outer)
 
 
 def schedule(step: int, steps: int, warmup: float, final: float) -> float:
@@ -393,23 +291,10 @@ def compile_parts(model: SPAR, backend: str = "inductor") -> None:
             part.compile(backend=backend)
 
 
-def plan(config: Config) -> str:
-    """The stages of a run in figures; allocates no weights."""
-    with torch.device("meta"):
-        model = SPAR(config)
-    tokens = (config.side // (2 * config.patch)) ** 2
-    lines = [f"preset {config.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-             f"{config.side} px, {tokens} tokens a picture"]
-    for stage in STAGES:
-        i = NAMES.index(stage.name)
-        if stage.name == config.skip_stage:
-            continue
-        trained = sum(p.numel() for pairs in trained_parameters(model, stage).values() for _, p in pairs)
-        whole = sum(p.numel() for p in model.parameters())
-        memory = 4 * (whole + 5 * trained) / 2**30  # fp32: weights; gradient, two moments, average, and its copy
-        lines.append(f"{stage.name}  {stage.about:48} trains {trained / 1e6:8.2f} M   {config.steps[i]:6} "
-                     f"steps of {config.batch[i]:3} pictures ({config.batch[i] * tokens} tokens)   {memory:6.2f} GiB + activations")
-    return "\n".join(lines)
+def some_steps(config: Config, stage: Stage, folder: Path, device: str) -> list[dict]:
+    """Trains a stage from random weights; -> the lines of its log."""
+    train_stage(build(config, device, folder, []), stage, folder, lambda speed: 0.0, keep=False)
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
@@ -424,6 +309,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
                         help="auto: go on with what --out holds; never: train the named stages anew")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--plan", action="store_true", default=False, help="print the stages in figures and stop")
+    parser.add_argument("--bench", action="store_true", default=False, help="time a step of each stage and stop")
     for field in fields(Config):
         if field.name == "preset":
             continue
@@ -436,13 +322,14 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
             parser.add_argument(flag, type=kind, choices=CHOICES.get(field.name))
     given = vars(parser.read(arguments))
     scale = given.pop("steps_scale")
-    rest = argparse.Namespace(**{key: given.pop(key) for key in ("stages", "out", "source", "device", "plan", "resume")})
+    rest = argparse.Namespace(**{key: given.pop(key) for key in ("stages", "out", "source", "device", "plan", "bench", "resume")})
     rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
     for name in rest.stages:
         if name not in NAMES:
             raise UserError(f"unknown stage {name!r} in --stages: they are {','.join(NAMES)}")
     on_gpu = best_device(rest.device) == "cuda"
-    config = make_config(**{"precision": "bf16" if on_gpu else "fp32", "workers": 4 if on_gpu else 0} | given)
+    by_device = {"precision": "bf16" if on_gpu else "fp32", "workers": 4 if on_gpu else 0}
+    config = make_config(**by_device | PRESETS[given["preset"]] | given)
     for key in ("steps", "batch", "lr"):
         if len(getattr(config, key)) != len(NAMES):
             raise UserError(f"--{key} takes {len(NAMES)} numbers, one for each of {','.join(NAMES)}")
@@ -500,6 +387,9 @@ def main() -> None:
         return
     device = best_device(rest.device)
     check_precision(config.precision, device)
+    if rest.bench:
+        print(write(bench(config, device, lambda changed, stage, folder: some_steps(changed, stage, folder, device))))
+        return
     device, start = join_processes(device, config.shard), time.time()
     train(config, rest.out, rest.stages, device, rest.source, rest.resume == "auto")
     if not leave_processes():

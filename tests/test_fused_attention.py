@@ -1,10 +1,16 @@
 """The fused kernels against attention in float64: natively where there is a GPU, else through Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import attention as module
 from attention import attention, side_by_side
+from linear_attention import fused_linear, linear_attention, plain
 from test_attention import naive, values_and_gradients
 
 if module.triton is None:
@@ -113,3 +119,55 @@ def test_what_the_kernels_do_not_take_is_named(change, words):
     q, k, v, _ = some(3, 3, 1, 1, **{"e": 32, **change})
     with pytest.raises(ValueError, match=words):
         attention(q, k, v, backend="triton")
+
+
+# ---------------------------------------------------------------- linear attention
+
+
+def some_of_a_grid(n, e, dtype=torch.float32, apart=False):
+    """q, k, v `2 3 n e`; `apart`: their channels lie n numbers apart, as a convolution leaves them."""
+    torch.manual_seed(0)
+    tensors = torch.randn(3, 2, 3, e, n).mT if apart else torch.randn(3, 2, 3, n, e)
+    return [x.to(DEVICE, dtype).requires_grad_() for x in tensors]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("n, e, apart", [(1, 32, False), (17, 32, True), (64, 16, False), (256, 32, True), (150, 64, False)])
+def test_fused_linear_attention_equals_its_plain_twin_in_float64(n, e, apart, dtype):
+    inputs = some_of_a_grid(n, e, dtype, apart)
+    out = linear_attention(*inputs, backend="triton")
+    assert out.dtype == torch.float32 and out.stride() == torch.empty_like(inputs[0]).stride()
+    ours = values_and_gradients(out.cpu(), inputs)
+    doubles = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    q, k, v = doubles[0].relu(), doubles[1].relu(), doubles[2]
+    theirs = values_and_gradients(q @ (k.mT @ v) / ((q @ k.mT).sum(-1, keepdim=True) + 1e-15), doubles)
+    for name, a, b in zip(("out", "dq", "dk", "dv"), ours, theirs):
+        assert (a.cpu() - b).abs().max() <= TOLERANCE[dtype] * b.abs().max().clamp(min=0.1), name
+
+
+def test_a_query_without_positive_channels_gives_zeros_there_too():
+    q, k, v = (x.detach() for x in some_of_a_grid(20, 32))
+    assert (linear_attention(-q.abs(), k, v, backend="triton") == 0).all()
+
+
+def test_fused_linear_attention_keeps_torchs_rules_and_gives_the_same_bits():
+    inputs = some_of_a_grid(70, 32, torch.float16)
+    torch.library.opcheck(fused_linear, tuple(inputs))
+    first, second = (values_and_gradients(linear_attention(*inputs, backend="triton").cpu(), inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("backend, e, words", [("flash", 32, "'flash'"), ("triton", 24, "24 wide")])
+def test_linear_attention_names_what_it_cannot_do(backend, e, words):
+    with pytest.raises(ValueError, match=words):
+        linear_attention(*some_of_a_grid(5, e), backend=backend)
+    assert torch.equal(linear_attention(*some_of_a_grid(5, e)), plain(*some_of_a_grid(5, e))) or DEVICE == "cuda"
+
+
+def test_every_kernel_compiles_for_an_h100_and_uses_its_tensor_cores():
+    script = Path(__file__).parent / "compile_kernels.py"
+    done = subprocess.run([sys.executable, script, "90"], capture_output=True, text=True,
+                          env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 14 and all("mma" in line for line in lines), done.stdout

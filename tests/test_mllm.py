@@ -159,17 +159,17 @@ def test_text_loss_is_the_mean_over_the_places_said_of_each_row_read_alone_after
     for row, places, first in zip(ids, said, before):
         logits = mllm.llm.logits(mllm.llm(torch.cat([first, mllm.llm.embedding(row)])[None])[0][-1][0])
         losses += [-logits[VISUAL + i - 1].log_softmax(-1)[row[i]].item() for i in range(len(row)) if places[i]]
-    assert mllm.text_loss(ids, said, mllm.llm(before)[1]).item() == pytest.approx(sum(losses) / 6)
-    loss = mllm.text_loss(ids.flip(0), said.flip(0), mllm.llm(before)[1], owner=torch.tensor([1, 0]))
+    assert mllm.text_loss(ids, said.nonzero(as_tuple=True), mllm.llm(before)[1]).item() == pytest.approx(sum(losses) / 6)
+    loss = mllm.text_loss(ids.flip(0), said.flip(0).nonzero(as_tuple=True), mllm.llm(before)[1], owner=torch.tensor([1, 0]))
     assert loss.item() == pytest.approx(sum(losses) / 6)
 
 
 def test_text_loss_ignores_words_after_the_last_place_said():
     mllm, (ids, said, before) = model(), dialogue()
     (_, cache), other = mllm.llm(before), ids.clone()
-    loss = mllm.text_loss(ids, said, cache)
+    loss = mllm.text_loss(ids, said.nonzero(as_tuple=True), cache)
     other[1, 5:] = 7
-    assert torch.equal(mllm.text_loss(other, said, cache), loss)
+    assert torch.equal(mllm.text_loss(other, said.nonzero(as_tuple=True), cache), loss)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

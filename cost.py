@@ -1,0 +1,171 @@
+"""What a stage costs: parameters, memory and arithmetic, told before it runs (`train.py --plan`), and speed, measured
+(`train.py --bench`).
+
+The forecast runs one step of each stage, forward and backward, on tensors that have shapes and no content: it adds up what
+autograd keeps for backward and counts the multiplications.
+"""
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from batches import Batches
+from layer import Layer
+from spar import NAMES, SPAR, Config
+from stages import STAGES, Objective, Stage, prepare, trained_parameters, wanted_terms
+
+PROBE = 4  # pictures in the forecast's step; what it finds grows in proportion
+# Dense half-precision products per second, from the makers' data sheets.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def forecast(config: Config, stage: Stage) -> dict[str, float]:
+    """One stage on one device: parameters (`all`, `trained`), bytes (`weights`, `optimizer`, `activations`, `total`) and the
+    arithmetic of one step, forward and backward, in FLOP (`flops`, of which `dit_flops` inside the DiT)."""
+    index = NAMES.index(stage.name)
+    small = replace(config, batch=(PROBE,) * len(NAMES), align="none" if config.align == "none" else "self", teacher="")
+    read = Batches(small, stage.name, stage.sample, stage.shares(config))[0]
+    with torch.device("meta"):
+        model = SPAR(small)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        read = tree_map_only(torch.Tensor, fake.from_tensor, read)
+        model.to_empty(device="cpu")
+        objective = Objective(model, stage, prepare(model, stage))
+        model.requires_grad_(False)
+        trained = [p for pairs in trained_parameters(model, stage).values() for _, p in pairs]
+        for parameter in trained:
+            parameter.requires_grad_()
+        terms = wanted_terms(stage, config)
+        kept, layers = activations(objective, lambda: objective(read, terms), config.checkpointing)
+        with FlopCounterMode(display=False) as counter:
+            sum(objective(read, terms).values()).backward()
+    whole, ours = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)
+    frozen_copies = sum(p.numel() for p in objective.helpers.teacher.parameters()) if objective.helpers.teacher else 0
+    moments = 1 if config.optimizer == "muon" else 2  # of matrices; the few other parameters have two in any case
+    share = config.batch[index] / PROBE
+    cost = {"all": whole, "trained": ours, "weights": 4 * (whole + frozen_copies),
+            "optimizer": 4 * (2 + moments) * ours,  # gradient, moments, running average
+            "activations": kept * share + layers * share, "flops": counter.get_total_flops() * share,
+            "dit_flops": sum(counter.get_flop_counts().get("Objective.model.dit", {}).values()) * share}
+    return cost | {"total": cost["weights"] + cost["optimizer"] + cost["activations"]}
+
+
+def activations(objective: Objective, step: Callable, recompute: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps of one forward; and, where layers are recomputed, the most that one of them keeps then."""
+    own = {p.untyped_storage()._cdata for p in objective.parameters()}
+
+    def kept(layer_sizes: list) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                seen[storage._cdata] = storage.nbytes()
+            return tensor
+
+        before = {}
+        hooks = [hook for layer in objective.modules() if isinstance(layer, Layer) for hook in (
+            layer.register_forward_pre_hook(lambda layer, _: before.update({layer: sum(seen.values())})),
+            layer.register_forward_hook(lambda layer, *_: layer_sizes.append(sum(seen.values()) - before[layer])))]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step()
+        for hook in hooks:
+            hook.remove()
+        return sum(seen.values())
+
+    sizes: list[int] = []
+    whole = kept(sizes)
+    if not recompute:
+        return whole, 0
+    for layer in objective.modules():
+        if isinstance(layer, Layer):
+            layer.recompute = True
+    return kept([]), max(sizes, default=0)
+
+
+def plan(config: Config) -> str:
+    """The stages of a run in figures; allocates no weights."""
+    lines, gib = [], 2**30
+    chosen = [stage for stage in STAGES if stage.name != config.skip_stage]
+    for stage in tqdm(chosen, desc="forecast", leave=False):
+        i, cost = NAMES.index(stage.name), forecast(config, stage)
+        if not lines:
+            lines.append(f"preset {config.preset}: {cost['all'] / 1e6:.1f} M parameters, {config.side} px, {config.grid**2} tokens a "
+                         f"picture, {config.precision}{', layers recomputed' if config.checkpointing else ''}; memory of one device:")
+        lines.append(f"{stage.name}  {stage.about:42} trains {cost['trained'] / 1e6:8.2f} M  {config.steps[i]:6} steps of "
+                     f"{config.batch[i]:3} pictures ({config.batch[i] * config.grid**2} tokens)  {cost['flops'] / 1e12:8.2f} TFLOP a "
+                     f"step  {cost['total'] / gib:6.2f} GiB = {cost['weights'] / gib:.2f} weights + {cost['optimizer'] / gib:.2f} "
+                     f"gradients, moments, average + {cost['activations'] / gib:.2f} activations")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- measured
+
+
+def bench(config: Config, device: str, run_stage: Callable[[Config, Stage, Path], list[dict]], rounds: int = 3) -> dict:
+    """Times the steps of each stage as they are trained, `run_stage` -> the lines of their log, and prints a table.
+
+    Per stage: seconds of a step, pictures per second, share of the time spent waiting for data, FLOP per second and, where
+    the device's peak is known, the share of it; on CUDA the peak memory beside the forecast. Of U2 also what L_align and DTR
+    cost: its step with ÷ its step without, taken by turns."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
+    peak = next((value for key, value in PEAKS.items() if key in name), None)
+    config = replace(config, steps=(31,) * len(NAMES))
+    result = {"device": name, "torch": torch.__version__, "preset": config.preset, "precision": config.precision,
+              "compile": config.compile, "stages": {}}
+    print(f"{name}, torch {torch.__version__}, preset {config.preset}, {config.precision}")
+    for stage in STAGES:
+        if device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        cost, (step, waiting) = forecast(config, stage), timed(config, stage, run_stage)
+        found = {"step": step, "images_per_second": config.batch[NAMES.index(stage.name)] / step, "waiting": waiting,
+                 "flops": cost["flops"] / step, "utilisation": cost["flops"] / step / peak if peak else None}
+        if device.startswith("cuda"):
+            found |= {"peak_bytes": torch.cuda.max_memory_allocated(), "forecast_bytes": cost["total"]}
+        result["stages"][stage.name] = found
+        print(f"{stage.name}  {step * 1e3:8.1f} ms a step  {found['images_per_second']:8.1f} images/s  waiting {waiting:6.1%}  "
+              f"{found['flops'] / 1e12:8.3f} TFLOP/s" + (f" = {found['utilisation']:.1%} of the peak" if peak else "") +
+              (f"  {found['peak_bytes'] / 2**30:.2f} GiB, forecast {cost['total'] / 2**30:.2f}" if "peak_bytes" in found else ""))
+    u2 = next(stage for stage in STAGES if stage.name == "U2")
+    variants = {"all": config, "L_align": replace(config, align="none"), "DTR": replace(config, fusion="last")}
+    steps = {key: [] for key in variants}
+    for _ in range(rounds):
+        for key, changed in variants.items():
+            steps[key].append(timed(changed, u2, run_stage)[0])
+    for key in ("L_align", "DTR"):
+        result[key] = statistics.median(steps["all"]) / statistics.median(steps[key])
+        print(f"{key} costs: step with it ÷ step without = {result[key]:.3f}")
+    return result
+
+
+def timed(config: Config, stage: Stage, run_stage: Callable) -> tuple[float, float]:
+    """-> (seconds of a step, share of it spent waiting for data), from steps 11 to 31."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = run_stage(config, stage, Path(folder))
+    begin, end = ((line["seconds"], line["seconds"] * line["waiting"]) for line in (lines[1], lines[-1]))
+    return (end[0] - begin[0]) / 20, (end[1] - begin[1]) / max(end[0] - begin[0], 1e-9)
+
+
+def processor() -> str:
+    """The processor's own name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def write(result: dict) -> Path:
+    path = Path(__file__).parent / "benchmarks" / f"stages-{result['preset']}-{result['device'].replace(' ', '-')}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

@@ -1,0 +1,91 @@
+"""Forecasts say what really happens, and cost nothing themselves."""
+
+import resource
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cost
+import train
+from batches import Batches
+from benchmarks.attention import compare
+from layer import Layer
+from spar import NAMES, SPAR, make_config
+from stages import STAGES, Objective, prepare, trained_parameters, wanted_terms
+
+
+def stage(name):
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def really_kept(config, which) -> int:
+    """Bytes that autograd keeps of a forward on real tensors."""
+    torch.manual_seed(0)
+    model = SPAR(config)
+    read = Batches(config, which.name, which.sample, which.shares(config))[0]
+    objective = Objective(model, which, prepare(model, which))
+    model.requires_grad_(False)
+    for pairs in trained_parameters(model, which).values():
+        for _, parameter in pairs:
+            parameter.requires_grad_()
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.recompute = config.checkpointing
+    own, seen = {p.untyped_storage().data_ptr() for p in objective.parameters()}, {}
+
+    def pack(x):
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses = objective(read, wanted_terms(which, config))
+    assert losses
+    return sum(size for key, size in seen.items() if key not in own)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_forecast_of_activations_is_what_a_real_step_keeps(name, precision, tiny):
+    config = tiny(batch=(cost.PROBE,) * 9, precision=precision)
+    assert cost.forecast(config, stage(name))["activations"] == pytest.approx(really_kept(config, stage(name)), rel=0.02)
+
+
+def test_memory_grows_with_the_batch_and_recomputing_layers_saves_it(tiny):
+    deep = tiny(dit_layers=8, batch=(8,) * 9)
+    one, more, less = (cost.forecast(config, stage("U2"))["activations"] for config in (
+        deep, replace(deep, batch=(16,) * 9), replace(deep, checkpointing=True)))
+    assert more == 2 * one and less < 0.6 * one
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_products(tiny):
+    """The DiT's matrices on its own tokens, forward and twice backward, counted by hand, are most of what a deep one costs."""
+    config = tiny(dit_layers=8)
+    found, twice = cost.forecast(config, stage("P3")), cost.forecast(replace(config, batch=(16,) * 9), stage("P3"))
+    tokens = config.draws * 8 * config.grid**2
+    by_hand = 3 * 2 * tokens * config.dit_layers * config.c**2 * (4 + 2 + 7.5)  # self-attention, cross-attention, Mix-FFN
+    assert by_hand < found["dit_flops"] < found["flops"] and twice["flops"] == 2 * found["flops"]
+
+
+def test_a_forecast_for_a_billion_parameters_takes_no_memory_for_them():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = cost.forecast(make_config(preset="full"), stage("U1"))
+    assert found["all"] == pytest.approx(2011.2e6, rel=1e-4)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5e6  # KiB; the weights alone have 8 GB
+
+
+def test_a_bench_times_steps_and_what_alignment_and_routing_cost(tiny, monkeypatch):
+    monkeypatch.setattr(cost, "STAGES", [stage("P2"), stage("U2")])
+    result = cost.bench(tiny(), "cpu", lambda *given: train.some_steps(*given, "cpu"), rounds=1)
+    assert set(result["stages"]) == {"P2", "U2"} and result["L_align"] > 0 and result["DTR"] > 0
+    for found in result["stages"].values():
+        assert found["step"] > 0 and 0 <= found["waiting"] < 1 and found["flops"] > 0
+        assert found["images_per_second"] == pytest.approx(8 / found["step"])
+
+
+def test_the_attention_bench_compares_what_can_run_and_names_what_cannot():
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = compare((1, 2, 1, 33, 33, 32, True), device, torch.float32, rounds=1, repeats=1)
+    assert found["ours"]["error"] < 1e-5 and found["ours"]["forward"] > 0 and found["math"]["both_tflops"] > 0
+    assert all("refused" in r or r["error"] < 1e-5 for r in found.values())
