@@ -95,6 +95,8 @@ def activations(objective: Objective, step: Callable, recompute: bool) -> tuple[
 def plan(config: Config) -> str:
     """The stages of a run in figures; allocates no weights."""
     lines, gib = [], 2**30
+    with torch.device("meta"):
+        SPAR(config)  # numbers that do not fit are told here
     chosen = [stage for stage in STAGES if stage.name != config.skip_stage]
     for stage in tqdm(chosen, desc="forecast", leave=False):
         i, cost = NAMES.index(stage.name), forecast(config, stage)
