@@ -36,13 +36,10 @@ class Batches(torch.utils.data.Dataset):
 
     def __post_init__(self):
         index = NAMES.index(self.name)
-        self.steps, self.batch = self.config.steps[index], self.config.batch[index]
+        self.batch = self.config.batch[index]
         self.world, self.words = DrawnWorld(self.config.side, self.config.seed, epoch=index), WordTokenizer(WORDS)
         if self.batch % self.ranks:
             raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: see --batch")
-
-    def __len__(self) -> int:
-        return self.steps
 
     def __getitem__(self, step: int) -> Batch:
         return self.make(self, range(step * self.batch, (step + 1) * self.batch))

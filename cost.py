@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from batches import Batches
-from layer import Layer
+from layer import layers
 from spar import NAMES, SPAR, Config
-from stages import STAGES, Objective, Stage, prepare, trained_parameters, wanted_terms
+from stages import STAGES, Objective, Stage, freeze_the_rest, prepare, wanted_terms
 
 PROBE = 4  # pictures in the forecast's step; what it finds grows in proportion
 # Dense half-precision products per second, from the makers' data sheets.
@@ -40,15 +40,12 @@ def forecast(config: Config, stage: Stage) -> dict[str, float]:
         read = tree_map_only(torch.Tensor, fake.from_tensor, read)
         model.to_empty(device="cpu")
         objective = Objective(model, stage, prepare(model, stage))
-        model.requires_grad_(False)
-        trained = [p for pairs in trained_parameters(model, stage).values() for _, p in pairs]
-        for parameter in trained:
-            parameter.requires_grad_()
+        freeze_the_rest(model, stage)
         terms = wanted_terms(stage, config)
         kept, layers = activations(objective, lambda: objective(read, terms), config.checkpointing)
         with FlopCounterMode(display=False) as counter:
             sum(objective(read, terms).values()).backward()
-    whole, ours = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)
+    whole, ours = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen_copies = sum(p.numel() for p in objective.helpers.teacher.parameters()) if objective.helpers.teacher else 0
     moments = 1 if config.optimizer == "muon" else 2  # of matrices; the few other parameters have two in any case
     share = config.batch[index] / PROBE
@@ -73,7 +70,7 @@ def activations(objective: Objective, step: Callable, recompute: bool) -> tuple[
             return tensor
 
         before = {}
-        hooks = [hook for layer in objective.modules() if isinstance(layer, Layer) for hook in (
+        hooks = [hook for layer in layers(objective) for hook in (
             layer.register_forward_pre_hook(lambda layer, _: before.update({layer: sum(seen.values())})),
             layer.register_forward_hook(lambda layer, *_: layer_sizes.append(sum(seen.values()) - before[layer])))]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -86,9 +83,8 @@ def activations(objective: Objective, step: Callable, recompute: bool) -> tuple[
     whole = kept(sizes)
     if not recompute:
         return whole, 0
-    for layer in objective.modules():
-        if isinstance(layer, Layer):
-            layer.recompute = True
+    for layer in layers(objective):
+        layer.recompute = True
     return kept([]), max(sizes, default=0)
 
 

@@ -17,6 +17,10 @@ class Layer(nn.Module):
         return super().__call__(*inputs, **options)
 
 
+def layers(module: nn.Module) -> list[Layer]:
+    return [layer for layer in module.modules() if isinstance(layer, Layer)]
+
+
 class RMSNorm(nn.RMSNorm):
     """In its weights' precision, also where autocast hands it half."""
 

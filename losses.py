@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from batches import Batch
 from diffusion import add_noise, alignment_loss, equally_long, flow_matching_loss
+from processes import average
 from spar import SPAR
 from tokenizer import Discriminator, Perceptual
 from world import FACT_WORDS
@@ -56,11 +57,7 @@ def language_losses(model: SPAR, batch: Batch, wanted: dict, h: Helpers) -> Loss
 
 def of_all(mean: Tensor, count: int) -> Tensor:
     """A mean over `count` words as this process's part: averaged over all processes, it is the mean over all their words."""
-    if not dist.is_initialized():
-        return mean
-    total = torch.tensor(float(count), device=mean.device)
-    dist.all_reduce(total)
-    return mean * count * dist.get_world_size() / total
+    return mean * count / average(torch.tensor(float(count), device=mean.device)) if dist.is_initialized() else mean
 
 
 def naming_loss(f_v: Tensor, things: tuple[Tensor, Tensor, Tensor], model: SPAR) -> Tensor:
@@ -121,17 +118,11 @@ def tokenizer_losses(model: SPAR, batch: Batch, wanted: dict, h: Helpers) -> Los
         h.adversary.zero_grad()
         with torch.autocast(images.device.type, enabled=False):
             h.discriminator.loss(images, reconstruction.float(), model.config.lecam).backward()
-            average_gradients(h.discriminator)
+            for parameter in h.discriminator.parameters():
+                average(parameter.grad)
             h.adversary.step()
             losses["L_gan"] = h.discriminator.generator_loss(reconstruction.float())
     return losses
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Over all processes."""
-    for parameter in module.parameters() if dist.is_initialized() else ():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
 
 
 def unified_losses(model: SPAR, batch: Batch, wanted: dict, h: Helpers) -> Losses:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as checkpoints
 from torch import distributed as dist
 
+from processes import first_process, wait_for_all
 from spar import HOW, NAMES, SPAR, Config, make_config
 
 # ---------------------------------------------------------------- commands
@@ -105,15 +106,14 @@ def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
     return model
 
 
-def load_stage(model: SPAR, run: Path, name: str) -> dict:
-    """Lays the averaged weights of <name>.pt over the model; returns the file's content. What a stage did not train stays."""
+def load_stage(model: SPAR, run: Path, name: str) -> None:
+    """Lays the averaged weights of <name>.pt over the model. What a stage did not train stays."""
     content = torch.load(run / f"{name}.pt", map_location="cpu", weights_only=True, mmap=True)
     known = dict(model.named_parameters())
     with torch.no_grad():
         for key, value in content["ema"].items():
             known[key].copy_(value)
         model.latent_scale.copy_(content["latent_scale"])
-    return content
 
 
 def check_same_run(config: Config, run: Path) -> None:
@@ -196,15 +196,3 @@ def load_progress(folder: Path, state: dict) -> None:
     """Fills the tensors of `state`; any number of processes may have written them."""
     with warnings.catch_warnings(action="ignore"):
         checkpoints.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-
-
-# ---------------------------------------------------------------- several processes (torchrun)
-
-
-def first_process() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -78,6 +78,14 @@ def trained_parameters(model: SPAR, stage: Stage) -> dict[str, list[tuple[str, n
     return found
 
 
+def freeze_the_rest(model: SPAR, stage: Stage) -> None:
+    """Only what the stage trains asks for gradients."""
+    model.requires_grad_(False)
+    for pairs in trained_parameters(model, stage).values():
+        for _, parameter in pairs:
+            parameter.requires_grad_()
+
+
 def number(value: float | str, config: Config) -> float:
     """A number as it is, a name as that field of the configuration."""
     if value == "encoder_rate" and config.freeze_encoder:
@@ -111,9 +119,10 @@ def prepare(model: SPAR, stage: Stage) -> Helpers:
     if stage.name == "P3":
         model.mllm.connector.copy_layers(model.mllm.llm)
     if "L_align" in stage.losses and f.align == "external":
-        external = SPAR(f)
+        with model.device:
+            external = SPAR(f)
         load_stage(external, Path(f.teacher), "P1")
-        h.teacher = external.tokenizer.vision.to(model.device).requires_grad_(False)
+        h.teacher = external.tokenizer.vision.requires_grad_(False)
     return h
 
 

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from attention import attention
 from layer import Layer, RMSNorm
 from linear_attention import linear_attention
+from processes import average
 
 # ---------------------------------------------------------------- vision encoder E_s
 
@@ -398,10 +398,7 @@ class Discriminator(nn.Module):
         """Hinge loss, plus LeCam (arXiv 2104.03310): logits stay near the running mean of the other kind."""
         on_real, on_fake = self(real), self(fake.detach())
         if self.training:
-            now = torch.stack([on_real.detach().mean(), on_fake.detach().mean()])
-            if dist.is_initialized():
-                dist.all_reduce(now)
-                now /= dist.get_world_size()
+            now = average(torch.stack([on_real.detach().mean(), on_fake.detach().mean()]))
             self.anchors.lerp_(now.to(self.anchors), 0.01)
         hinge = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
         distance = (F.relu(on_real - self.anchors[1]).square() + F.relu(self.anchors[0] - on_fake).square()).mean()

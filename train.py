@@ -34,14 +34,16 @@ from tqdm import tqdm
 from batches import Batches, to
 from cost import bench, plan, write
 from evaluate import evaluate, print_tables
-from layer import Layer
+from layer import layers
 from losses import Helpers
 from muon import Muon
 from report import draw_report
-from runs import (Parser, UserError, best_device, check_same_run, first_process, load_config, load_progress, load_stage,
-                  run_command, save, save_progress, saved_progress, stage_names, take_over, wait_for_all)
+from processes import agreed, average, first_process, wait_for_all
+from runs import (Parser, UserError, best_device, check_same_run, load_config, load_progress, load_stage, run_command, save,
+                  save_progress, saved_progress, stage_names, take_over)
 from spar import CHOICES, NAMES, PRESETS, SPAR, Config, make_config
-from stages import STAGES, Objective, Stage, measure_latents, number, prepare, trained_parameters, wanted_terms
+from stages import (STAGES, Objective, Stage, freeze_the_rest, measure_latents, number, prepare, trained_parameters,
+                    wanted_terms)
 
 # ---------------------------------------------------------------- one loop
 
@@ -52,9 +54,8 @@ def spread(objective: Objective, shard: bool) -> nn.Module:
         return objective
     if not shard:
         return DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
-    for module in objective.model.modules():
-        if isinstance(module, Layer):
-            fully_shard(module)
+    for layer in layers(objective):
+        fully_shard(layer)
     return fully_shard(objective)
 
 
@@ -94,13 +95,9 @@ def begin(model: SPAR, stage: Stage) -> Progress:
     """A stage before its first step."""
     f, index, h = model.config, NAMES.index(stage.name), prepare(model, stage)
     measure_latents(model, stage)
-    model.requires_grad_(False)
-    for pairs in trained_parameters(model, stage).values():
-        for _, parameter in pairs:
-            parameter.requires_grad_()
-    for layer in model.modules():
-        if isinstance(layer, Layer):
-            layer.recompute = f.checkpointing
+    freeze_the_rest(model, stage)
+    for layer in layers(model):
+        layer.recompute = f.checkpointing
     objective = spread(Objective(model, stage, h), f.shard)
     groups, weights = [], {}
     for prefix, pairs in trained_parameters(model, stage).items():
@@ -121,7 +118,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable, k
     steps, batch, lr = f.steps[index], f.batch[index], f.lr[index]
     torch.manual_seed(1000 * f.seed + index)
     now, terms = begin(model, stage), wanted_terms(stage, f)
-    parameters, average = list(now.weights.values()), list(now.average.values())
+    parameters, averages = list(now.weights.values()), list(now.average.values())
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     source, saved = Batches(f, stage.name, stage.sample, stage.shares(f), rank, ranks), saved_progress(run, stage.name)
     first, spent = now.load(saved[-1]) if saved else (0, 0.0)
@@ -147,11 +144,11 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable, k
         now.scaler.scale(loss).backward()
         now.scaler.unscale_(now.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, f.clip))
-        seen = of_all_processes(torch.stack([*losses.values(), loss, norm]).detach())  # a step's one wait for the device
+        seen = average(torch.stack([*losses.values(), loss, norm]).detach()).tolist()  # a step's one wait for the device
         check_finite(stage.name, step, dict(zip([*losses, "loss", "gradient"], seen)), now.scaler.is_enabled())
         now.scaler.step(now.optimizer)
         now.scaler.update()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(f.ema, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - min(f.ema, (1 + step) / (10 + step)))
         # ------------------------------
         passed = time.time() - start
         speed = (step + 1 - first) * batch / passed
@@ -194,23 +191,6 @@ def check_finite(stage: str, step: int, values: dict[str, float], scaled: bool) 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded tensor put together; all processes ask for it at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def of_all_processes(values: torch.Tensor) -> list[float]:
-    """Their mean."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values.tolist()
-
-
-def agreed(mine: bool, device: torch.device) -> bool:
-    """What the first process decides."""
-    if not dist.is_initialized():
-        return mine
-    answer = torch.tensor(float(mine), device=device)
-    dist.broadcast(answer, 0)
-    return bool(answer)
 
 
 def is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -327,7 +307,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     for name in rest.stages:
         if name not in NAMES:
             raise UserError(f"unknown stage {name!r} in --stages: they are {','.join(NAMES)}")
-    on_gpu = best_device(rest.device) == "cuda"
+    rest.device = best_device(rest.device)
+    on_gpu = rest.device == "cuda"
     by_device = {"precision": "bf16" if on_gpu else "fp32", "workers": 4 if on_gpu else 0}
     config = make_config(**by_device | PRESETS[given["preset"]] | given)
     for key in ("steps", "batch", "lr"):
@@ -385,12 +366,11 @@ def main() -> None:
     if rest.plan:
         print(plan(config))
         return
-    device = best_device(rest.device)
-    check_precision(config.precision, device)
+    check_precision(config.precision, rest.device)
     if rest.bench:
-        print(write(bench(config, device, lambda changed, stage, folder: some_steps(changed, stage, folder, device))))
+        print(write(bench(config, rest.device, lambda *what: some_steps(*what, rest.device))))
         return
-    device, start = join_processes(device, config.shard), time.time()
+    device, start = join_processes(rest.device, config.shard), time.time()
     train(config, rest.out, rest.stages, device, rest.source, rest.resume == "auto")
     if not leave_processes():
         return

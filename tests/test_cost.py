@@ -10,9 +10,8 @@ import cost
 import train
 from batches import Batches
 from benchmarks.attention import compare
-from layer import Layer
 from spar import NAMES, SPAR, make_config
-from stages import STAGES, Objective, prepare, trained_parameters, wanted_terms
+from stages import STAGES, Objective, freeze_the_rest, prepare, wanted_terms
 
 
 def stage(name):
@@ -25,13 +24,7 @@ def really_kept(config, which) -> int:
     model = SPAR(config)
     read = Batches(config, which.name, which.sample, which.shares(config))[0]
     objective = Objective(model, which, prepare(model, which))
-    model.requires_grad_(False)
-    for pairs in trained_parameters(model, which).values():
-        for _, parameter in pairs:
-            parameter.requires_grad_()
-    for layer in model.modules():
-        if isinstance(layer, Layer):
-            layer.recompute = config.checkpointing
+    freeze_the_rest(model, which)
     own, seen = {p.untyped_storage().data_ptr() for p in objective.parameters()}, {}
 
     def pack(x):
