@@ -299,7 +299,8 @@ if triton is not None:
     @tuned
     def forward_kernel(Q, K, V, MASK, OUT, LSE, qs, ks, vs, os, n, m, shift, scale, HQ, GROUPS, SIZE, W: tl.constexpr,
                        CAUSAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        (head, b), rows = whose(HQ), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        head, b = whose(HQ)
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         Q, OUT, LSE = place(Q, qs, b, head), place(OUT, os, b, head), LSE + (b * HQ + head) * n
         K, V = place(K, ks, b, head // GROUPS), place(V, vs, b, head // GROUPS)
         q_tile = load(Q, rows, qs, n, W)
@@ -338,7 +339,8 @@ if triton is not None:
                     SIZE, W: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr):
         """delta and dQ of one tile of queries: all keys that it sees pass by."""
-        (head, b), rows = whose(HQ), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        head, b = whose(HQ)
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         Q, OUT, GRAD, DQ = place(Q, qs, b, head), place(OUT, os, b, head), place(GRAD, gs, b, head), place(DQ, dqs, b, head)
         K, V = place(K, ks, b, head // GROUPS), place(V, vs, b, head // GROUPS)
         LSE, DELTA = LSE + (b * HQ + head) * n, DELTA + (b * HQ + head) * n
@@ -368,7 +370,8 @@ if triton is not None:
                        SIZE, W: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
                        COLUMNS: tl.constexpr):
         """dK and dV of one tile of keys: all queries that see it pass by, of each head that shares it."""
-        (head, b), columns = whose(HK), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        head, b = whose(HK)
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         K, V, DK, DV = place(K, ks, b, head), place(V, vs, b, head), place(DK, dks, b, head), place(DV, dvs, b, head)
         k_tile, v_tile = load(K, columns, ks, m, W), load(V, columns, vs, m, W)
         dk, dv = zeros(k_tile), zeros(v_tile)
