@@ -42,16 +42,16 @@ def forecast(config: Config, stage: Stage) -> dict[str, float]:
         objective = Objective(model, stage, prepare(model, stage))
         freeze_the_rest(model, stage)
         terms = wanted_terms(stage, config)
-        kept, layers = activations(objective, lambda: objective(read, terms), config.checkpointing)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:  # before any layer is made to compute twice: that is no progress
             sum(objective(read, terms).values()).backward()
+        kept, one_layer = activations(objective, lambda: objective(read, terms), config.checkpointing)
     whole, ours = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen_copies = sum(p.numel() for p in objective.helpers.teacher.parameters()) if objective.helpers.teacher else 0
     moments = 1 if config.optimizer == "muon" else 2  # of matrices; the few other parameters have two in any case
     share = config.batch[index] / PROBE
     cost = {"all": whole, "trained": ours, "weights": 4 * (whole + frozen_copies),
             "optimizer": 4 * (2 + moments) * ours,  # gradient, moments, running average
-            "activations": kept * share + layers * share, "flops": counter.get_total_flops() * share,
+            "activations": (kept + one_layer) * share, "flops": counter.get_total_flops() * share,
             "dit_flops": sum(counter.get_flop_counts().get("Objective.model.dit", {}).values()) * share}
     return cost | {"total": cost["weights"] + cost["optimizer"] + cost["activations"]}
 

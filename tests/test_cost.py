@@ -58,6 +58,7 @@ def test_the_arithmetic_of_a_step_is_that_of_its_products(tiny):
     tokens = config.draws * 8 * config.grid**2
     by_hand = 3 * 2 * tokens * config.dit_layers * config.c**2 * (4 + 2 + 7.5)  # self-attention, cross-attention, Mix-FFN
     assert by_hand < found["dit_flops"] < found["flops"] and twice["flops"] == 2 * found["flops"]
+    assert cost.forecast(replace(config, checkpointing=True), stage("P3"))["flops"] == found["flops"]  # twice is no progress
 
 
 def test_a_forecast_for_a_billion_parameters_takes_no_memory_for_them():
