@@ -8,6 +8,7 @@ autograd keeps for backward and counts the multiplications.
 import json
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def forecast(config: Config, stage: Stage) -> dict[str, float]:
     read = Batches(small, stage.name, stage.sample, stage.shares(config))[0]
     with torch.device("meta"):
         model = SPAR(small)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+    with warnings.catch_warnings(action="ignore"), FakeTensorMode(allow_non_fake_inputs=True) as fake:  # it is fake on purpose
         read = tree_map_only(torch.Tensor, fake.from_tensor, read)
         model.to_empty(device="cpu")
         objective = Objective(model, stage, prepare(model, stage))
