@@ -349,7 +349,13 @@ def join_processes(device: str, shard: bool) -> str:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    env, backend = os.environ, "nccl" if device.startswith("cuda") else "gloo"
+    if env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:  # several machines
+        dist.init_process_group(backend)
+        return device
+    # torchrun keeps its store over a restart, and in it the addresses of those that were killed: each start gets keys of its own
+    store = dist.PrefixStore(env["TORCHELASTIC_RESTART_COUNT"], dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False))
+    dist.init_process_group(backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
     return device
 
 

@@ -68,6 +68,14 @@ def test_what_some_processes_saved_others_go_on_with(before, after, shard, alone
     assert losses(tmp_path)["T3"] == pytest.approx(alone[1]["T3"], abs=1e-5)
 
 
+def test_torchrun_starts_a_killed_process_again_and_the_losses_go_on(alone, tmp_path):
+    marker = tmp_path / "killed"
+    two = torchrun(2, tmp_path / "run", "--max-restarts=1", environment={"KILL_AT": "U2 2", "KILL_MARKER": str(marker)})
+    assert marker.exists()
+    for name in NAMES:
+        assert two[name] == pytest.approx(alone[1][name], abs=1e-5), name
+
+
 @pytest.mark.parametrize("name", ["P1", "T1", "P3", "U2"])
 def test_the_shares_of_several_processes_are_together_the_batch_of_one(name, tiny):
     stage = next(stage for stage in train.STAGES if stage.name == name)

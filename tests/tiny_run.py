@@ -1,10 +1,11 @@
 """A tiny run of all nine stages for the tests of several processes: `tiny_run.py FOLDER '{"field": value}'`.
 
-STOP_AT="U2 2" leaves after that step's checkpoint.
+STOP_AT="U2 2" leaves after that step's checkpoint, KILL_AT="U2 2" kills the last process there, once.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def watched(run, stage, step, state):
     save_progress(run, stage, step, state)
     if os.environ.get("STOP_AT") == f"{stage} {step}":
         os._exit(0)
+    marker = Path(os.environ.get("KILL_MARKER", ""))
+    if os.environ.get("KILL_AT") == f"{stage} {step}" and os.environ["LOCAL_RANK"] == "1" and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 train.save_progress = watched
