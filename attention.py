@@ -99,13 +99,10 @@ def visible(rows: Tensor, columns: Tensor, shift: int, causal: bool, key_mask: T
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
     n, m, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (repeat(x, "b h m e -> b (h g) m e", g=groups) for x in (k, v))
     if key_mask is None and (not causal or n == m):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=groups > 1)
     seen = visible(torch.arange(n, device=q.device), torch.arange(m, device=q.device), m - n, causal, key_mask)
-    blind = ~seen.any(-1, keepdim=True)  # torch leaves it open what a row without keys gives; here it gives zeros
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen | blind).masked_fill(blind, 0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=groups > 1)  # since torch 2.5 a row without keys gives zeros
 
 
 # ---------------------------------------------------------------- tiled: the algorithm, readable

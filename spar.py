@@ -84,7 +84,7 @@ class Config:
     lecam: float = 0.001
     encoder_rate: float = 0.5  # T3: the encoder's learning rate as a share of the stage's
     # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (900, 650, 600, 200, 80, 720, 60, 1350, 230)
+    steps: tuple = (900, 650, 600, 200, 80, 780, 60, 1350, 230)
     batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)
     optimizer: str = "muon"  # muon | adamw
