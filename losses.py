@@ -1,7 +1,7 @@
 """What each kind of stage learns from: one function for P1, P2, P3, the tokenizer's stages and the unified ones.
 
 Each takes the model, its batch (batches.py), the wanted terms and the stage's helpers, and returns its losses by their
-symbols, in float32; the table of stages in train.py says which are wanted and how they are weighed.
+symbols, in float32; the table of stages in stages.py says which are wanted and how they are weighed.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import distributed as dist
 from batches import Batch
 from diffusion import add_noise, alignment_loss, equally_long, flow_matching_loss
 from processes import average
+from runs import UserError
 from spar import SPAR
 from tokenizer import Discriminator, Perceptual
 from world import FACT_WORDS
@@ -31,6 +32,22 @@ class Helpers:
     discriminator: Discriminator | None = None
     adversary: torch.optim.Optimizer | None = None  # the discriminator's
     adversary_joins: bool = False  # once its start step is reached
+    shown: tuple[Tensor, Tensor] | None = None  # pictures, and what the step made of them, for the adversary to learn from
+
+    def teach_adversary(self, lecam: float) -> None:
+        """The discriminator's own step. It follows the check of the losses, so that a step that is not sound changes nothing.
+        Raises UserError where its own loss is not finite."""
+        if self.shown is None:
+            return
+        self.adversary.zero_grad()  # also what the generator's loss left there
+        loss = self.discriminator.loss(*self.shown, lecam)
+        if not average(loss.detach().clone()).isfinite():
+            raise UserError("T3: the discriminator's loss is not finite; lower --lr or --lambda-gan")
+        loss.backward()
+        for parameter in self.discriminator.parameters():
+            average(parameter.grad)
+        self.adversary.step()
+        self.shown = None
 
 
 # ---------------------------------------------------------------- losses, one function for each kind of stage
@@ -115,13 +132,9 @@ def tokenizer_losses(model: SPAR, batch: Batch, wanted: dict, h: Helpers) -> Los
             f_was = h.teacher(images)  # f'_v
         losses["L_s"] = squared(f_v, f_was)
     if "L_gan" in wanted and h.adversary_joins:
-        h.adversary.zero_grad()
         with torch.autocast(images.device.type, enabled=False):
-            h.discriminator.loss(images, reconstruction.float(), model.config.lecam).backward()
-            for parameter in h.discriminator.parameters():
-                average(parameter.grad)
-            h.adversary.step()
             losses["L_gan"] = h.discriminator.generator_loss(reconstruction.float())
+        h.shown = images, reconstruction.detach().float()
     return losses
 
 

@@ -146,6 +146,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable, k
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, f.clip))
         seen = average(torch.stack([*losses.values(), loss, norm]).detach()).tolist()  # a step's one wait for the device
         check_finite(stage.name, step, dict(zip([*losses, "loss", "gradient"], seen)), now.scaler.is_enabled())
+        now.helpers.teach_adversary(f.lecam)
         now.scaler.step(now.optimizer)
         now.scaler.update()
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - min(f.ema, (1 + step) / (10 + step)))
