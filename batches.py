@@ -7,7 +7,7 @@ makes it, ahead of time or not, before a restart or after it, and several proces
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from data import WORDS, DrawnWorld
 from diffusion import logit_normal_times
-from mllm import WordTokenizer
+from disk import DiskData, Found
+from files import BadFile
+from mllm import TextTokenizer, WordTokenizer
 from spar import NAMES, Config
-from world import FACT_WORDS, draw
 
 Batch = dict[str, Tensor | tuple[Tensor, ...]]
 Words = tuple[Tensor, Tensor]  # ids `b t`, mask `b t`
@@ -33,16 +34,28 @@ class Batches(torch.utils.data.Dataset):
     shares: dict[str, float]  # of edits, of whole captions, of edits whose outcome is said
     rank: int = 0
     ranks: int = 1
+    words: TextTokenizer = field(default_factory=lambda: WordTokenizer(WORDS))
+    found: Found | None = None  # what `--data` holds; None: the drawn world
 
     def __post_init__(self):
         index = NAMES.index(self.name)
         self.batch = self.config.batch[index]
-        self.world, self.words = DrawnWorld(self.config.side, self.config.seed, epoch=index), WordTokenizer(WORDS)
+        self.world = open_world(self.config, index, self.found, self.edits_among(self.batch))
         if self.batch % self.ranks:
             raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: see --batch")
 
     def __getitem__(self, step: int) -> Batch:
-        return self.make(self, range(step * self.batch, (step + 1) * self.batch))
+        """"bad": (key, what is wrong) of the samples that others stand in for; "stop": why there is no batch at all."""
+        try:
+            batch = self.make(self, range(step * self.batch, (step + 1) * self.batch))
+        except BadFile as bad:  # told by the training process: out of a worker it would come with a traceback
+            batch = {"stop": str(bad)}
+        if self.found:
+            batch["bad"], self.world.bad = self.world.bad, []
+        return batch
+
+    def edits_among(self, batch: int) -> int:
+        return round(batch * self.shares.get("edits", 0))
 
     def mine(self, items):
         return items[self.rank::self.ranks]
@@ -66,20 +79,20 @@ class Batches(torch.utils.data.Dataset):
 def language_batch(source: Batches, numbers: range) -> Batch:
     """P1: pictures; questions about them, short and long ones apart so that the short are not padded to the length of the
     long; captions; words without a picture; and what stands where, for L_name."""
-    numbers = source.mine(numbers)
-    images, talks = source.world.conversations(numbers)
-    turns = [(i, turn) for i, talk in enumerate(talks) for turn in talk[:-1]]
-    turns.sort(key=lambda pair: sum(text.count(" ") for text in pair[1]))
-    cut = len(turns) * 3 // 4
-    said = {name: (*dialogue(source.words, [turn for _, turn in part]), torch.tensor([i for i, _ in part]))
-            for name, part in (("short", turns[:cut]), ("long", turns[cut:]))}
-    found = [(b, thing) for b, index in enumerate(numbers) for thing in source.world.scene(index).objects]
-    right = [[words.index(thing.word(fact)) for fact, words in FACT_WORDS.items()] for _, thing in found]
-    return said | {"images": images, "start": source.prompts([""] * len(images), has_image=True)[0],
-                   "caption": dialogue(source.words, [talk[-1] for talk in talks]),
-                   "text": dialogue(source.words, source.world.texts(numbers)),
-                   "things": (torch.tensor([b for b, _ in found]), torch.tensor([thing.place for _, thing in found]),
-                              torch.tensor(right))}
+    numbers, world = source.mine(numbers), source.world
+    images, talks, captions = world.described(numbers)
+    asked = [(i, turn) for i, talk in enumerate(talks) for turn in talk]
+    asked.sort(key=lambda pair: sum(text.count(" ") for text in pair[1]))
+    cut, batch = len(asked) * 3 // 4, {"images": images, "start": source.prompts([""] * len(images), has_image=True)[0]}
+    for name, part in (("short", asked[:cut]), ("long", asked[cut:]), ("caption", [(i, c) for i, c in enumerate(captions) if c])):
+        if part:
+            owner = [torch.tensor([i for i, _ in part])] if name != "caption" or len(part) < len(images) else []
+            batch[name] = (*dialogue(source.words, [turn for _, turn in part]), *owner)
+    if texts := world.texts(numbers):
+        batch["text"] = dialogue(source.words, texts)
+    if things := world.things(numbers):
+        batch["things"] = things
+    return batch
 
 
 def dialogue(words: WordTokenizer, turns: list[tuple[str, str]]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -99,27 +112,30 @@ def picture_batch(source: Batches, numbers: range) -> Batch:
 def drawing_batch(source: Batches, numbers: range) -> Batch:
     """P3: requests, pictures that fulfil them, noise."""
     mine = source.mine(numbers)
-    requests = source.world.prompts(mine, captions=source.shares["captions"])
-    words = source.prompts(source.some_emptied([request.text for request in requests], mine))
-    return {"images": draw([request.scene for request in requests], source.world.side), "words": words,
-            "noise": source.noise(numbers)}
+    texts, images = source.world.drawings(mine, source.shares["captions"])
+    return {"images": images, "words": source.prompts(source.some_emptied(texts, mine)), "noise": source.noise(numbers)}
 
 
 def unified_batch(source: Batches, numbers: range) -> Batch:
     """U1 to U3: requests, then edits with their references; the pictures wanted, in this order; noise."""
-    mine, split = source.mine(numbers), numbers[len(numbers) - round(len(numbers) * source.shares["edits"]):]
+    mine, split = source.mine(numbers), numbers[len(numbers) - source.edits_among(len(numbers)):]
     to_draw, to_edit = [i for i in mine if i not in split], [i for i in mine if i in split]
-    requests, edits = source.world.prompts(to_draw, captions=source.shares["captions"]), source.world.edits(to_edit)
-    batch = {"images": draw([r.scene for r in requests] + [edit.target for edit in edits], source.world.side),
-             "noise": source.noise(numbers)}
-    if requests:
-        batch["words"] = source.prompts(source.some_emptied([request.text for request in requests], to_draw))
-    if edits:
-        told = [source.world.rng("told", i).random() < source.shares["outcomes"] for i in to_edit]
-        texts = [f"{edit.instruction} {edit.outcome}" if tell else edit.instruction for edit, tell in zip(edits, told)]
-        batch["instructions"] = source.prompts(source.some_emptied(texts, to_edit), has_image=True)
-        batch["references"] = draw([edit.source for edit in edits], source.world.side)
+    texts, drawn = source.world.drawings(to_draw, source.shares["captions"])
+    instructions, before, after = source.world.changes(to_edit, source.shares["outcomes"])
+    batch = {"images": torch.cat([drawn, after]), "noise": source.noise(numbers)}
+    if texts:
+        batch["words"] = source.prompts(source.some_emptied(texts, to_draw))
+    if instructions:
+        batch["instructions"] = source.prompts(source.some_emptied(instructions, to_edit), has_image=True)
+        batch["references"] = before
     return batch
+
+
+def open_world(config: Config, epoch: int, found: Found | None, edits: int = 0, split: str = "train") -> DrawnWorld | DiskData:
+    """Where a stage's samples come from; its number is their epoch's."""
+    if found is None:
+        return DrawnWorld(config.side, config.seed, split, epoch)
+    return DiskData(found, config.side, config.seed, epoch, split, config.flip, config.batch[epoch], edits)
 
 
 def to(batch, device):

@@ -6,6 +6,8 @@ caption, questions with answers, requests to draw, and edits with their exact ta
 
     python data.py                 shape trace, and a few samples in words
     python data.py edits.png       the same, with a sheet of edits
+    python data.py --check PATH    what data on disk holds, and what is wrong with it (disk.py)
+    python data.py --build-vocab PATH [--tokens 1024]      its byte-pair vocabulary, PATH/vocabulary.json
 """
 
 import random
@@ -293,6 +295,32 @@ class DrawnWorld:
             talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene.objects))])
         return draw(scenes, self.side), talks
 
+    def described(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str]]]:
+        """(pictures, questions and answers about each, and each one's caption), for P1."""
+        images, talks = self.conversations(indices)
+        return images, [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
+
+    def things(self, indices) -> tuple[Tensor, Tensor, Tensor]:
+        """For L_name: each thing's picture `t`, quarter `t`, and which word of each fact is right `t facts`."""
+        found = [(b, thing) for b, index in enumerate(indices) for thing in self.scene(index).objects]
+        right = [[words.index(thing.word(fact)) for fact, words in FACT_WORDS.items()] for _, thing in found]
+        return torch.tensor([b for b, _ in found]), torch.tensor([thing.place for _, thing in found]), torch.tensor(right)
+
+    def drawings(self, indices, captions: float = 0.5) -> tuple[list[str], Tensor]:
+        """(requests, a share `captions` of them whole, and pictures that fulfil them)."""
+        requests = self.prompts(indices, captions=captions)
+        return [request.text for request in requests], self.drawn([request.scene for request in requests])
+
+    def changes(self, indices, outcomes: float = 0.5) -> tuple[list[str], Tensor, Tensor]:
+        """(instructions, a share `outcomes` with what comes of them, pictures before, pictures after)."""
+        edits = self.edits(indices)
+        told = [self.rng("told", i).random() < outcomes for i in indices]
+        texts = [f"{edit.instruction} {edit.outcome}" if tell else edit.instruction for edit, tell in zip(edits, told)]
+        return texts, self.drawn([edit.source for edit in edits]), self.drawn([edit.target for edit in edits])
+
+    def drawn(self, scenes: list[Scene]) -> Tensor:
+        return draw(scenes, self.side) if scenes else torch.empty(0, 3, self.side, self.side)
+
     def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:
         """(scenes, questions, answers) of one kind; scenes that allow no such question are passed over."""
         if kind not in QUESTION_KINDS:
@@ -316,6 +344,10 @@ class DrawnWorld:
 
 
 if __name__ == "__main__":
+    if any(argument.startswith("--") for argument in sys.argv[1:]):
+        import check  # data on disk: it knows all of the files that this one does not
+        check.run_command(check.main)
+        sys.exit()
     world = DrawnWorld()
     images, talks = world.conversations(range(4))
     assert images.shape == (4, 3, 32, 32) and images.abs().max() <= 1

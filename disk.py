@@ -75,6 +75,24 @@ class Found:
     layouts: dict[str, int] = also(default_factory=dict)  # layout -> samples
     left_alone: int = 0
 
+    def samples(self, split: str = "train") -> list[Sample]:
+        once = {id(sample): sample for samples in self.kinds.values() for sample in samples if sample.held_out == (split == "test")}
+        return list(once.values())
+
+    def texts(self):
+        """Every text of training's samples, for a vocabulary; what cannot be read is passed over."""
+        for sample in self.samples():
+            has = sample.has
+            ways = ([sample.instruction] if "source" in has else
+                    [sample.caption] * ("words" in has or "record" in has) + [sample.turns] * ("record" in has))
+            for way in ways:
+                try:
+                    found = way()
+                    yield from [found] if isinstance(found, str) else [text for pair in found for text in pair]
+                except BadFile:
+                    pass
+        yield from ("describe the picture", "caption")
+
 
 # ---------------------------------------------------------------- looking
 

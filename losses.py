@@ -59,22 +59,25 @@ def language_losses(model: SPAR, batch: Batch, wanted: dict, h: Helpers) -> Loss
     mllm, start = model.mllm, batch["start"]
     f_v = model.tokenizer.features(batch["images"])
     _, cache = mllm.llm(mllm.embed(start, f_v))  # <bos> and the picture, read once
-    parts = [batch["short"], batch["long"]]
+    parts = [batch[name] for name in ("short", "long") if name in batch]
     said = sum(len(rows) for _, (rows, _), _ in parts)
     mean = sum(mllm.text_loss(ids, here, cache, owner) * len(here[0]) / said for ids, here, owner in parts)
-    losses = {"L_lm": of_all(mean, said),
-              "L_caption": of_all(mllm.text_loss(*batch["caption"], cache), len(batch["caption"][1][0]))}
-    if "L_name" in wanted:
+    losses, nothing = {"L_lm": of_all(mean if parts else 0 * f_v.sum(), said)}, (0 * f_v.sum(), 0)
+    ids, here, *owner = batch.get("caption", (None, None))
+    losses["L_caption"] = of_all(*((mllm.text_loss(ids, here, cache, *owner), len(here[0])) if here else nothing))
+    if "L_name" in wanted and "things" in batch:
         losses["L_name"] = of_all(naming_loss(f_v, batch["things"], model), len(batch["things"][0]))
     if "L_text" in wanted:
         _, bos = mllm.llm(mllm.embed(start[:, :1]))
-        losses["L_text"] = of_all(mllm.text_loss(*batch["text"], bos), len(batch["text"][1][0]))
+        losses["L_text"] = of_all(*((mllm.text_loss(*batch["text"], bos), len(batch["text"][1][0])) if "text" in batch else nothing))
     return losses
 
 
 def of_all(mean: Tensor, count: int) -> Tensor:
     """A mean over `count` words as this process's part: averaged over all processes, it is the mean over all their words."""
-    return mean * count / average(torch.tensor(float(count), device=mean.device)) if dist.is_initialized() else mean
+    if not dist.is_initialized():
+        return mean
+    return mean * count / average(torch.tensor(float(count), device=mean.device)).clamp(min=1e-6)
 
 
 def naming_loss(f_v: Tensor, things: tuple[Tensor, Tensor, Tensor], model: SPAR) -> Tensor:

@@ -30,14 +30,33 @@ class UnknownWords(ValueError):
     """Words that the text tokenizer does not have; the message names them and the nearest it has."""
 
 
-class WordTokenizer:
-    """Text <-> ids, one per word. Any tokenizer with these members will do (a byte-pair one, for other text):
-    `len`, `pad_id`, `bos_id`, `eos_id`, `image_id` (stands where a visual token goes), `encode`, `decode`."""
+class TextTokenizer:
+    """Text <-> ids: what the word-level one below and the byte-pair one (bytepair.py) share. They add `len`, `encode`, `decode`."""
+
+    pad_id, bos_id, eos_id, image_id = range(4)  # image_id stands where a visual token goes
+
+    def pad(self, rows: list[list[int]], left: bool = True) -> tuple[Tensor, Tensor]:
+        """Rows of ids -> (ids `b t`, mask `b t`, true = a word), padded on the left or on the right."""
+        width = max(map(len, rows))
+        pads = [[self.pad_id] * (width - len(row)) for row in rows]
+        ids = torch.tensor([pad + row if left else row + pad for pad, row in zip(pads, rows)])
+        return ids, ids != self.pad_id
+
+    def prompts(self, texts: list[str], visual_tokens: int = 0) -> tuple[Tensor, Tensor]:
+        """What stands before an answer or before the queries: <bos>, the place of a picture, the words (`pad` on the left)."""
+        return self.pad([[self.bos_id, *[self.image_id] * visual_tokens, *self.encode(text)] for text in texts])
+
+    def pieces(self, text: str) -> list[str]:
+        """The words, or parts of words, that the ids of a text stand for."""
+        return [self.decode([i]) for i in self.encode(text)]
+
+
+class WordTokenizer(TextTokenizer):
+    """One id for each word."""
 
     def __init__(self, words: list[str]):
         self.words = ["<pad>", "<bos>", "<eos>", "<image>", *words]
         self.ids = {word: i for i, word in enumerate(self.words)}
-        self.pad_id, self.bos_id, self.eos_id, self.image_id = range(4)
 
     def __len__(self) -> int:
         return len(self.words)
@@ -52,17 +71,6 @@ class WordTokenizer:
             raise UnknownWords("the drawn world does not know " +
                                ", ".join(f"'{word}' (nearest: '{found[0]}')" for word, found in zip(unknown, near)))
         return [self.ids[word] for word in words]
-
-    def pad(self, rows: list[list[int]], left: bool = True) -> tuple[Tensor, Tensor]:
-        """Rows of ids -> (ids `b t`, mask `b t`, true = a word), padded on the left or on the right."""
-        width = max(map(len, rows))
-        pads = [[self.pad_id] * (width - len(row)) for row in rows]
-        ids = torch.tensor([pad + row if left else row + pad for pad, row in zip(pads, rows)])
-        return ids, ids != self.pad_id
-
-    def prompts(self, texts: list[str], visual_tokens: int = 0) -> tuple[Tensor, Tensor]:
-        """What stands before an answer or before the queries: <bos>, the place of a picture, the words (`pad` on the left)."""
-        return self.pad([[self.bos_id, *[self.image_id] * visual_tokens, *self.encode(text)] for text in texts])
 
     def decode(self, ids: list[int]) -> str:
         """The four signs are no words, nor are the rows that a larger vocabulary leaves free."""
@@ -210,7 +218,7 @@ class MLLM(nn.Module):
     # differs from paper: there none has; on a small budget they are what lets the DiT find a token's place in the reference.
     """
 
-    def __init__(self, words: WordTokenizer, llm: LanguageModel, k: int, queries: int, connector_layers: int,
+    def __init__(self, words: TextTokenizer, llm: LanguageModel, k: int, queries: int, connector_layers: int,
                  condition_width: int, fusion: str = "dtr", connector_start: float = 1.0, positions: bool = False):
         super().__init__()
         d = llm.norm.weight.shape[0]

@@ -108,7 +108,7 @@ def query_grids(weights: Tensor, columns: list[str]) -> Image.Image:
 def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) -> list[Image.Image]:
     """DTR's choice for one prompt: words (and queries) × layers as a heat map, and the query grid of each layer."""
     weights = model.generate([prompt], reference, steps=1, guidance=1)[2][0].cpu()
-    words = ["<bos>", *model.words.decode(model.words.encode(prompt)).split()]  # as the model reads them
+    words = ["<bos>", *model.words.pieces(prompt)]  # as the model reads them
     queries = model.config.queries
     layers = [f"layer {i}" for i in model.mllm.choice]
     rows = ["<bos>", *(["picture (mean)"] if reference is not None else []), *words[1:], "queries (mean)"]

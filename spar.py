@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from data import WORDS
 from diffusion import AlignmentHead, DiT, guided, sample
-from mllm import MLLM, LanguageModel, WordTokenizer
+from mllm import MLLM, LanguageModel, TextTokenizer, WordTokenizer
 from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder, resize
 
 NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
@@ -43,7 +43,7 @@ class Config:
     llm_heads: int = 4
     llm_kv_heads: int = 2
     llm_mlp: int = 256
-    vocabulary: int = 0  # rows of the embedding; 0: one for each word of the drawn world
+    vocabulary: int = 0  # rows of the embedding; 0: one for each word or token
     tied: bool = True  # the output weights are the embedding's
     # tokenizer: streams and pixel autoencoder (DC-AE)
     p: int = 16  # D_p: channels of the compact latent
@@ -109,6 +109,13 @@ class Config:
     skip_stage: str = ""  # T1 | T2 | T3
     reference: str = "latent"  # tokens: the paper's path | latent: the flow starts at the reference's z_f as well
 
+    # data on disk (disk.py); the drawn world has none of it
+    data: str = ""  # folder, or openmoji; empty: the drawn world
+    tokens: int = 1024  # size of the byte-pair vocabulary that is learned from its texts
+    longest: int = 48  # tokens of a text; what is longer is cut
+    flip: bool = True  # mirror half of the pictures, but for those whose words name a side
+    max_bad: float = 0.02  # share of its samples that may turn out bad and be replaced; above it the run stops
+
     # how it is computed, not what: may change while a run goes on
     precision: str = "fp32"  # fp32 | bf16 | fp16 of products and activations; weights, sums and losses are fp32
     compile: bool = False  # torch.compile for encoder, streams, autoencoder and DiT
@@ -127,7 +134,7 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "symmetric": ("", "with", "without"), "fusion": ("dtr", "last", "mean", "concat", "static"),
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"), "reference": ("tokens", "latent"),
            "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16")}
-HOW = ("precision", "compile", "checkpointing", "workers", "shard", "save_minutes")
+HOW = ("precision", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad")
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     precision="bf16",
@@ -147,7 +154,7 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     queries=256, connector_layers=6, connector_start=1.0, condition_width=2304, positions=False, reference="tokens",
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
     lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, shift=1.0, draws=1,
-    precision="bf16", checkpointing=True,
+    precision="bf16", checkpointing=True, tokens=32768, longest=512,
     # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives each of
     # its 64 GPUs 32 pictures of 224 px, then 4 of 448 px; 16 are what 80 GB hold.
     # paper leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well.
@@ -174,11 +181,12 @@ def make_config(**changes) -> Config:
 class SPAR(nn.Module):
     """Tokenizer, multimodal language model and diffusion transformer, with what a user does with them."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, words: TextTokenizer | None = None):
+        """`words`: None where it is the drawn world that is spoken about."""
         super().__init__()
         self.config = f = config
         symmetric = {"": (0, f.pixel_layers), "with": (f.pixel_layers,) * 2, "without": (0, 0)}[f.symmetric]
-        self.words = WordTokenizer(WORDS)
+        self.words = words or WordTokenizer(WORDS)
         vision = VisionEncoder(f.side, f.patch, f.vision_width, f.vision_layers, f.vision_heads, 4, f.d)
         decoder = PixelDecoder(f.p, f.ae_widths, f.ae_decoder_depths, f.ae_vit_stages, f.ae_resample)
         self.pixel_encoder = PixelEncoder(f.p, f.ae_widths, f.ae_depths, f.ae_vit_stages, f.ae_resample)  # E_p, then E_p'
@@ -186,7 +194,7 @@ class SPAR(nn.Module):
                                    f.tokenizer, symmetric[0])
         rows = f.vocabulary or len(self.words)
         if rows < len(self.words):
-            raise ValueError(f"vocabulary {rows}: the drawn world alone has {len(self.words)} words, take as many or 0")
+            raise ValueError(f"vocabulary {rows}: there are {len(self.words)} words or tokens, take as many or 0")
         llm = LanguageModel(rows, f.d, f.llm_layers, f.llm_heads, f.llm_kv_heads, f.llm_mlp, f.tied)
         self.mllm = MLLM(self.words, llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion,
                          f.connector_start, f.positions)
@@ -242,6 +250,8 @@ class SPAR(nn.Module):
         # differs from paper: there the words go to the generator as they stand, which has to settle colours and places for
         # the whole picture at once; the LLM settles them one after the other. `generate` alone is the paper's path.
         """
+        if self.config.data:  # only the drawn world teaches to write out
+            return prompts
         if references is not None:
             return [f"{text} {outcome}" for text, outcome in zip(prompts, self.answer(references, prompts))]
         generator = torch.Generator().manual_seed(seed)

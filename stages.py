@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from batches import Batch, drawing_batch, language_batch, picture_batch, unified_batch
-from data import DrawnWorld
 from losses import Helpers, Losses, autoencoder_losses, drawing_losses, language_losses, tokenizer_losses, unified_losses
 from runs import UserError, load_stage
 from spar import NAMES, SPAR, Config
@@ -120,18 +119,17 @@ def prepare(model: SPAR, stage: Stage) -> Helpers:
         model.mllm.connector.copy_layers(model.mllm.llm)
     if "L_align" in stage.losses and f.align == "external":
         with model.device:
-            external = SPAR(f)
+            external = SPAR(f, model.words)
         load_stage(external, Path(f.teacher), "P1")
         h.teacher = external.tokenizer.vision.requires_grad_(False)
     return h
 
 
-def measure_latents(model: SPAR, stage: Stage) -> None:
-    """Sets the scale at which the latents that the DiT is to draw have variance 1."""
+def measure_latents(model: SPAR, stage: Stage, world) -> None:
+    """Sets the scale at which the latents that the DiT is to draw have variance 1, on the pictures of the stage's `world`."""
     if stage.name not in ("P3", "U1"):
         return
-    f, z = model.config, []
-    world = DrawnWorld(f.side, f.seed, epoch=NAMES.index(stage.name))
+    z = []
     with torch.no_grad():
         for first in range(0, 512, 32):
             images = world.pictures(range(first, first + 32)).to(model.device)

@@ -31,16 +31,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from batches import Batches, to
+import held_out
+import openmoji
+from batches import Batches, open_world, to
+from bytepair import learn_merges, load_vocabulary, save_vocabulary
 from cost import bench, plan, write
+from data import DrawnWorld
+from disk import DiskData, Found, check_kinds, look
 from evaluate import evaluate, print_tables
+from files import BadFile
 from layer import layers
 from losses import Helpers
+from mllm import TextTokenizer
 from muon import Muon
 from report import draw_report
-from processes import agreed, average, first_process, wait_for_all
-from runs import (Parser, UserError, best_device, check_same_run, load_config, load_progress, load_stage, run_command, save,
-                  save_progress, saved_progress, stage_names, take_over)
+from processes import Stop, agreed, average, first_process, gather, wait_for_all
+from runs import (BrokenCheckpoint, Parser, UserError, best_device, bad_samples, check_same_run, cut_logs, finished, load_config, load_progress,
+                  load_stage, read_vocabulary, run_command, save, save_progress, saved_progress, stage_names, take_over)
 from spar import CHOICES, NAMES, PRESETS, SPAR, Config, make_config
 from stages import (STAGES, Objective, Stage, freeze_the_rest, measure_latents, number, prepare, trained_parameters,
                     wanted_terms)
@@ -91,10 +98,10 @@ class Progress:
         return state["step"], state["seconds"]
 
 
-def begin(model: SPAR, stage: Stage) -> Progress:
+def begin(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> Progress:
     """A stage before its first step."""
     f, index, h = model.config, NAMES.index(stage.name), prepare(model, stage)
-    measure_latents(model, stage)
+    measure_latents(model, stage, world)
     freeze_the_rest(model, stage)
     for layer in layers(model):
         layer.recompute = f.checkpointing
@@ -112,60 +119,93 @@ def begin(model: SPAR, stage: Stage) -> Progress:
     return Progress(objective, optimizer, scaler, h, weights, {name: p.detach().clone() for name, p in weights.items()})
 
 
-def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable, keep: bool = True) -> None:
-    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(rate)` estimates what the stages after it will take."""
+def resume(now: Progress, run: Path, stage: str) -> tuple[int, float]:
+    """Loads the newest sound checkpoint of a stage in progress; -> (the step to go on with, seconds spent before)."""
+    for folder in reversed(saved_progress(run, stage)):
+        try:
+            return now.load(folder)
+        except BrokenCheckpoint as broken:
+            if first_process():
+                print(f"{folder} {broken}: going on from the one before it")
+    return 0, 0.0
+
+
+def gradients(now: Progress, read: dict, terms: dict[str, float], clip: float):
+    """Forward, backward, clip. -> (losses by symbol, their weighted sum, norm of the gradient)"""
+    losses = now.objective(read, terms)
+    loss = sum(terms[symbol] * value for symbol, value in losses.items())
+    now.optimizer.zero_grad()
+    now.scaler.scale(loss).backward()
+    now.scaler.unscale_(now.optimizer)
+    return losses, loss, whole(torch.nn.utils.clip_grad_norm_(list(now.weights.values()), clip))
+
+
+def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable, keep: bool = True, found: Found | None = None) -> None:
+    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(rate)` estimates what the stages after it will take.
+    `found`: the data on disk, None: the drawn world."""
     f, index, device = model.config, NAMES.index(stage.name), model.device
     steps, batch, lr = f.steps[index], f.batch[index], f.lr[index]
     torch.manual_seed(1000 * f.seed + index)
-    now, terms = begin(model, stage), wanted_terms(stage, f)
-    parameters, averages = list(now.weights.values()), list(now.average.values())
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    source, saved = Batches(f, stage.name, stage.sample, stage.shares(f), rank, ranks), saved_progress(run, stage.name)
-    first, spent = now.load(saved[-1]) if saved else (0, 0.0)
+    source = Batches(f, stage.name, stage.sample, stage.shares(f), rank, ranks, model.words, found)
+    now, terms = begin(model, stage, open_world(f, index, found)), wanted_terms(stage, f)
+    parameters, averages = list(now.weights.values()), list(now.average.values())
+    first, spent = resume(now, run, stage.name)
+    if first_process():
+        cut_logs(run, stage.name, first)
+    wait_for_all()
 
     loader = iter(DataLoader(source, batch_size=None, sampler=range(first, steps), num_workers=f.workers,
-                             pin_memory=device.type == "cuda"))
+                             pin_memory=device.type == "cuda", worker_init_fn=Stop.leave_to_parent))
     bar = tqdm(range(first, steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True, disable=rank > 0)
     log = (run / "log.jsonl").open("a", buffering=1) if rank == 0 else None
     start = last_save = time.time()
-    waited = 0.0
-    for step in bar:
-        now.helpers.adversary_joins = step >= f.gan_start * steps
-        # ------------------------------ one training step
-        asked = time.time()
-        read = to(next(loader), device)
-        waited += time.time() - asked
-        rate = schedule(step, steps, f.warmup, f.final_lr)
-        for group in now.optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
-        losses = now.objective(read, terms)
-        loss = sum(terms[symbol] * value for symbol, value in losses.items())
-        now.optimizer.zero_grad()
-        now.scaler.scale(loss).backward()
-        now.scaler.unscale_(now.optimizer)
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, f.clip))
-        seen = average(torch.stack([*losses.values(), loss, norm]).detach()).tolist()  # a step's one wait for the device
-        check_finite(stage.name, step, dict(zip([*losses, "loss", "gradient"], seen)), now.scaler.is_enabled())
-        now.helpers.teach_adversary(f.lecam)
-        now.scaler.step(now.optimizer)
-        now.scaler.update()
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - min(f.ema, (1 + step) / (10 + step)))
-        # ------------------------------
-        passed = time.time() - start
-        speed = (step + 1 - first) * batch / passed
-        if rank == 0 and (step % 10 == 0 or step == steps - 1):
-            left = seconds_after(speed) + (steps - step - 1) * batch / speed
-            shown = {symbol: f"{value:.3f}" for symbol, value in zip(losses, seen)}
-            bar.set_postfix(shown | {"img/s": f"{speed:.0f}", "run left": f"{left / 60:.0f}m"}, refresh=False)
-            line = {"stage": stage.name, "step": step, "loss": seen[-2]} | dict(zip(losses, seen)) | {
-                "lr": rate * lr, "grad_norm": seen[-1], "seconds": round(spent + passed, 2),
-                "images_per_second": round(speed, 1), "waiting": round(waited / passed, 4)}
-            log.write(json.dumps(line) + "\n")
-        if keep and step + 1 < steps and agreed(time.time() - last_save >= 60 * f.save_minutes, device):
-            save_progress(run, stage.name, step + 1, now.state() | {"step": step + 1, "seconds": spent + passed})
-            last_save = time.time()
-    if keep:
-        keep_stage(now, run, stage, model.latent_scale, {"position": steps * batch, "seconds": spent + time.time() - start})
+    waited, count_bad = 0.0, bad_samples(run, found, f.max_bad)
+    with Stop() as stop:
+        for step in bar:
+            now.helpers.adversary_joins = step >= f.gan_start * steps
+            # ------------------------------ one training step
+            asked = time.time()
+            read = next(loader)
+            bad, hopeless = read.pop("bad", []), read.pop("stop", "")
+            if hopeless:
+                raise UserError(f"{stage.name} step {step}: {hopeless}")
+            read = to(read, device)
+            waited += time.time() - asked
+            rate = schedule(step, steps, f.warmup, f.final_lr)
+            for group in now.optimizer.param_groups:
+                group["lr"] = rate * group["peak"]
+            losses, loss, norm = gradients(now, read, terms, f.clip)
+            told = torch.tensor([float(stop.asked), float(len(bad))], device=device)
+            *seen, stopping, n_bad = average(torch.cat([torch.stack([*losses.values(), loss, norm]).detach(), told])).tolist()
+            check_finite(stage.name, step, dict(zip([*losses, "loss", "gradient"], seen)), now, read, run if keep else None)
+            now.helpers.teach_adversary(f.lecam)
+            now.scaler.step(now.optimizer)
+            now.scaler.update()
+            torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - min(f.ema, (1 + step) / (10 + step)))
+            # ------------------------------
+            passed = time.time() - start
+            speed = (step + 1 - first) * batch / passed
+            if n_bad:
+                count_bad(stage.name, step, gather(bad))
+            if rank == 0 and (step % 10 == 0 or step == steps - 1):
+                left = seconds_after(speed) + (steps - step - 1) * batch / speed
+                shown = {symbol: f"{value:.3f}" for symbol, value in zip(losses, seen)}
+                bar.set_postfix(shown | {"img/s": f"{speed:.0f}", "run left": f"{left / 60:.0f}m"}, refresh=False)
+                line = {"stage": stage.name, "step": step, "loss": seen[-2]} | dict(zip(losses, seen)) | {
+                    "lr": rate * lr, "grad_norm": seen[-1], "seconds": round(spent + passed, 2),
+                    "images_per_second": round(speed, 1), "waiting": round(waited / passed, 4)}
+                log.write(json.dumps(line) + "\n")
+            if keep and step + 1 < steps and (stopping or agreed(time.time() - last_save >= 60 * f.save_minutes, device)):
+                save_progress(run, stage.name, step + 1, now.state() | {"step": step + 1, "seconds": spent + passed})
+                last_save = time.time()
+                if stopping:
+                    bar.close()
+                    stop.leave(f"{stage.name} is saved after step {step + 1} of {steps}: the same command goes on from there")
+        if keep:
+            keep_stage(now, run, stage, model.latent_scale, {"position": steps * batch, "seconds": spent + time.time() - start})
+            if agreed(stop.asked, device):
+                stop.leave(f"{stage.name} is finished and saved: the same command goes on with the next stage")
 
 
 def keep_stage(now: Progress, run: Path, stage: Stage, latent_scale: torch.Tensor, more: dict) -> None:
@@ -178,15 +218,59 @@ def keep_stage(now: Progress, run: Path, stage: Stage, latent_scale: torch.Tenso
             parameter.copy_(now.average[name])
     if first_process():
         save(run / f"{stage.name}.pt", {"weights": raw, "ema": ema, "latent_scale": latent_scale, "optimizer": ended} | more)
-        shutil.rmtree(run / "resume", ignore_errors=True)
+        for old in (run / "resume").glob("*"):  # this stage's own stay until the next one ends
+            if not old.name.startswith(stage.name):
+                shutil.rmtree(old, ignore_errors=True)
     wait_for_all()
 
 
-def check_finite(stage: str, step: int, values: dict[str, float], scaled: bool) -> None:
-    """Raises UserError before the update. A scaled gradient (fp16) may overflow: the scaler skips that step by itself."""
-    for symbol, value in values.items():
-        if not math.isfinite(value) and not (scaled and symbol == "gradient"):
-            raise UserError(f"{stage} step {step}: {symbol} is {value}; lower --lr or raise --warmup")
+def check_finite(stage: str, step: int, values: dict[str, float], now: Progress, read: dict, run: Path | None) -> None:
+    """Raises UserError before the update, and leaves the step in `run`/replay. A scaled gradient (fp16) may overflow: the scaler
+    skips that step by itself."""
+    wrong = [symbol for symbol, value in values.items()
+             if not math.isfinite(value) and not (now.scaler.is_enabled() and symbol == "gradient")]
+    if not wrong:
+        return
+    told = f"{stage} step {step}: {wrong[0]} is {values[wrong[0]]}; lower --lr or raise --warmup"
+    if run is None:
+        raise UserError(told)
+    save_progress(run, stage, step, now.state() | {"step": step, "seconds": 0.0}, "replay")
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    save(run / "replay" / f"batch-{rank}.pt", {"batch": read, "random": torch.get_rng_state(), "values": values,
+                                               "adversary_joins": now.helpers.adversary_joins})
+    wait_for_all()
+    raise UserError(f"{told}; `python train.py --replay {run / 'replay'}` shows the step again")
+
+
+def replay(folder: Path, device: str) -> str:
+    """Computes a step again that was not finite, from what `check_finite` left, without the update; -> its terms, as they
+    were and as they are, and where the first values that are not finite stand. Raises UserError where `folder` holds none."""
+    saved, batches = sorted(folder.glob("[PTU][123]-*")), sorted(folder.glob("batch-*.pt"))
+    if not saved or not batches:
+        raise UserError(f"{folder} holds no step: train.py writes one where a loss is not finite")
+    name, step = saved[-1].name.split("-")
+    run, stage = folder.parent, next(stage for stage in STAGES if stage.name == name)
+    config = load_config(run)
+    config.shard = False
+    names = stage_names(config)
+    model = build(config, device, run, names[:names.index(name)], read_vocabulary(run, config))
+    torch.manual_seed(1000 * config.seed + NAMES.index(name))
+    now = begin(model, stage, open_world(config, NAMES.index(name), look(Path(config.data)) if config.data else None))
+    now.load(saved[-1])
+    lines = [f"{name} step {int(step)}, {len(batches)} process(es)"]
+    for path in batches:
+        kept = torch.load(path, map_location=device, weights_only=True)
+        torch.set_rng_state(kept["random"].cpu())
+        now.helpers.adversary_joins = kept["adversary_joins"]
+        losses, loss, norm = gradients(now, kept["batch"], wanted_terms(stage, config), config.clip)
+        again = {symbol: value.item() for symbol, value in [*losses.items(), ("loss", loss), ("gradient", norm)]}
+        lines += [f"{symbol:10} then {kept['values'][symbol]:<12.6g} now {value:<12.6g}" for symbol, value in again.items()]
+        lines += [f"batch      {key}: not finite" for key, value in kept["batch"].items()
+                  if isinstance(value, torch.Tensor) and not value.isfinite().all()]
+        for title, some in (("weight", now.weights), ("gradient", {key: p.grad for key, p in now.weights.items() if p.grad is not None})):
+            wrong = [key for key, value in some.items() if not value.isfinite().all()]
+            lines += [f"{title}s not finite: {len(wrong)}, the first: {', '.join(wrong[:3])}"] if wrong else []
+    return "\n".join(lines)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -213,7 +297,9 @@ def schedule(step: int, steps: int, warmup: float, final: float) -> float:
 def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None, resume: bool = True) -> None:
     """Trains the named stages that `run` has not finished. `source`: a run whose stages are taken over where no changed field
     touches them. Raises UserError where a predecessor is missing."""
-    todo = stage_names(config)
+    todo, found = stage_names(config), look(Path(config.data)) if config.data else None
+    if found:
+        check_kinds(found, [name for name in todo if name in stages], config.edits)
     if first_process():
         if source:
             load_config(source)  # a wrong folder is told before anything is written
@@ -225,11 +311,14 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             shutil.rmtree(run / "resume", ignore_errors=True)
             for name in stages:
                 (run / f"{name}.pt").unlink(missing_ok=True)
+        if found and not (run / "vocabulary.json").exists():
+            make_vocabulary(found, config, run / "vocabulary.json")
     wait_for_all()
+    words, sound = read_vocabulary(run, config), finished(run, config)
     for position, name in enumerate(todo):
-        done = (run / f"{name}.pt").exists()
+        done = name in sound
         if not done and name not in stages:
-            later = [other for other in todo[position:] if other in stages and not (run / f"{other}.pt").exists()]
+            later = [other for other in todo[position:] if other in stages and other not in sound]
             if later:
                 raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
             break
@@ -245,16 +334,25 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             return sum(slower * s.cost * config.steps[NAMES.index(s.name)] *
                        config.batch[NAMES.index(s.name)] / 1000 for s in behind)
 
-        train_stage(build(config, device, run, todo[:position]), here, run, seconds_after)
+        train_stage(build(config, device, run, todo[:position], words), here, run, seconds_after, found=found)
 
 
-def build(config: Config, device: str, run: Path, finished: list[str]) -> SPAR:
+def make_vocabulary(found: Found, config: Config, path: Path) -> None:
+    """The data's own vocabulary where `data.py --build-vocab` left one, else one of its captions, instructions and answers."""
+    own = found.root / "vocabulary.json"
+    if own.exists():
+        save_vocabulary(path, load_vocabulary(own, config.longest).merges)
+        return
+    save_vocabulary(path, learn_merges(tqdm(found.texts(), desc="vocabulary", leave=False), config.tokens))
+
+
+def build(config: Config, device: str, run: Path, finished: list[str], words: TextTokenizer | None = None) -> SPAR:
     """The model as a stage finds it. It is made on its device, never on the host beside it."""
     torch.use_deterministic_algorithms(device == "cpu", warn_only=True)  # on two threads, sums into one place have no order
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")  # TF32 on GPUs
     torch.manual_seed(config.seed)
     with torch.device(device):
-        model = SPAR(config)
+        model = SPAR(config, words)
     for name in finished:
         load_stage(model, run, name)
     if device.startswith("cuda"):
@@ -289,6 +387,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     parser.add_argument("--resume", choices=("auto", "never"), default="auto",
                         help="auto: go on with what --out holds; never: train the named stages anew")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--replay", type=Path, default=None, help="RUN/replay: compute a step again that was not finite, and stop")
     parser.add_argument("--plan", action="store_true", default=False, help="print the stages in figures and stop")
     parser.add_argument("--bench", action="store_true", default=False, help="time a step of each stage and stop")
     for field in fields(Config):
@@ -303,7 +402,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
             parser.add_argument(flag, type=kind, choices=CHOICES.get(field.name))
     given = vars(parser.read(arguments))
     scale = given.pop("steps_scale")
-    rest = argparse.Namespace(**{key: given.pop(key) for key in ("stages", "out", "source", "device", "plan", "bench", "resume")})
+    rest = argparse.Namespace(**{key: given.pop(key) for key in ("stages", "out", "source", "device", "plan", "bench", "resume", "replay")})
     rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
     for name in rest.stages:
         if name not in NAMES:
@@ -320,6 +419,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespac
     if config.shard and (config.optimizer == "muon" or config.precision == "fp16"):
         raise UserError("--shard goes with --optimizer adamw (Muon turns whole matrices) and --precision bf16 or fp32")
     config.steps = tuple(max(1, round(steps * scale)) for steps in config.steps)
+    if config.data == "openmoji":
+        config.data = str(openmoji.folder(config.side))
     return config, rest
 
 
@@ -373,18 +474,27 @@ def main() -> None:
     if rest.plan:
         print(plan(config))
         return
+    if rest.replay:
+        print(replay(rest.replay, rest.device))
+        return
     check_precision(config.precision, rest.device)
     if rest.bench:
         print(write(bench(config, rest.device, lambda *what: some_steps(*what, rest.device))))
         return
     device, start = join_processes(rest.device, config.shard), time.time()
+    if Path(config.data) == openmoji.folder(config.side) and first_process():
+        openmoji.write(config.side)
+    wait_for_all()
     train(config, rest.out, rest.stages, device, rest.source, rest.resume == "auto")
     if not leave_processes():
         return
     if set(stage_names(config)) <= {path.stem for path in rest.out.glob("*.pt")}:
-        results = evaluate(rest.out, device=device)
-        draw_report(rest.out, device=device)
-        print_tables(results)
+        if config.data:
+            print_tables(held_out.evaluate(rest.out, device))
+        else:
+            results = evaluate(rest.out, device=device)
+            draw_report(rest.out, device=device)
+            print_tables(results)
     print(f"{rest.out}: {(time.time() - start) / 60:.1f} minutes")
 
 
