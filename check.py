@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import openmoji
 from bytepair import FIRST, learn_merges, save_vocabulary
-from disk import Found, as_tensor, look
+from disk import as_tensor, look
 from files import BadFile, read_picture, shown
 from runs import Parser, UserError, run_command
 

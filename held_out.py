@@ -111,12 +111,13 @@ def editing(model: SPAR, samples: list[Sample], side: int, how: Protocol) -> tup
     for source, target in zip(before, after):
         variants[source.numpy().tobytes()].append(target)
     drawn = model.generate(words, before.to(device), how.seed, how.steps, how.guidance, how.sampler)[0].cpu()
-    hits = []
+    hits, chances = [], []
     for source, target, picture in zip(before, after, drawn):
         others = [source, *(other for other in variants[source.numpy().tobytes()] if not torch.equal(other, target))]
         errors = [(picture - other).square().mean() for other in (target, *others)]
         hits.append(bool(errors[0] < min(errors[1:])))
-    return ({"overall": share(hits), "overall_baseline": 0.0, "psnr": psnr(after, drawn).mean().item(),
+        chances.append(1 / len(errors))
+    return ({"overall": share(hits), "overall_baseline": 0.0, "overall_chance": share(chances), "psnr": psnr(after, drawn).mean().item(),
              "psnr_baseline": psnr(after, before).clamp(max=60).mean().item(), "of": len(samples)},
             (before, drawn, after, words, hits))
 

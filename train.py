@@ -39,7 +39,6 @@ from cost import bench, plan, write
 from data import DrawnWorld
 from disk import DiskData, Found, check_kinds, look
 from evaluate import evaluate, print_tables
-from files import BadFile
 from layer import layers
 from losses import Helpers
 from mllm import TextTokenizer
