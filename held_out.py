@@ -25,9 +25,9 @@ from spar import SPAR
 
 
 def readable(samples: list[Sample], role: str, side: int, count: int) -> tuple[list[Sample], Tensor]:
-    """The first `count` samples by key whose pictures can be read, and these."""
+    """`count` samples, spread over the keys, whose pictures can be read, and these."""
     kept, pictures = [], []
-    for sample in sorted(samples, key=lambda sample: sample.key)[:4 * count:max(1, len(samples) // count)]:
+    for sample in sorted(samples, key=lambda sample: sample.key)[::max(1, len(samples) // count)]:
         try:
             pictures.append(as_tensor(read_picture(sample.has[role]), side, None))
             kept.append(sample)

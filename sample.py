@@ -5,6 +5,7 @@
     python sample.py ask --image scene.png "how many objects are there ?"
     python sample.py reconstruct --image scene.png
     python sample.py route "two green circles"
+    python sample.py export --out exported/model.safetensors      weights and config.json, for other programs
 
 What to draw or to change is first written out by the LLM, and printed; with `--no-rewrite` the words are drawn as they stand.
 Pictures are written to --out (default: generate.png and so on) and the path is printed. Pictures of another size
@@ -12,39 +13,49 @@ are cut to a square and resized, and that is said. Wrong input ends in one line 
 """
 
 import argparse
+import json
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+import files
+from disk import as_tensor
 from report import routing_pictures, sheet, to_image
 from runs import Parser, UserError, best_device, load_run, run_command
 from spar import SAMPLING, SPAR
 
-NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1"}
+NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1", "export": "P1"}
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
-MAX_PIXELS = 64_000_000
 
 
 def read_picture(path: Path, side: int) -> Tensor:
     """File -> `1 3 side side` in [-1, 1]. Raises UserError for what is no picture of a known kind."""
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path} has {image.width}×{image.height} pixels: shrink it below {MAX_PIXELS // 10**6} million")
-            if image.format not in ("PNG", "JPEG", "WEBP"):
-                raise UserError(f"{path} is {image.format}: save it as png, jpg or webp")
-            image = image.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError):
-        raise UserError(f"{path} is no readable picture: give a png, jpg or webp file") from None
+        image = files.read_picture(files.Blob(str(path), 0, path.stat().st_size, files.shown(str(path))))
+    except files.BadFile as bad:
+        raise UserError(str(bad)) from None
     if image.size != (side, side):
         print(f"{path}: resized from {image.width}×{image.height} to {side}×{side}, the size that this run was trained on")
-        short = min(image.size)
-        left, top = (image.width - short) // 2, (image.height - short) // 2
-        image = image.crop((left, top, left + short, top + short)).resize((side, side), Image.Resampling.BOX)
-    levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, 3)
-    return levels.permute(2, 0, 1)[None].float() / 127.5 - 1
+    return as_tensor(image, side, None)[None]
+
+
+def export(model: SPAR, out: Path) -> None:
+    """Every weight under its name as safetensors, config.json (and, with data on disk, vocabulary.json) beside it."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("export needs an extra: pip install safetensors") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_suffix(".part")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, str(beside),
+              metadata={"stages": ",".join(model.finished)})
+    beside.replace(out)
+    out.with_name("config.json").write_text(json.dumps(asdict(model.config), indent=1) + "\n")
+    print(out)
 
 
 def write_picture(image: Image.Image, path: Path) -> None:
@@ -93,7 +104,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = parser.read()
-    if given.use != "reconstruct" and not (given.text or "").strip():
+    if given.use not in ("reconstruct", "export") and not (given.text or "").strip():
         raise UserError(f"{given.use} needs words: python sample.py {given.use} \"…\"")
     if given.use in ("edit", "ask", "reconstruct") and given.image is None:
         raise UserError(f"{given.use} needs a picture: add --image FILE")
@@ -101,13 +112,18 @@ def main() -> None:
         raise UserError("generate draws from words alone: to change a picture, python sample.py edit --image FILE \"…\"")
     if given.count < 1 or given.steps < 1:
         raise UserError("--count and --steps must be at least 1")
-    out = given.out or Path(f"{given.use}.png")
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {out}: end the name in .png, .jpg or .webp")
+    out = given.out or Path("exported/model.safetensors" if given.use == "export" else f"{given.use}.png")
+    if out.suffix.lower() not in ((".safetensors",) if given.use == "export" else FORMATS):
+        raise UserError(f"--out {out}: end the name in {'.safetensors' if given.use == 'export' else '.png, .jpg or .webp'}")
     model = load_run(given.run, best_device(given.device))
     if NEEDS[given.use] not in model.finished and not (given.use == "reconstruct" and "T2" in model.finished):
         raise UserError(f"{given.use} needs stage {NEEDS[given.use]}, which {given.run} does not have: "
                         f"go on with `python train.py --out {given.run}`")
+    if given.use == "export":
+        export(model, out)
+        if model.config.data:
+            shutil.copyfile(given.run / "vocabulary.json", out.with_name("vocabulary.json"))
+        return
     images = None if given.image is None else read_picture(given.image, model.config.side).to(model.device)
     result = perform(model, given.use, given.text, images, given)
     print(result) if isinstance(result, str) else write_picture(result, out)

@@ -21,7 +21,7 @@ def test_every_file_and_test_that_the_readme_names_exists():
 
 def test_every_flag_that_the_readme_names_exists():
     import train
-    source = "".join((ROOT / name).read_text() for name in ("train.py", "sample.py", "evaluate.py")) + '"--help"'
+    source = "".join((ROOT / name).read_text() for name in ("train.py", "sample.py", "evaluate.py", "check.py", "openmoji.py", "tests/torture.py")) + '"--help"'
     fields = {"--" + field.replace("_", "-") for field in train.make_config().__dict__}
     fields |= {"--no-" + field[2:] for field in fields}
     torchruns = {"--standalone", "--nproc-per-node", "--max-restarts"}

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import train
 from conftest import TINY
+from runs import load_config, load_run
 from spar import make_config
 
 ROOT = Path(__file__).parent.parent
@@ -53,10 +55,10 @@ def test_every_option_changes_the_picture(flag, run, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (("generate", ""), "needs words"), (("generate", "a red zebra"), "'zebra' (nearest:"),
-    (("ask", "what is it ?", "--image", "{run}/text.png"), "no readable picture"),
+    (("ask", "what is it ?", "--image", "{run}/text.png"), "no png, jpg or webp inside"),
     (("ask", "what is it ?", "--image", "{run}/none.png"), "No such file"),
     (("reconstruct", "--image", "{run}"), "Is a directory"), (("edit", "remove it"), "--image"),
-    (("generate", "a circle", "--out", "x.txt"), ".png"), (("generate", "a circle", "--count", "0"), "at least 1"),
+    (("generate", "a circle", "--out", "x.txt"), ".png"), (("export", "--out", "x.pt"), ".safetensors"), (("generate", "a circle", "--count", "0"), "at least 1"),
     (("generate", "a circle", "--sede", "1"), "did you mean --seed"), (("paint", "a circle"), "invalid choice")])
 def test_wrong_input_ends_in_one_line_with_nothing_written(arguments, words, run, tmp_path):
     done = subprocess.run([sys.executable, ROOT / "sample.py", *(a.format(run=run) for a in arguments), "--run", str(run)],
@@ -72,3 +74,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(run, tmp_path):
     done = sample(run, "generate", "a red circle", "--out", str(tmp_path / "out.png"))
     assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
+
+
+def test_exported_weights_are_read_back_bit_for_bit(run, tmp_path):
+    reader = pytest.importorskip("safetensors.torch")
+    done = sample(run, "export", "--out", str(tmp_path / "out" / "model.safetensors"))
+    assert done.returncode == 0, done.stderr
+    model, found = load_run(run), reader.load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+    assert load_config(tmp_path / "out") == model.config
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]

@@ -17,7 +17,7 @@ from spar import NAMES, make_config
 
 folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
 config = make_config(**TINY | {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()} |
-                     {"save_minutes": 0.0})
+                     {"save_minutes": float(os.environ.get("SAVE_MINUTES", 0))})
 save_progress = train.save_progress
 
 

@@ -1,0 +1,172 @@
+"""Claims about runs that cannot be lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from runs import UserError, load_run, saved_progress
+from spar import NAMES
+from torture import ended, same, torture
+
+ROOT, HERE = Path(__file__).parent.parent, Path(__file__).parent
+
+
+@pytest.mark.parametrize("kills, workers", [(12, 0), (3, 2)])
+def test_a_run_killed_at_any_moment_ends_in_the_same_bits(kills, workers, tmp_path):
+    if workers:
+        script = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import torture, pathlib; print(torture.torture({kills}, {workers}, 1, pathlib.Path({str(tmp_path)!r}), 4))"
+    else:
+        script = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import torture, pathlib; print(torture.torture({kills}, 0, 0, pathlib.Path({str(tmp_path)!r}), 6))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)  # a process that has no threads yet
+    n, lost, runs, other = eval(done.stdout.splitlines()[-1])
+    assert n >= kills and runs >= 1 and lost == 0 and other == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_saves_and_leaves_and_the_same_command_goes_on(number, tmp_path):
+    changes = json.dumps({"steps": [400] * 9, "save_minutes": 60.0})
+    command = [sys.executable, str(HERE / "tiny_run.py"), str(tmp_path / "run"), changes]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SAVE_MINUTES": "60"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    log = tmp_path / "run" / "log.jsonl"
+    while child.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.05)
+    child.send_signal(number)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 128 + number and "P1 is saved after step" in said and "the same command goes on" in said
+    saved = saved_progress(tmp_path / "run", "P1")
+    assert len(saved) == 1 and f"after step {int(saved[0].name[3:])} of" in said
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    code = ("import os, signal, sys\nsys.path[:0] = [%r]\nfrom processes import Stop\nwith Stop():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+            "    print('going on', flush=True)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('never', flush=True)" % str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stdout == "going on\n" and "Traceback" not in done.stderr
+
+
+def stopped(config, run: Path, monkeypatch, at: int) -> None:
+    """A run of P1 that ends after the checkpoint of step `at`."""
+    save = train.save_progress
+
+    def until(run, stage, step, state, *where):
+        save(run, stage, step, state, *where)
+        if step == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "save_progress", until)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, run, ["P1"], "cpu", None)
+
+
+def spoil(kind: str, folder: Path, other: Path) -> None:
+    data = next(folder.glob("*.distcp"))
+    if kind == "cut short":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif kind == "one bit":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    elif kind == "empty":
+        data.write_bytes(b"")
+    elif kind == "no description":
+        (folder / ".metadata").unlink()
+    elif kind == "no sums":
+        (folder / "sums.json").unlink()
+    elif kind == "another model's":
+        shutil.rmtree(folder)
+        shutil.copytree(other, folder)
+
+
+@pytest.mark.parametrize("kind", ["cut short", "one bit", "empty", "no description", "no sums", "another model's"])
+def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(kind, tiny, tmp_path, monkeypatch, capsys):
+    config = tiny(steps=(6,) * 9, save_minutes=0.0)
+    train.train(config, tmp_path / "straight", ["P1"], "cpu", None)
+    stopped(config, tmp_path / "run", monkeypatch, 4)
+    stopped(tiny(steps=(6,) * 9, save_minutes=0.0, d=16, llm_mlp=16), tmp_path / "other", monkeypatch, 4)
+    saved = saved_progress(tmp_path / "run", "P1")
+    assert [int(path.name[3:]) for path in saved] == [3, 4]
+    spoil(kind, saved[-1], saved_progress(tmp_path / "other", "P1")[-1])
+    capsys.readouterr()
+    train.train(config, tmp_path / "run", ["P1"], "cpu", None)
+    told = capsys.readouterr().out
+    assert str(saved[-1]) in told and "going on from the one before it" in told
+    a, b = (torch.load(tmp_path / name / "P1.pt", weights_only=True) for name in ("straight", "run"))
+    assert same({key: a[key] for key in ("weights", "ema", "optimizer")}, {key: b[key] for key in ("weights", "ema", "optimizer")})
+
+
+def test_a_broken_stage_file_is_told_and_its_stage_trained_again_from_its_last_progress(tiny, tmp_path, capsys):
+    config = tiny(steps=(5,) * 9, save_minutes=0.0)
+    train.train(config, tmp_path, ["P1", "P2"], "cpu", None)
+    before = torch.load(tmp_path / "P2.pt", weights_only=True)
+    content = bytearray((tmp_path / "P2.pt").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "P2.pt").write_bytes(content)
+    with_log = (tmp_path / "log.jsonl").read_text().count('"P2"')
+    capsys.readouterr()
+    train.train(config, tmp_path, ["P1", "P2"], "cpu", None)
+    assert "P2.pt is broken" in capsys.readouterr().out
+    after = torch.load(tmp_path / "P2.pt", weights_only=True)
+    assert same(before["weights"], after["weights"]) and (tmp_path / "log.jsonl").read_text().count('"P2"') == with_log
+
+
+def test_a_full_disk_while_saving_progress_leaves_the_last_good_state(tiny, tmp_path, monkeypatch):
+    config = tiny(steps=(6,) * 9, save_minutes=0.0)
+    stopped(config, tmp_path, monkeypatch, 3)
+    good = saved_progress(tmp_path, "P1")
+    import runs
+
+    def full(*given, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.checkpoints, "save", full)
+    with pytest.raises(UserError, match="No space left on device; free some space"):
+        train.train(config, tmp_path, ["P1"], "cpu", None)
+    assert saved_progress(tmp_path, "P1") == good
+    monkeypatch.undo()
+    train.train(config, tmp_path, ["P1"], "cpu", None)
+
+
+@pytest.mark.parametrize("name, symbol", [("P1", "L_lm"), ("T3", "L_mse"), ("U2", "L_fm")])
+def test_a_step_that_is_not_finite_is_kept_and_shown_again(name, symbol, tiny, tmp_path, monkeypatch):
+    config = tiny(steps=(4,) * 9)
+    train.train(config, tmp_path, list(NAMES[:NAMES.index(name)]), "cpu", None)
+    begin = train.begin
+
+    def spoiled(model, stage, world):
+        now = begin(model, stage, world)
+        if stage.name == name:
+            next(iter(now.weights.values())).data.view(-1)[0] = torch.nan
+        return now
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "begin", spoiled)
+        with pytest.raises(UserError, match=f"{name} step 0: .* is nan.*--replay"):
+            train.train(config, tmp_path, [name], "cpu", None)
+    told = train.replay(tmp_path / "replay", "cpu")
+    assert f"{name} step 0" in told and "weights not finite: 1" in told and "then nan" in told and "now nan" in told
+    line = next(line for line in told.splitlines() if line.startswith("loss"))
+    assert line.split()[2] == line.split()[4]
+    with pytest.raises(UserError, match="holds no step"):
+        train.replay(tmp_path, "cpu")
+
+
+def test_a_log_is_cut_to_the_step_that_a_run_goes_on_from(tiny, tmp_path, monkeypatch):
+    config = tiny(steps=(25,) * 9, save_minutes=0.0)
+    stopped(config, tmp_path / "run", monkeypatch, 15)
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"stage": "P1", "step": 20, "loss": 99}\n{"stage": "P1", "st')  # logged after the last save, then torn
+    train.train(config, tmp_path / "run", ["P1"], "cpu", None)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 10, 20, 24]
+    assert load_run(tmp_path / "run").finished == ["P1"]
