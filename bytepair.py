@@ -34,6 +34,8 @@ class BytePairTokenizer(TextTokenizer):
         for a, b in self.merges:
             if not 4 <= a < len(self.bytes) or not 4 <= b < len(self.bytes):
                 raise ValueError(f"merge ({a}, {b}) joins what does not exist yet: build the vocabulary again")
+            if len(self.bytes[a] + self.bytes[b]) > LONGEST_WORD:
+                raise ValueError(f"a token is longer than {LONGEST_WORD} bytes")
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.of_word = lru_cache(maxsize=65536)(self.merged)
 
@@ -113,10 +115,7 @@ def load_vocabulary(path: Path, longest: int) -> BytePairTokenizer:
         merges = json.loads(path.read_text())["merges"]
         if not all(isinstance(i, int) for pair in merges for i in pair) or any(len(pair) != 2 for pair in merges):
             raise ValueError("merges are pairs of numbers")
-        tokens = BytePairTokenizer(merges, longest)
-        if max(map(len, tokens.bytes)) > LONGEST_WORD:
-            raise ValueError(f"a token is longer than {LONGEST_WORD} bytes")
-        return tokens
+        return BytePairTokenizer(merges, longest)
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is no vocabulary ({str(error) or type(error).__name__}): write one with "
                          "`python data.py --build-vocab PATH`") from None

@@ -160,7 +160,7 @@ def look(root: Path) -> Found:
             fault(name, "", bad)
             continue
         for number, blob in enumerate(blobs):
-            read_listed(root, Sample(f"{name}#{number}", unit, name.startswith("test/"), {"record": blob}), found, fault, listed)
+            read_listed(path.parent, Sample(f"{name}#{number}", unit, name.startswith("test/"), {"record": blob}), found, fault, listed)
     sort_out(listed.values(), found, fault, "folder")
     if found.kinds["pictures"] and not any(sample.held_out for sample in found.kinds["pictures"]):
         for sample in {id(sample): sample for samples in found.kinds.values() for sample in samples}.values():
@@ -194,8 +194,9 @@ def plain_files(root: Path, fault: Callable) -> list[Path]:
     return sorted(files)
 
 
-def read_listed(root: Path, sample: Sample, found: Found, fault: Callable, listed: dict) -> None:
-    """One record of a list: LLaVA's, or an edit. The pictures that it names are no samples of their own."""
+def read_listed(folder: Path, sample: Sample, found: Found, fault: Callable, listed: dict) -> None:
+    """One record of a list: LLaVA's, or an edit. The pictures that it names, from the list's own `folder` on, are no samples of
+    their own."""
     blob = sample.has["record"]
     try:
         record = read_record(blob)
@@ -205,8 +206,8 @@ def read_listed(root: Path, sample: Sample, found: Found, fault: Callable, liste
             if not isinstance(name, str):
                 raise BadFile(f"{blob.name}: {role!r} is {'missing' if name is None else 'a ' + type(name).__name__}, "
                               "where a picture's name is wanted")
-            sample.has[role] = inside(root, name)
-            bare = os.path.normpath(name).partition(".")[0]
+            sample.has[role] = inside(folder, name)
+            bare = os.path.relpath(folder / name, found.root).partition(".")[0]
             if bare in listed and set(listed[bare].has) == {"image"}:
                 del listed[bare]
         if "instruction" in record:

@@ -385,5 +385,5 @@ def load_progress(folder: Path, state: dict) -> None:
             checkpoints.load(state, checkpoint_id=folder, planner=HarmlessPlanner(), no_dist=not dist.is_initialized())
     except BrokenCheckpoint:
         raise
-    except Exception as error:  # torch raises a dozen kinds for broken files
+    except (Exception, checkpoints.api.CheckpointException) as error:  # torch raises a dozen kinds for broken files
         raise BrokenCheckpoint(f"is broken or another model's ({(str(error).strip() or type(error).__name__).splitlines()[-1][:120]})") from None

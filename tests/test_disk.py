@@ -14,7 +14,7 @@ from batches import Batches
 from check import check
 from disk import DiskData, as_tensor, check_kinds, look
 from files import BadFile, Blob, read_picture, records
-from planted import COLOURS, FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shards, triples
+from planted import FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shards, triples
 from runs import UserError
 from spar import NAMES
 from torture import ended, same
@@ -176,9 +176,10 @@ def test_a_bad_sample_is_replaced_by_always_the_same_one_and_told(tmp_path):
 def test_where_everything_is_bad_the_run_stops_in_one_line(tiny, tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    config = tiny(data=str(tmp_path), max_bad=1.0)
     (tmp_path / "run").mkdir()
-    with pytest.raises((UserError, BadFile), match="20 samples in a row are bad"):
-        train.train(tiny(data=str(tmp_path), max_bad=1.0), tmp_path / "run", ["P2"], "cpu", None)
+    with pytest.raises(UserError, match="P2 step 0: 20 samples in a row are bad"):
+        train.train_stage(train.build(config, "cpu", tmp_path, []), STAGES["P2"], tmp_path / "run", lambda speed: 0.0, found=look(tmp_path))
 
 
 # ---------------------------------------------------------------- training on it

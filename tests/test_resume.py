@@ -15,7 +15,7 @@ import torch
 import train
 from runs import UserError, load_run, saved_progress
 from spar import NAMES
-from torture import ended, same, torture
+from torture import same
 
 ROOT, HERE = Path(__file__).parent.parent, Path(__file__).parent
 
