@@ -233,7 +233,9 @@ def check_finite(stage: str, step: int, values: dict[str, float], now: Progress,
     told = f"{stage} step {step}: {wrong[0]} is {values[wrong[0]]}; lower --lr or raise --warmup"
     if run is None:
         raise UserError(told)
-    now.optimizer.zero_grad()  # what is saved is the state before the step
+    for optimizer in (now.optimizer, now.helpers.adversary):  # what is saved is the state before the step
+        if optimizer is not None:
+            optimizer.zero_grad()
     save_progress(run, stage, step, now.state() | {"step": step, "seconds": 0.0}, "replay")
     rank = dist.get_rank() if dist.is_initialized() else 0
     save(run / "replay" / f"batch-{rank}.pt", {"batch": read, "random": torch.get_rng_state(), "values": values,
