@@ -104,7 +104,9 @@ def learn_merges(texts, size: int) -> list[tuple[int, int]]:
 
 
 def save_vocabulary(path: Path, merges: list[tuple[int, int]]) -> None:
-    path.write_text(json.dumps({"kind": "byte pairs", "merges": merges}) + "\n")
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps({"kind": "byte pairs", "merges": merges}) + "\n")
+    beside.replace(path)
 
 
 def load_vocabulary(path: Path, longest: int) -> BytePairTokenizer:

@@ -215,7 +215,7 @@ def check_same_run(config: Config, run: Path) -> None:
         if differing:
             raise UserError(f"{run} was begun with {differing[0]} = {before[differing[0]]!r}, not {now[differing[0]]!r}: "
                             "choose another --out")
-    path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    write_text(path, json.dumps(asdict(config), indent=1) + "\n")
 
 
 FIRST_TOUCHED = {"lambda_lpips": "T1", "lambda_p": "T1", "lambda_f": "T1", "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "lecam": "T3",
@@ -259,6 +259,17 @@ def save(path: Path, content: dict) -> None:
         beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The same for a text."""
+    beside = path.with_suffix(".part")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """After a rename: the new name itself is on the disk."""
     handle = os.open(folder, os.O_RDONLY)
@@ -281,9 +292,7 @@ def rewrite(path: Path, keep) -> list[dict]:
             except json.JSONDecodeError:
                 continue
             kept += [line] if keep(line) else []
-        beside = path.with_suffix(".part")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(beside, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
 
 

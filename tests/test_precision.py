@@ -30,7 +30,8 @@ def test_every_stage_has_the_losses_of_float32_within_a_band(name, precision, ti
     for a, b in zip(full, half):
         assert a.keys() == b.keys()
         for symbol in a:
-            assert abs(a[symbol] - b[symbol]) <= BAND[precision] * max(1, abs(a[symbol])), symbol
+            band = BAND[precision] * (2 if symbol == "L_gan" else 1)  # its adversary has learned from the other pictures
+            assert abs(a[symbol] - b[symbol]) <= band * max(1, abs(a[symbol])), symbol
     assert full != half  # it did compute in another precision
     assert all(value.dtype == torch.float32 for value in rough.values())
     content = torch.load(tmp_path / precision / f"{name}.pt", weights_only=True)

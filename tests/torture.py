@@ -79,21 +79,24 @@ def torture(kills: int, workers: int, seed: int, folder: Path, steps: int = 12) 
         while True:
             told.write_text("")
             child, limit = start(config, run, told), time.time() + (rng.uniform(0, whole / 6) if done < kills else 600)
-            while time.time() < limit and os.waitpid(child, os.WNOHANG) == (0, 0):
+            gone = 0
+            while time.time() < limit and not gone:
+                gone, status = os.waitpid(child, os.WNOHANG)
                 time.sleep(0.002)
-            try:
+            if not gone:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 done += 1
                 print(f"\rkills {done}", end="", flush=True)
-            except (ProcessLookupError, ChildProcessError):
-                break  # it ended by itself
-            finally:
-                lost += len(re.findall(r"is broken|another model|failed:", told.read_text()))
-                here = sorted((NAMES.index(path.name[:2]), int(path.name[3:])) for path in run.glob("resume/*-*[0-9]"))
-                here = max([*here, *((i, steps) for i, name in enumerate(NAMES) if (run / f"{name}.pt").exists())], default=(0, 0))
-                lost += here < furthest  # a checkpoint that was there has gone
-                furthest = max(here, furthest)
+            lost += len(re.findall(r"is broken|another model", told.read_text()))
+            if gone and status:
+                raise RuntimeError(told.read_text()[-2000:])  # it stopped by itself: there is nothing to compare
+            if gone:
+                break
+            here = sorted((NAMES.index(path.name[:2]), int(path.name[3:])) for path in run.glob("resume/*-*[0-9]"))
+            here = max([*here, *((i, steps) for i, name in enumerate(NAMES) if (run / f"{name}.pt").exists())], default=(0, 0))
+            lost += here < furthest  # a checkpoint that was there has gone
+            furthest = max(here, furthest)
         runs += 1
         other += not same(ended(run), right)
     print()
