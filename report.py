@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from data import EDIT_KINDS, DrawnWorld
-from runs import Parser, load_run, run_command
+from runs import Parser, UserError, load_config, load_run, run_command
 from spar import NAMES, SPAR
 from world import draw
 
@@ -195,7 +195,10 @@ def streams(model: SPAR, images: Tensor) -> Image.Image:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="run folder, as train.py wrote it")
-    draw_report(parser.read().run)
+    run = parser.read().run
+    if load_config(run).data:
+        raise UserError(f"{run} learned from data on disk: `python evaluate.py {run}` draws its report")
+    draw_report(run)
 
 
 if __name__ == "__main__":
