@@ -35,6 +35,7 @@ ROLES = {"txt": "words", "json": "record", "instruction.txt": "instruction",
 LEFT_ALONE = ("md", "license", "csv", "html", "pdf", "yaml", "yml", "sha256", "part")  # stands beside data, is none
 OTHER_PICTURES = ("gif", "bmp", "tif", "tiff", "heic", "avif", "svg", "jp2", "ico", "psd")
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|mirror\w*)\b", re.IGNORECASE)
+DESCRIBE = "describe the picture"  # what is asked for a caption
 WINDOW = 1024  # shards are read forward, and mixed inside windows of so many samples
 SUBSTITUTES = 20  # tried in a bad sample's place
 
@@ -64,6 +65,14 @@ class Sample:
     def turns(self) -> list[tuple[str, str]]:
         return turns(self.record(), self.has["record"].name, "image" in self.has)
 
+    def said(self) -> list[tuple[str, str]]:
+        """All questions and answers about the picture; the last one asks for the caption, where there is one. One reading."""
+        record = self.record()
+        pairs = turns(record, self.has["record"].name, "image" in self.has) if "conversations" in record else []
+        if "words" in self.has:
+            return [*pairs, (DESCRIBE, read_text(self.has["words"]))]
+        return [*pairs, (DESCRIBE, field(record, "caption", self.has["record"].name))] if "caption" in record else pairs
+
 
 @dataclass
 class Found:
@@ -91,7 +100,7 @@ class Found:
                     yield from [found] if isinstance(found, str) else [text for pair in found for text in pair]
                 except BadFile:
                     pass
-        yield from ("describe the picture", "caption")
+        yield from (DESCRIBE, "caption")
 
 
 # ---------------------------------------------------------------- looking
@@ -163,7 +172,7 @@ def look(root: Path) -> Found:
             read_listed(path.parent, Sample(f"{name}#{number}", unit, name.startswith("test/"), {"record": blob}), found, fault, listed)
     sort_out(listed.values(), found, fault, "folder")
     if found.kinds["pictures"] and not any(sample.held_out for sample in found.kinds["pictures"]):
-        for sample in {id(sample): sample for samples in found.kinds.values() for sample in samples}.values():
+        for sample in found.samples():
             sample.held_out = int(hashlib.sha256(sample.key.encode()).hexdigest(), 16) % 20 == 0
     return found
 
@@ -351,11 +360,10 @@ class DiskData:
     def described(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str] | None]]:
         """(pictures, questions and answers about each, and each one's caption where it has one), for P1."""
         def make(sample, rng):
-            record = sample.record()
-            talk = sample.turns() if "conversations" in record else []
-            caption = ("describe the picture", sample.caption()) if "words" in sample.has or "caption" in record else None
-            words = " ".join(text for pair in [*talk, *([caption] if caption else [])] for text in pair)
-            return self.upright(sample.has["image"], words, rng), talk, caption
+            pairs = sample.said()
+            picture = self.upright(sample.has["image"], " ".join(text for pair in pairs for text in pair), rng)
+            captioned = bool(pairs) and pairs[-1][0] == DESCRIBE
+            return picture, pairs[:-1] if captioned else pairs, pairs[-1] if captioned else None
         pictures, talks, captions = zip(*(self.read("described", i, make) for i in indices))
         return torch.stack(pictures), list(talks), list(captions)
 
@@ -393,7 +401,7 @@ class DiskData:
 
     def upright(self, blob: Blob, words: str, rng: random.Random) -> Tensor:
         """The middle of a picture that words belong to, mirrored half of the time unless they name a side."""
-        return as_tensor(read_picture(blob), self.side, None if SIDES.search(words) or not self.flip else rng, self.flip, crop=False)
+        return as_tensor(read_picture(blob), self.side, None if SIDES.search(words) or not self.flip else rng, crop=False)
 
 
 def as_tensor(image: Image.Image, side: int, rng: random.Random | None, flip: bool = True, crop: bool = True) -> Tensor:

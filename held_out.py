@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from disk import DiskData, Sample, as_tensor, look
+from disk import DESCRIBE, DiskData, Sample, as_tensor, look
 from evaluate import Protocol, evaluation_id, frechet_distance, psnr, share, ssim
 from files import BadFile, read_picture
 from report import INK, RIGHT, WRONG, loss_curves, sheet, streams
@@ -49,20 +49,15 @@ def reconstruction(model: SPAR, before: SPAR, pictures: Tensor, mean: Tensor) ->
 def understanding(model: SPAR, samples: list[Sample], pictures: Tensor, train: list[Sample]) -> dict:
     """Exact match of the greedy answer, question by question; of captions also the share of their words that are said.
     Baseline: training's most frequent answer to that question."""
-    def asked(sample):
-        record = sample.record()
-        pairs = sample.turns() if "conversations" in record else []
-        return pairs + ([("describe the picture", sample.caption())] if "words" in sample.has or "caption" in record else [])
-
     usual, table, sums = defaultdict(Counter), {}, defaultdict(list)
     for sample in train:
-        for question, answer in asked(sample):
+        for question, answer in sample.said():
             usual[question][answer] += 1
-    rows = [(i, *pair) for i, sample in enumerate(samples) for pair in asked(sample)]
+    rows = [(i, *pair) for i, sample in enumerate(samples) for pair in sample.said()]
     said = model.answer(pictures[[i for i, *_ in rows]], [question for _, question, _ in rows], max_new=48)
     for (_, question, answer), reply in zip(rows, said):
         guess = usual[question].most_common(1)[0][0] if usual[question] else ""
-        name = "caption" if question == "describe the picture" else question.replace(" ?", "").replace(" ", "_")[:40]
+        name = "caption" if question == DESCRIBE else question.replace(" ?", "").replace(" ", "_")[:40]
         sums[name].append(reply == answer)
         sums[f"{name}_baseline"].append(guess == answer)
         if name == "caption":
@@ -77,7 +72,7 @@ def understanding(model: SPAR, samples: list[Sample], pictures: Tensor, train: l
 def likelihoods(model: SPAR, pictures: Tensor, captions: list[str]) -> Tensor:
     """log p(caption | picture) − log p(caption), `pictures captions`: how much a picture speaks for each caption."""
     words, llm = model.words, model.mllm.llm
-    question = words.encode("describe the picture")
+    question = words.encode(DESCRIBE)
     ids, _ = words.pad([question + words.encode(text) + [words.eos_id] for text in captions], left=False)
     ids = ids.to(model.device)
     here = (torch.arange(ids.shape[1], device=ids.device) >= len(question)) & (ids != words.pad_id)
@@ -141,7 +136,7 @@ def evaluate(run: Path, device: str = "cpu", how: Protocol = Protocol(count=150)
     if "P1" in done and kind == "described":
         results["understanding"] = understanding(model, samples, pictures, train.kinds["described"])
         results["understanding"]["before_t3"] = understanding(before, samples, pictures, train.kinds["described"])["overall"]
-        asked = [(sample.turns()[0] if "conversations" in sample.record() else ("describe the picture", sample.caption())) for sample in samples]
+        asked = [sample.said()[0] for sample in samples]
         said = model.answer(pictures[few], [asked[i][0] for i in few], max_new=48)
         sections.append(("ask: held out, the model's answer", [([pictures[i]], f"{asked[i][0]} {reply}", RIGHT if reply == asked[i][1] else WRONG)
                                                                for i, reply in zip(few, said)]))
