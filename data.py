@@ -1,365 +1,197 @@
-"""What is said about the drawn world, and the order in which training sees it.
+"""What a step reads: pictures, words and noise as tensors, one function for each kind of stage.
 
-It stands in for the paper's data (Sec. 4.1), and makes each claim of the paper testable: from one scene (world.py) come a
-caption, questions with answers, requests to draw, and edits with their exact target. Some facts are told in words alone
-("grass is green"). Sample `index` is a pure function of (seed, split, epoch, index), so the order of data is too.
+Two things give the same five kinds of sample: the drawn world (world/) and data on disk (disk/).
 
-    python data.py                 shape trace, and a few samples in words
-    python data.py edits.png       the same, with a sheet of edits
-    python data.py --check PATH    what data on disk holds, and what is wrong with it (disk.py)
-    python data.py --build-vocab PATH [--tokens 1024]      its byte-pair vocabulary, PATH/vocabulary.json
+    sample                        drawn world                          data on disk              read by
+    described  picture, turns     questions of all kinds, caption      LLaVA's turns, captions   P1
+    texts      words alone        facts, requests written out          conversations without one P1
+    pictures   picture            any scene                            any picture               P2, T1 to T3
+    drawings   request, picture   captions, GenEval's six kinds        captions                  P3, U1 to U3
+    changes    before, after      ImgEdit's nine kinds                 instruction triples       U2, U3
+
+A batch is a pure function of (seed, stage, step): nothing is kept from one to the next. So it is the same whichever process
+makes it, ahead of time or not, before a restart or after it, and several processes can share one.
+
+    python data.py [data.png]              the shapes of each stage's batch, samples in words (and a sheet of pictures)
+    python data.py --check PATH            what data on disk holds, and for every fault the file, the key and the mend
+    python data.py --build-vocab PATH      its byte-pair vocabulary, PATH/vocabulary.json
+
+Letters: b batch, h w rows and columns of the latent, p its channels.
 """
 
-import random
 import sys
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from world import (COLOURS, FACT_WORDS, NUMBERS, PAIRS, PLACES, PLAIN, RELATIONS, SHAPES, SIZES, STYLES, Background, Object,
-                   Scene, draw, random_object, random_scene, repeated_scene)
+from diffusion import Noise, logit_normal_times
+from disk.files import BadFile
+from disk.layouts import Found
+from disk.reading import DiskData
+from parts.words import TextTokenizer, Turns, WordTokenizer, dialogue
+from spar import NAMES, Config
+from world.drawing import FACT_WORDS
+from world.language import WORDS, DrawnWorld, show_samples
 
-FACTS = {"grass": "green", "tomato": "red", "sky": "blue", "lemon": "yellow", "grape": "purple", "carrot": "orange",
-         "wheel": "circle", "window": "square", "tent": "triangle", "plus": "cross"}  # told in words, never shown
-QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation")
-PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "binding")  # GenEval's six
-EDIT_KINDS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "hybrid", "action")  # ImgEdit's
-
-WORDS = [*COLOURS, *SHAPES, "circles", "squares", "triangles", "crosses", *SIZES, *PLACES,
-         *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
-         objects object are there describe which way from in with to make add extract replace remove move background picture
-         shaped like ,""".split()]
-
-# ---------------------------------------------------------------- words
+Batch = dict[str, Tensor | Turns | Noise | tuple[Tensor, ...]]
 
 
-def describe(thing: Object) -> str:
-    """The facts that are said: "a large red circle top-left", "a circle"."""
-    words = [word for word in map(thing.word, FACT_WORDS) if word]
-    return ("an " if words[0] == "orange" else "a ") + " ".join(words)
+@dataclass
+class Batches(torch.utils.data.Dataset):
+    """Step -> its batch. Of the pictures that a step has over all processes, this one takes rank, rank + ranks, …"""
+
+    config: Config
+    name: str  # of the stage
+    make: Callable  # one of the functions below
+    shares: dict[str, float]  # of edits, of whole captions, of edits whose outcome is said
+    rank: int = 0
+    ranks: int = 1
+    words: TextTokenizer = field(default_factory=lambda: WordTokenizer(WORDS))
+    found: Found | None = None  # what `--data` holds; None: the drawn world
+
+    def __post_init__(self):
+        index = NAMES.index(self.name)
+        self.batch = self.config.batch[index]
+        self.world = open_world(self.config, index, self.found, self.edits_among(self.batch))
+        if self.batch % self.ranks:
+            raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: see --batch")
+
+    def __getitem__(self, step: int) -> Batch:
+        """"bad": (key, what is wrong) of the samples that others stand in for; "stop": why there is no batch at all."""
+        try:
+            batch = self.make(self, range(step * self.batch, (step + 1) * self.batch))
+        except BadFile as bad:  # told by the training process: out of a worker it would come with a traceback
+            batch = {"stop": str(bad)}
+        if self.found:
+            batch["bad"], self.world.bad = self.world.bad, []
+        return batch
+
+    def edits_among(self, batch: int) -> int:
+        return round(batch * self.shares.get("edits", 0))
+
+    def share_of(self, numbers):
+        """Those of a step's numbers that this process works on."""
+        return numbers[self.rank::self.ranks]
+
+    def prompts(self, texts: list[str], has_image: bool = False) -> tuple[Tensor, Tensor]:
+        """-> (ids `b t`, mask `b t`)"""
+        return self.words.prompts(texts, self.config.grid**2 if has_image else 0)
+
+    def some_emptied(self, texts: list[str], numbers: list[int]) -> list[str]:
+        """# paper leaves open: the share of prompts emptied for classifier-free guidance; here 10 % (`drop_words`)."""
+        share = self.config.drop_words
+        return ["" if self.world.rng("emptied", i).random() < share else text for i, text in zip(numbers, texts)]
+
+    def noise(self, numbers: range) -> Noise:
+        """Each picture's noise is a function of its number, so no process or restart changes it."""
+        draws, config, world = self.config.noises_per_picture, self.config, self.world
+        sigma = logit_normal_times(draws * len(numbers), world.generator("times", numbers[0]), config.shift)
+        sigma = torch.cat([self.share_of(part) for part in sigma.split(len(numbers))])
+        shape = draws, config.p, config.grid, config.grid
+        noise = [torch.randn(*shape, generator=world.generator("noise", i)) for i in self.share_of(numbers)]
+        return Noise(sigma, rearrange(noise, "b draws p h w -> (draws b) p h w"))
 
 
-def caption(things) -> str:
-    """Every captioned fact of these objects: "a large red circle top-left , a small blue square top-right"."""
-    return " , ".join(map(describe, things))
+# ---------------------------------------------------------------- one function for each kind of stage
 
 
-def plural(shape: str) -> str:
-    return "crosses" if shape == "cross" else shape + "s"
+def language_batch(source: Batches, numbers: range) -> Batch:
+    """P1: pictures; questions about them, short and long ones apart so that the short are not padded to the length of the
+    long; captions; words without a picture; and what stands where, for L_name."""
+    numbers, world, words = source.share_of(numbers), source.world, source.words
+    images, talks, captions = world.described(numbers)
+    batch = {"images": images, "prefix": source.prompts([""] * len(images), has_image=True)[0]}
+    turns = [(i, turn) for i, talk in enumerate(talks) for turn in talk]
+    turns.sort(key=lambda pair: sum(text.count(" ") for text in pair[1]))
+    cut = len(turns) * 3 // 4
+    for name, part in (("short", turns[:cut]), ("long", turns[cut:])):
+        if part:
+            batch[name] = dialogue(words, [turn for _, turn in part], [i for i, _ in part])
+    captioned = [i for i, caption in enumerate(captions) if caption]
+    if captioned:
+        owner = captioned if len(captioned) < len(images) else None
+        batch["caption"] = dialogue(words, [captions[i] for i in captioned], owner)
+    if texts := world.texts(numbers):
+        batch["text"] = dialogue(words, texts)
+    if things := world.things(numbers):
+        batch["things"] = things
+        batch["names"] = tuple(torch.tensor([words.ids[word] for word in options]) for options in FACT_WORDS.values())
+    return batch
 
 
-def name(thing: Object) -> str:
-    return f"the {thing.colour} {thing.shape}"
+def picture_batch(source: Batches, numbers: range) -> Batch:
+    """P2, T1 to T3: pictures alone."""
+    return {"images": source.world.pictures(source.share_of(numbers))}
 
 
-def related(first: Object, second: Object, relation: str) -> bool:
-    """Is `first` left of (right of, above, below) `second`? By quarter: same column is neither left nor right."""
-    axis = 1 if relation in ("left", "right") else 0
-    a, b = (divmod(thing.place, 2)[axis] for thing in (first, second))
-    return a < b if relation in ("left", "above") else a > b
+def text_to_image_batch(source: Batches, numbers: range) -> Batch:
+    """P3: requests, pictures that fulfil them, noise."""
+    own = source.share_of(numbers)
+    texts, images = source.world.drawings(own, source.shares["captions"])
+    return {"images": images, "words": source.prompts(source.some_emptied(texts, own)), "noise": source.noise(numbers)}
 
 
-def relation_words(relation: str) -> str:
-    return f"{relation} of" if relation in ("left", "right") else relation
+def unified_batch(source: Batches, numbers: range) -> Batch:
+    """U1 to U3: requests, then edits with their references; the pictures wanted, in this order; noise."""
+    own, edits = source.share_of(numbers), numbers[len(numbers) - source.edits_among(len(numbers)):]
+    to_draw, to_edit = [i for i in own if i not in edits], [i for i in own if i in edits]
+    texts, drawings = source.world.drawings(to_draw, source.shares["captions"])
+    instructions, before, after = source.world.changes(to_edit, source.shares["outcomes"])
+    batch = {"images": torch.cat([drawings, after]), "noise": source.noise(numbers)}
+    if texts:
+        batch["words"] = source.prompts(source.some_emptied(texts, to_draw))
+    if instructions:
+        batch["instructions"] = source.prompts(source.some_emptied(instructions, to_edit), has_image=True)
+        batch["references"] = before
+    return batch
 
 
-def labels(thing: Object, things: tuple[Object, ...], asked: str) -> list[str]:
-    """Every way to name `thing` that fits it alone among `things` and does not give away what is asked."""
-    ways = {("shape",): f"the {thing.shape}", ("colour",): f"the {thing.colour} object", ("colour", "shape"): name(thing),
-            ("place",): f"the {PLACES[thing.place]} object"}
-
-    def alone(facts):
-        return sum(all(other.word(fact) == thing.word(fact) for fact in facts) for other in things) == 1
-
-    return [label for facts, label in ways.items() if asked not in facts and alone(facts)]
+def open_world(config: Config, epoch: int, found: Found | None, edits: int = 0,
+               split: str = "train") -> DrawnWorld | DiskData:
+    """Where a stage's samples come from; its number is their epoch's."""
+    if found is None:
+        return DrawnWorld(config.side, config.seed, split, epoch)
+    return DiskData(found, config.side, config.seed, epoch, split, config.flip, config.batch[epoch], edits)
 
 
-def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """One question of `kind` about the scene with its one right answer; None where the scene allows none. The answer to a
-    relation gives its reasons first, both places, then the way: "top-left , bottom-right , left above". Two look-ups that
-    are learned one by one, and no answer that is right by chance half of the time."""
-    things = scene.objects
-    if kind == "count":
-        if rng.random() < 0.4:
-            return "how many objects are there", NUMBERS[len(things)]
-        shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(things).shape
-        return f"how many {plural(shape)} are there", NUMBERS[sum(thing.shape == shape for thing in things)]
-    named = [(labels(thing, things, "place" if kind == "relation" else kind), thing) for thing in things]
-    named = [(rng.choice(ways), thing) for ways, thing in named if ways]
-    if kind == "relation" and len(named) > 1:
-        (label, first), (other, second) = rng.sample(named, 2)
-        way = " ".join(relation for relation in RELATIONS if related(first, second, relation))
-        return f"which way is {label} from {other}", f"{first.word('place')} , {second.word('place')} , {way}"
-    if kind in FACT_WORDS and named:
-        label, thing = rng.choice(named)
-        return f"where is {label}" if kind == "place" else f"what {kind} is {label}", thing.word(kind)
-    return None
+def to(batch, device):
+    """The same tensors on another device."""
+    if isinstance(batch, dict):
+        return {key: to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        parts = [to(part, device) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+    return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
-def look_question(scene: Scene) -> tuple[str, str] | None:
-    """What an edit may have done to the whole picture; None for one that is as it was."""
-    if scene.style:
-        return "how is the picture", scene.style
-    plain = [word for word, tint in PLAIN.items() if scene.background.tint == tint]
-    return ("how is the background", plain[0]) if plain else None
+def read(batches: Iterator, device: torch.device) -> tuple[Batch, list, float]:
+    """-> (a batch on the device, the samples that others stand in for, seconds of waiting)"""
+    start = time.time()
+    batch = next(batches)
+    bad, hopeless = batch.pop("bad", []), batch.pop("stop", "")
+    if hopeless:
+        raise BadFile(hopeless)
+    return to(batch, device), bad, time.time() - start
 
 
-def twin(scene: Scene, rng: random.Random) -> tuple[Scene, str, str, str]:
-    """A second scene that differs in one fact of one object, and a question that tells them apart: (scene, question,
-    answer for the first, answer for the second). A guess that ignores the picture cannot get both right."""
-    index = rng.randrange(len(scene.objects))
-    thing = scene.objects[index]
-    kind = rng.choice(("colour", "shape", "size"))
-    others = [other for other in PAIRS if other != (thing.colour, thing.shape)]
-    if kind == "colour":
-        changed = replace(thing, colour=rng.choice([c for c, s in others if s == thing.shape]))
-    elif kind == "shape":
-        changed = replace(thing, shape=rng.choice([s for c, s in others if c == thing.colour]))
-    else:
-        changed = replace(thing, size="small" if thing.size == "large" else "large")
-    second = scene.with_objects([*scene.objects[:index], changed, *scene.objects[index + 1:]])
-    text = f"what {kind} is the {PLACES[thing.place]} object"
-    return second, text, getattr(thing, kind), getattr(changed, kind)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a prompt asks for: these objects and no others, `relation` holding from the first to the second."""
-
-    kind: str
-    text: str
-    wanted: tuple[Object, ...]
-    scene: Scene  # one scene that fulfils it
-    relation: str = ""
-    things: tuple[Object, ...] = ()  # the scene's objects, in the order in which the text names them
-
-
-def prompt(kind: str, rng: random.Random, pairs=PAIRS) -> Request:
-    """A request of one of GenEval's kinds; "full" leaves nothing unsaid, "part" a few facts; "knowledge" needs a fact told in
-    words alone."""
-    if kind == "counting" or kind == "full" and rng.random() < 0.15:
-        scene = repeated_scene(rng, rng.randint(2, 3), pairs)
-    else:
-        scene = random_scene(rng, {"full": 0, "part": 0, "two": 2, "position": 2, "binding": 2}.get(kind, 1), pairs)
-    things = tuple(scene.objects if kind == "counting" else rng.sample(scene.objects, len(scene.objects)))
-    first, relation = things[0], ""
-    coloured = kind in ("colours", "binding") or kind in ("counting", "position") and rng.random() < 0.5
-    wanted = tuple(Object(thing.shape, thing.colour if coloured else "") for thing in things)
-    if kind == "full":
-        wanted, text = things, caption(things)
-    elif kind == "part":
-        left_out = [{fact: None if fact == "place" else "" for fact in ("size", "colour", "place") if rng.random() < 0.5}
-                    for _ in things]
-        wanted = tuple(replace(thing, **facts) for thing, facts in zip(things, left_out))
-        text = rng.choice((" , ", " and ")).join(map(describe, wanted))
-    elif kind == "counting":
-        text = " ".join(word for word in (NUMBERS[len(things)], wanted[0].colour, plural(first.shape)) if word)
-    elif kind == "knowledge":
-        word = rng.choice([word for word, value in FACTS.items() if value in first.facts])
-        said = (f"{first.shape} in the colour of {word}" if FACTS[word] == first.colour else
-                f"{first.colour} object shaped like a {word}")
-        wanted, text = things, f"a {first.size} {said} {PLACES[first.place]}"
-    elif kind == "position":
-        relation = rng.choice([relation for relation in RELATIONS if related(*things, relation)])
-        text = f"{describe(wanted[0])} {relation_words(relation)} {describe(wanted[1])}"
-    else:
-        text = " and ".join(map(describe, wanted))
-    return Request(kind, text, wanted, scene, relation, things)
-
-
-def written_text(rng: random.Random) -> tuple[str, str]:
-    """Text without a picture: (given words, words to learn). A fact, or a request and a whole caption that fulfils it."""
-    if rng.random() < 0.15:
-        word = rng.choice(list(FACTS))
-        return f"what {'colour' if FACTS[word] in COLOURS else 'shape'} is {word}", FACTS[word]
-    request = prompt(rng.choice((*PROMPT_KINDS, "full", "part", "knowledge", "knowledge")), rng)
-    return f"describe {request.text}", caption(request.things)
-
-
-# ---------------------------------------------------------------- edits
-
-
-@dataclass(frozen=True)
-class Edit:
-    kind: str
-    instruction: str
-    source: Scene
-    target: Scene
-    outcome: str  # what it changes, and into what: "top-left , a large blue circle top-left"
-
-
-def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS) -> Edit:
-    """One of ImgEdit's nine kinds with its exact target. The target differs from the source as the words say, no more.
-    Raises ValueError for another kind, and for a hybrid of a scene with one object."""
-    scene = scene or random_scene(rng, rng.randint(2, 3) if kind in ("extract", "hybrid", "remove") else 0, pairs)
-    things = list(scene.objects)
-    thing = rng.choice(things)
-    free = [place for place in range(4) if place not in {other.place for other in things}]
-    taken = {(other.colour, other.shape) for other in things}
-    fresh = [pair for pair in pairs if pair not in taken]
-
-    def swap(instruction: str, changed: Object | None) -> Edit:
-        target = scene.with_objects([other for other in things if other is not thing] + [changed] * (changed is not None))
-        return Edit(kind, instruction, scene, target, PLACES[thing.place] + (f" , {describe(changed)}" if changed else ""))
-
-    if kind == "add":
-        new = random_object(rng, rng.choice(free), pairs=fresh)
-        return Edit(kind, f"add {describe(new)}", scene, scene.with_objects([*things, new]),
-                    f"{PLACES[new.place]} , {describe(new)}")
-    if kind == "adjust":
-        colours = [colour for colour, shape in fresh if shape == thing.shape]
-        if rng.random() < 0.5 and colours:
-            colour = rng.choice(colours)
-            return swap(f"make {name(thing)} {colour}", replace(thing, colour=colour))
-        size = "small" if thing.size == "large" else "large"
-        return swap(f"make {name(thing)} {size}", replace(thing, size=size))
-    if kind == "extract":
-        return Edit(kind, f"extract {name(thing)}", scene, Scene((thing,), Background(PLAIN["white"])),
-                    f"{PLACES[thing.place]} , {describe(thing)}")
-    if kind == "replace":
-        colour, shape = rng.choice(fresh)
-        return swap(f"replace {name(thing)} with {describe(Object(shape, colour))}", replace(thing, colour=colour, shape=shape))
-    if kind == "remove":
-        return swap(f"remove {name(thing)}", None)
-    if kind == "background":
-        plain = rng.choice(list(PLAIN))
-        return Edit(kind, f"make the background {plain}", scene, replace(scene, background=Background(PLAIN[plain])),
-                    f"background , {plain}")
-    if kind == "style":
-        style = rng.choice(list(STYLES))
-        return Edit(kind, f"make the picture {style}", scene, replace(scene, style=style), f"picture , {style}")
-    if kind == "action":
-        place = rng.choice(free)
-        return swap(f"move {name(thing)} to {PLACES[place]}", replace(thing, place=place))
-    if kind == "hybrid" and len(things) > 1:  # one change to an object, one to what is behind it or to another object
-        first = edit(rng.choice(("adjust", "remove", "action")), rng, scene, pairs)
-        moved = [other for other in first.target.objects if other not in things]
-        rest = replace(first.target, objects=tuple(other for other in first.target.objects if other in things))
-        second = edit(rng.choice(("background", "adjust")), rng, rest, [pair for pair in pairs if pair not in taken])
-        return Edit(kind, f"{first.instruction} and {second.instruction}", scene,
-                    second.target.with_objects([*second.target.objects, *moved]), f"{first.outcome} and {second.outcome}")
-    raise ValueError(f"no edit {kind!r} of {len(things)} objects: kinds are {', '.join(EDIT_KINDS)}; a hybrid needs two objects")
-
-
-def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """An instruction as a question: what does it change, and into what? None where a name in it may fit two things."""
-    change = edit(rng.choice([kind for kind in EDIT_KINDS if kind != "hybrid" or len(scene.objects) > 1]), rng, scene)
-    alike = len({name(thing) for thing in scene.objects}) < len(scene.objects)
-    return None if alike and change.kind not in ("add", "background", "style") else (change.instruction, change.outcome)
-
-
-# ---------------------------------------------------------------- batches
-
-
-class DrawnWorld:
-    """The five kinds of sample that training asks for, each a pure function of (seed, split, epoch, index).
-
-    `split` is "train" or "test": other seeds, so no scene is in both. Pictures are `b 3 side side` in [-1, 1].
-    """
-
-    def __init__(self, side: int = 32, seed: int = 0, split: str = "train", epoch: int = 0):
-        self.side, self.key = side, f"{seed}/{split}/{epoch}"
-
-    def rng(self, what: str, index: int) -> random.Random:
-        return random.Random(f"{self.key}/{what}/{index}")
-
-    def generator(self, what: str, index: int) -> torch.Generator:
-        return torch.Generator().manual_seed(self.rng(what, index).getrandbits(60))
-
-    def scene(self, index: int, what: str = "scene") -> Scene:
-        rng = self.rng(what, index)
-        return repeated_scene(rng, rng.randint(2, 3)) if rng.random() < 0.15 else random_scene(rng)
-
-    def look(self, index: int) -> Scene:
-        """The scene; one in four with a plain background or a style, as edits give them."""
-        rng, scene = self.rng("look", index), self.scene(index)
-        return edit(rng.choice(("background", "style")), rng, scene).target if rng.random() < 0.25 else scene
-
-    def pictures(self, indices) -> Tensor:
-        """Pictures alone."""
-        return draw([self.look(index) for index in indices], self.side)
-
-    def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS) -> list[Request]:
-        """Requests of one kind, or whole captions (a share `captions`) and GenEval's six; `draw` makes their pictures."""
-        rngs = [self.rng(f"prompt{kind}", index) for index in indices]
-        return [prompt(kind or ("full" if rng.random() < captions else rng.choice(PROMPT_KINDS)), rng, pairs) for rng in rngs]
-
-    def conversations(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]]]:
-        """(pictures, one list of (question, answer) each): questions of all kinds, an instruction, the caption last."""
-        scenes, talks = [self.look(index) for index in indices], []
-        for index, scene in zip(indices, scenes):
-            rng = self.rng("talk", index)
-            kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "count", "relation")
-            asked = [*(question(scene, kind, rng) for kind in kinds), look_question(scene), grounding(scene, rng)]
-            talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene.objects))])
-        return draw(scenes, self.side), talks
-
-    def described(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str]]]:
-        """(pictures, questions and answers about each, and each one's caption), for P1."""
-        images, talks = self.conversations(indices)
-        return images, [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
-
-    def things(self, indices) -> tuple[Tensor, Tensor, Tensor]:
-        """For L_name: each thing's picture `t`, quarter `t`, and which word of each fact is right `t facts`."""
-        found = [(b, thing) for b, index in enumerate(indices) for thing in self.scene(index).objects]
-        right = [[words.index(thing.word(fact)) for fact, words in FACT_WORDS.items()] for _, thing in found]
-        return torch.tensor([b for b, _ in found]), torch.tensor([thing.place for _, thing in found]), torch.tensor(right)
-
-    def drawings(self, indices, captions: float = 0.5) -> tuple[list[str], Tensor]:
-        """(requests, a share `captions` of them whole, and pictures that fulfil them)."""
-        requests = self.prompts(indices, captions=captions)
-        return [request.text for request in requests], self.drawn([request.scene for request in requests])
-
-    def changes(self, indices, outcomes: float = 0.5) -> tuple[list[str], Tensor, Tensor]:
-        """(instructions, a share `outcomes` with what comes of them, pictures before, pictures after)."""
-        edits = self.edits(indices)
-        told = [self.rng("told", i).random() < outcomes for i in indices]
-        texts = [f"{edit.instruction} {edit.outcome}" if tell else edit.instruction for edit, tell in zip(edits, told)]
-        return texts, self.drawn([edit.source for edit in edits]), self.drawn([edit.target for edit in edits])
-
-    def drawn(self, scenes: list[Scene]) -> Tensor:
-        return draw(scenes, self.side) if scenes else torch.empty(0, 3, self.side, self.side)
-
-    def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:
-        """(scenes, questions, answers) of one kind; scenes that allow no such question are passed over."""
-        if kind not in QUESTION_KINDS:
-            raise ValueError(f"unknown kind of question {kind!r}: one of {', '.join(QUESTION_KINDS)}")
-        found = []
-        for index in indices:
-            rng = self.rng(f"question {kind}", index)
-            while (asked := question(scene := random_scene(rng), kind, rng)) is None:
-                pass
-            found.append((scene, *asked))
-        return tuple(map(list, zip(*found)))
-
-    def texts(self, indices) -> list[tuple[str, str]]:
-        """(given, to learn) without pictures."""
-        return [written_text(self.rng("text", index)) for index in indices]
-
-    def edits(self, indices, kind: str = "") -> list[Edit]:
-        """Edits of one kind or of all nine in equal shares; `draw` makes their pictures."""
-        rngs = [self.rng(f"edit{kind}", index) for index in indices]
-        return [edit(kind or rng.choice(EDIT_KINDS), rng) for rng in rngs]
+def show(path: str = "") -> None:
+    """Prints the shapes of each stage's batch and a few samples in words; with a path, writes a sheet of pictures."""
+    for name, make in (("P1", language_batch), ("T1", picture_batch), ("P3", text_to_image_batch), ("U2", unified_batch)):
+        batch = Batches(Config(), name, make, {"edits": 0.5, "captions": 0.5, "outcomes": 0.5})[0]
+        for key, value in batch.items():
+            print(f"{name}  {key:13}", *(tuple(part.shape) for part in torch.utils._pytree.tree_leaves(value)))
+        assert batch["images"].shape[1:] == (3, 32, 32)
+    show_samples(path)
 
 
 if __name__ == "__main__":
     if any(argument.startswith("--") for argument in sys.argv[1:]):
-        import check  # data on disk: it knows all of the files that this one does not
-        check.run_command(check.main)
-        sys.exit()
-    world = DrawnWorld()
-    images, talks = world.conversations(range(4))
-    assert images.shape == (4, 3, 32, 32) and images.abs().max() <= 1
-    print("pictures      b 3 H W", tuple(images.shape), f"in [{images.min():.2f}, {images.max():.2f}]")
-    for text, answer in talks[0]:
-        print(f"question      {text:50} {answer}")
-    print("prompt       ", *(request.text for request in world.prompts(range(4))), sep=" | ")
-    print("edit         ", *(change.instruction for change in world.edits(range(9))), sep=" | ")
-    print("text          given, to learn", world.texts(range(2)))
-    if len(sys.argv) > 1:
-        from PIL import Image
-        changes = [world.edits(range(6), kind) for kind in EDIT_KINDS]
-        rows = [draw([e.source for e in row] + [e.target for e in row]) for row in changes]
-        sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-        Image.fromarray(((sheet + 1) * 127.5).byte().permute(1, 2, 0).numpy()).resize((12 * 96, 9 * 96), 0).save(sys.argv[1])
+        from disk.check import main
+        from plumbing.command import run_command
+        run_command(main)
+    else:
+        show(*sys.argv[1:2])

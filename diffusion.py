@@ -5,24 +5,28 @@
     L_fm = ‖DiT(x_t, σ, condition) − v‖²
     L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)        f_dit: tokens inside the DiT, f'_v: the tokenizer's own f_v
 
-In: noisy latents `b p h w`, σ `b`, condition tokens `b l e` with their mask `b l`. Out: velocities `b p h w`.
+In: noisy latents `b p h w`, σ `b`, condition tokens `b l u` with their mask `b l`. Out: velocities `b p h w`.
 Reference for the DiT: SANA, arXiv 2410.10629 (linear attention, Mix-FFN, AdaLN-single, no positions).
 
     python diffusion.py            shape trace, and both samplers on a known flow
+
+Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, c width of the DiT, l length and u width of the
+condition, d width of visual tokens, a heads, e width of a head.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from attention import attention, sine_positions
-from layer import Layer, RMSNorm
-from linear_attention import linear_attention
-from tokenizer import MixFFN
+from attention import attention
+from parts.layer import Layer, MixFFN, RMSNorm
+from parts.linear_attention import linear_attention
+from parts.positions import sine_positions
 
 # ---------------------------------------------------------------- flow matching
 
@@ -37,16 +41,16 @@ def logit_normal_times(b: int, generator: torch.Generator | None = None, shift: 
 
 def add_noise(z: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     sigma = rearrange(sigma, "b -> b 1 1 1")
-    return (1 - sigma) * z + sigma * noise
+    return (1 - sigma) * z + sigma * noise  # Sec. 3.3: x_t = (1 − σ) z + σ ε
 
 
 def flow_matching_loss(velocity: Tensor, z: Tensor, noise: Tensor) -> Tensor:
-    return (velocity.float() - (noise - z)).square().mean()
+    return (velocity.float() - (noise - z)).square().mean()  # Sec. 3.3: L_fm = ‖DiT(x_t, σ, condition) − (ε − z)‖²
 
 
 def alignment_loss(projected: Tensor, f_v: Tensor) -> Tensor:
-    """− mean cos over tokens; `projected` = φ_a(f_dit) and the teacher's f'_v are `b n d`. In [−1, 1], best −1."""
-    return -F.cosine_similarity(projected.float(), f_v.detach().float(), dim=-1).mean()
+    """`projected` = φ_a(f_dit) and the teacher's f'_v are `b n d`, token by token of one grid. In [−1, 1], best −1."""
+    return -F.cosine_similarity(projected.float(), f_v.detach().float(), dim=-1).mean()  # Sec. 3.4: − mean cos(φ_a(f_dit), f'_v)
 
 
 # ---------------------------------------------------------------- diffusion transformer
@@ -60,8 +64,8 @@ class LinearSelfAttention(nn.Module):
         self.out = nn.Linear(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (r h e) -> r b h n e", r=3, h=self.heads)
-        return self.out(rearrange(linear_attention(q, k, v).to(x.dtype), "b h n e -> b n (h e)"))
+        q, k, v = rearrange(self.qkv(x), "b n (three a e) -> three b a n e", three=3, a=self.heads)
+        return self.out(rearrange(linear_attention(q, k, v).to(x.dtype), "b a n e -> b n (a e)"))
 
 
 class CrossAttention(nn.Module):
@@ -71,9 +75,9 @@ class CrossAttention(nn.Module):
         self.q, self.kv, self.out = nn.Linear(c, c), nn.Linear(c, 2 * c), nn.Linear(c, c)
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None) -> Tensor:
-        q = rearrange(self.q(x), "b n (h e) -> b h n e", h=self.heads)
-        k, v = rearrange(self.kv(condition), "b l (r h e) -> r b h l e", r=2, h=self.heads)
-        return self.out(rearrange(attention(q, k, v, key_mask=mask), "b h n e -> b n (h e)"))
+        q = rearrange(self.q(x), "b n (a e) -> b a n e", a=self.heads)
+        k, v = rearrange(self.kv(condition), "b l (two a e) -> two b a l e", two=2, a=self.heads)
+        return self.out(rearrange(attention(q, k, v, key_mask=mask), "b a n e -> b n (a e)"))
 
 
 class DiTBlock(Layer):
@@ -109,14 +113,11 @@ class TimeEmbedding(nn.Module):
 
 
 class DiT(nn.Module):
-    """(x_t `b p h w`, σ `b`, condition `b l e`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after `align_block`).
+    """(x_t `b p h w`, σ `b`, condition `b l u`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after `align_block`).
 
     `positions`: add sines of row and column to the latent tokens.
     # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner.
-    `reference`: take the reference picture's clean latent z_r on p extra channels (InstructPix2Pix, arXiv 2211.09800), and
-    as the origin of the flow: x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z − z_r, of velocity
-    v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
-    # differs from paper: there the reference reaches the DiT through the condition alone.
+    `reference`: read the reference picture's clean latent as well, see `change_from_reference`.
     """
 
     def __init__(self, p: int, c: int, layers: int, heads: int, cross_heads: int, condition_width: int,
@@ -145,24 +146,40 @@ class DiT(nn.Module):
 
     def forward(self, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None = None,
                 reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = x_t.shape[2]
-        if reference is not None:
-            x_t = x_t - (1 - rearrange(sigma, "b -> b 1 1 1")) * reference
-        x = self.embed(rearrange(x_t, "b p h w -> b (h w) p"))
-        if self.positions:
-            x = x + sine_positions(h, x_t.shape[3], x.shape[-1], x.device)
-        if reference is not None:
-            x = x + self.reference(rearrange(reference, "b p h w -> b (h w) p"))
+        x = self.embed_latent(x_t, reference)
         time = self.time(sigma)
         modulation = rearrange(self.modulation(time), "b (six c) -> b six c", six=6)
         condition = self.caption_norm(self.caption(condition))
         for number, block in enumerate(self.blocks, 1):
-            x = block(x, condition, mask, modulation, h)
+            x = block(x, condition, mask, modulation, x_t.shape[2])
             if number == self.align_block:
-                hidden = x  # f_dit, what L_align reads
+                hidden = x  # Sec. 3.4: f_dit, what L_align reads
         shift, scale = (self.table + time[:, None]).unsqueeze(2).unbind(1)
-        velocity = rearrange(self.out(self.norm(x) * (1 + scale) + shift), "b (h w) p -> b p h w", h=h)
-        return velocity if reference is None else velocity - reference, hidden
+        velocity = self.out(self.norm(x) * (1 + scale) + shift)
+        return rearrange(velocity, "b (h w) p -> b p h w", h=x_t.shape[2]), hidden
+
+    def embed_latent(self, x_t: Tensor, reference: Tensor | None) -> Tensor:
+        """`b p h w` -> `b n c`, with what this project adds to SANA's Linear."""
+        x = self.embed(rearrange(x_t, "b p h w -> b (h w) p"))
+        if self.positions:
+            x = x + sine_positions(*x_t.shape[2:], x.shape[-1], x.device)
+        if reference is not None:
+            x = x + self.reference(rearrange(reference, "b p h w -> b (h w) p"))
+        return x
+
+
+def change_from_reference(dit: Callable, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None,
+                          reference: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`dit` with a reference's clean latent z_r `b p h w` (None: without) as the origin of the flow, and on channels of its own
+    (InstructPix2Pix, arXiv 2211.09800): x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z − z_r, of velocity
+    v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
+    # differs from paper: there the reference reaches the DiT through the condition alone (`--reference tokens`).
+    """
+    if reference is None:
+        return dit(x_t, sigma, condition, mask)
+    change = x_t - (1 - rearrange(sigma, "b -> b 1 1 1")) * reference
+    velocity, hidden = dit(change, sigma, condition, mask, reference)
+    return velocity - reference, hidden
 
 
 class AlignmentHead(nn.Sequential):
@@ -180,7 +197,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # (x `b p h w`, σ `b`) -> v
 def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tensor, Tensor], guidance: float) -> Velocity:
     """Classifier-free guidance: v = v_nothing + guidance · (v_condition − v_nothing).
 
-    `dit(x, σ, tokens, mask) -> v`; `condition` and `nothing` are (tokens `b l e`, mask `b l`). Guidance 1 asks once.
+    `dit(x, σ, tokens, mask) -> v`; `condition` and `nothing` are (tokens `b l u`, mask `b l`). Guidance 1 asks once.
     """
     if guidance == 1:
         return lambda x, sigma: dit(x, sigma, *condition)
@@ -214,15 +231,15 @@ def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "d
         raise ValueError(f"sampler {sampler!r} with {steps} steps: want euler or dpm, and at least 1 step")
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas)).tolist()
-    x, path, previous, h_previous = noise, [noise], None, math.inf
+    x, path, previous, gap_before = noise, [noise], None, math.inf  # a gap is a step's change of log((1 − σ) / σ)
     for now, after in zip(sigmas, sigmas[1:]):
         clean = x - now * velocity(x, x.new_full((len(x),), now))
         estimate = clean
         if sampler == "dpm":
-            h = log_snr(after) - log_snr(now)
-            if previous is not None and math.isfinite(h) and math.isfinite(h_previous):
-                estimate = clean + h / (2 * h_previous) * (clean - previous)
-            previous, h_previous = clean, h
+            gap = log_snr(after) - log_snr(now)
+            if previous is not None and math.isfinite(gap) and math.isfinite(gap_before):
+                estimate = clean + gap / (2 * gap_before) * (clean - previous)
+            previous, gap_before = clean, gap
         x = after / now * x + (1 - after / now) * estimate  # exact for a constant clean latent; with `clean`, an Euler step
         path.append(x)
     return x, path
@@ -233,12 +250,75 @@ def log_snr(sigma: float) -> float:
     return -math.inf if sigma >= 1 else math.inf if sigma <= 0 else math.log((1 - sigma) / sigma)
 
 
+# ---------------------------------------------------------------- what P3 and U1 to U3 learn from
+
+
+class Noise(NamedTuple):
+    """A batch's times and noises, several of each picture, one round of the whole batch after the other."""
+
+    sigma: Tensor  # σ `(draws b)`
+    noise: Tensor  # ε `(draws b) p h w`
+
+
+def flow_losses(dit: DiT, z: Tensor, tokens: Tensor, mask: Tensor, noise: Noise,
+                reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """-> (L_fm, f_dit `(draws b) n c`) for clean latents z `b p h w`, each at as many random times as `noise` holds: what is
+    dear, the condition, is computed once for all of them."""
+    draws = len(noise.sigma) // len(z)
+    z, tokens, mask, reference = (None if x is None else repeat(x, "b ... -> (draws b) ...", draws=draws)
+                                  for x in (z, tokens, mask, reference))
+    x_t = add_noise(z, noise.noise, noise.sigma)
+    velocity, f_dit = change_from_reference(dit, x_t, noise.sigma, tokens, mask, reference)
+    return flow_matching_loss(velocity, z, noise.noise), f_dit
+
+
+def text_to_image_losses(dit: DiT, z: Tensor, condition, noise: Noise) -> dict[str, Tensor]:
+    """P3, in place of SANA: draw the pixel autoencoder's latents z from the LLM's text states."""
+    return {"L_fm": flow_losses(dit, z, condition.tokens, condition.mask, noise)[0]}
+
+
+def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callable, clean_latent: Callable, dit: DiT,
+                   align_head: AlignmentHead, external_teacher: nn.Module | None = None) -> dict[str, Tensor]:
+    """U1 to U3 (Sec. 3.3, 3.4): draw and edit z_f through queries, router and connector; the tokenizer teaches the DiT.
+
+    `condition`: `MLLM.condition`. `clean_latent(images)` -> (z_f · scale `b p h w`, f_v `b n d`). A batch holds requests
+    ("words"), edits ("instructions", "references"), or both, in this order, and the pictures wanted ("images").
+    """
+    conditions, reference = [], None
+    if "words" in batch:
+        conditions.append(condition(*batch["words"]))
+    if "instructions" in batch:
+        with torch.no_grad():
+            reference, f_v_reference = clean_latent(batch["references"])
+        conditions.append(condition(*batch["instructions"], f_v_reference))
+    tokens = torch.cat(equally_long(*(part.tokens for part in conditions)))
+    mask = torch.cat(equally_long(*(part.mask for part in conditions)))
+    with torch.no_grad():
+        z, f_v = clean_latent(batch["images"])
+        teacher = f_v if external_teacher is None else external_teacher(batch["images"])  # f'_v of the clean target
+    if reference is not None:
+        reference = origin_of_flow(dit, reference, z)
+    L_fm, f_dit = flow_losses(dit, z, tokens, mask, batch["noise"], reference)
+    losses = {"L_fm": L_fm}
+    if "L_align" in weights:
+        teacher = repeat(teacher, "b n d -> (draws b) n d", draws=len(f_dit) // len(teacher))
+        losses["L_align"] = alignment_loss(align_head(f_dit), teacher)
+    return losses
+
+
+def origin_of_flow(dit: DiT, reference: Tensor, z: Tensor) -> Tensor | None:
+    """The edits' reference latents behind a zero for each picture that is drawn from words alone; None without that departure."""
+    if dit.reference is None:
+        return None
+    return torch.cat([torch.zeros_like(z[:len(z) - len(reference)]), reference])
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     dit = DiT(p=16, c=128, layers=4, heads=4, cross_heads=4, condition_width=96, align_block=2)
     x, condition, mask = torch.randn(2, 16, 4, 4), torch.randn(2, 9, 96), torch.ones(2, 9, dtype=torch.bool)
     velocity, hidden = dit(x, torch.tensor([0.3, 0.9]), condition, mask)
-    print("x_t       b p h w", tuple(x.shape), "  condition b l e", tuple(condition.shape))
+    print("x_t       b p h w", tuple(x.shape), "  condition b l u", tuple(condition.shape))
     print("velocity  b p h w", tuple(velocity.shape), "  hidden b n c", tuple(hidden.shape))
     print("aligned   b n d  ", tuple(AlignmentHead(128, 256, 64)(hidden).shape))
     assert velocity.shape == x.shape and hidden.shape == (2, 16, 128)

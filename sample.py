@@ -22,10 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import files
-from disk import as_tensor
-from report import routing_pictures, sheet, to_image
-from runs import Parser, UserError, best_device, load_run, run_command
+from disk import files
+from disk.reading import as_tensor
+from plumbing.command import Parser, UserError, run_command, write_beside, write_text
+from plumbing.devices import best_device
+from plumbing.pictures import routing_pictures, sheet, to_image
+from plumbing.run_folder import load_run
 from spar import SAMPLING, SPAR
 
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1", "export": "P1"}
@@ -49,24 +51,14 @@ def export(model: SPAR, out: Path) -> None:
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("export needs an extra: pip install safetensors") from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".part")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, str(beside),
-              metadata={"stages": ",".join(model.finished)})
-    beside.replace(out)
-    out.with_name("config.json").write_text(json.dumps(asdict(model.config), indent=1) + "\n")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_beside(out, lambda beside: save_file(tensors, str(beside), metadata={"stages": ",".join(model.finished_stages)}))
+    write_text(out.with_name("config.json"), json.dumps(asdict(model.config), indent=1) + "\n")
     print(out)
 
 
 def write_picture(image: Image.Image, path: Path) -> None:
-    """Written beside and renamed, so that a full disk leaves no half picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.stem + ".part" + path.suffix)
-    try:
-        image.save(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_beside(path, image.save)
     print(path)
 
 
@@ -116,7 +108,7 @@ def main() -> None:
     if out.suffix.lower() not in ((".safetensors",) if given.use == "export" else FORMATS):
         raise UserError(f"--out {out}: end the name in {'.safetensors' if given.use == 'export' else '.png, .jpg or .webp'}")
     model = load_run(given.run, best_device(given.device))
-    if NEEDS[given.use] not in model.finished and not (given.use == "reconstruct" and "T2" in model.finished):
+    if NEEDS[given.use] not in model.finished_stages and not (given.use == "reconstruct" and "T2" in model.finished_stages):
         raise UserError(f"{given.use} needs stage {NEEDS[given.use]}, which {given.run} does not have: "
                         f"go on with `python train.py --out {given.run}`")
     if given.use == "export":

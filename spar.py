@@ -5,7 +5,10 @@
                                       └─ mllm.llm ─ answer
     words, f_v of a reference, queries ─ mllm.llm ─ router ─ connector ─ condition ─ dit ─ z_f ─ decoder ─ picture
 
-`Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; runs.py reads a run folder.
+`Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; `plumbing.run_folder.load_run` reads one.
+
+Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, d width of visual tokens, l length and u width
+of the condition, k routed layers.
 """
 
 from dataclasses import dataclass
@@ -14,110 +17,120 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from data import WORDS
-from diffusion import AlignmentHead, DiT, guided, sample
-from mllm import MLLM, LanguageModel, TextTokenizer, WordTokenizer
-from tokenizer import PixelDecoder, PixelEncoder, Tokenizer, VisionEncoder, resize
+from diffusion import AlignmentHead, DiT, change_from_reference, guided, sample
+from mllm import MLLM, LanguageModel
+from parts.dcae import PixelDecoder, PixelEncoder
+from parts.words import TextTokenizer
+from tokenizer import Tokenizer, VisionEncoder, pixel_latent
 
 NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
 
-
-SAMPLING = {"steps": 12, "guidance": 1.5, "sampler": "dpm"}  # what drawing takes unless told (paper: 20 steps, guidance 4.5)
+SAMPLING = {"steps": 12, "guidance": 1.5, "sampler": "dpm"}  # drawing's defaults (paper: 20 steps, guidance 4.5)
 
 
 @dataclass
 class Config:
-    """Every number of a run. The letters are the paper's (README, dimension key); defaults are the toy preset."""
+    """Every number of a run; each field is a flag of train.py, and its comment that flag's help. The letters are the paper's
+    (README, dimension key); defaults are the toy preset."""
 
-    preset: str = "toy"
-    seed: int = 0
+    preset: str = "toy"  # which set of numbers the others start from
+    seed: int = 0  # of weights, data and noise
+
     # pictures and vision encoder E_s (InternViT)
     side: int = 32  # picture side in pixels
     patch: int = 4  # pixels per ViT patch; a visual token is 2×2 patches
-    vision_width: int = 64
-    vision_layers: int = 4
-    vision_heads: int = 4
+    vision_width: int = 64  # v: width of E_s
+    vision_layers: int = 4  # layers of E_s
+    vision_heads: int = 4  # attention heads of E_s
+
     # language model (Qwen2.5)
     d: int = 128  # D_s: width of LLM and visual tokens
-    llm_layers: int = 6
-    llm_heads: int = 4
-    llm_kv_heads: int = 2
-    llm_mlp: int = 256
+    llm_layers: int = 6  # layers of the LLM
+    llm_heads: int = 4  # heads of its queries
+    llm_kv_heads: int = 2  # heads of its keys and values, shared by groups of the queries' heads
+    llm_mlp: int = 256  # width inside its feed-forward
     vocabulary: int = 0  # rows of the embedding; 0: one for each word or token
     tied: bool = True  # the output weights are the embedding's
+
     # tokenizer: streams and pixel autoencoder (DC-AE)
     p: int = 16  # D_p: channels of the compact latent
     pixel_layers: int = 3  # Transformer layers of the pixel stream
-    pixel_heads: int = 4
+    pixel_heads: int = 4  # its attention heads
     stream_blocks: int = 3  # residual blocks of each stream
-    ae_widths: tuple = (32, 64, 128, 128)  # per stage, each stage halves the side
-    ae_depths: tuple = (0, 1, 1, 1)
-    ae_decoder_depths: tuple = (0, 1, 1, 1)
+    ae_widths: tuple = (32, 64, 128, 128)  # channels of the autoencoder's stages, each of which halves the side
+    ae_depths: tuple = (0, 1, 1, 1)  # blocks of the encoder's stages; a first 0: one strided convolution
+    ae_decoder_depths: tuple = (0, 1, 1, 1)  # blocks of the decoder's stages
     ae_vit_stages: int = 1  # how many of the deepest stages are EfficientViT blocks
     ae_resample: str = "shuffle"  # shuffle: pixels to channels and back | conv: strided, and each pixel four times (SANA's)
+
     # unified model
     k: int = 4  # layers that DTR chooses from
-    queries: int = 16
-    connector_layers: int = 2
-    connector_start: float = 0.1  # share at which the connector's copied layers begin (paper: 1)
-    condition_width: int = 128
+    queries: int = 16  # learnable queries behind the words
+    connector_layers: int = 2  # the connector's copies of the LLM's last layers
+    connector_share: float = 0.1  # share of their change that counts at first (paper: 1)
+    condition_width: int = 128  # u: width of what the DiT attends to
+
     # diffusion transformer (SANA)
-    c: int = 128
-    dit_layers: int = 4
-    dit_heads: int = 4
-    dit_cross_heads: int = 4
-    dit_mlp_ratio: float = 2.5
-    positions: bool = True  # differs from paper: sines of row and column on DiT tokens, reference tokens and queries
+    c: int = 128  # width of the DiT
+    dit_layers: int = 4  # its blocks
+    dit_heads: int = 4  # heads of its linear self-attention
+    dit_cross_heads: int = 4  # heads of its cross-attention
+    dit_mlp_ratio: float = 2.5  # width inside its Mix-FFN as a multiple of c
+    positions: bool = True  # sines of row and column on DiT tokens, reference tokens and queries (paper: none)
     align_block: int = 2  # L_align reads the tokens after this block
-    align_hidden: int = 256
+    align_hidden: int = 256  # width inside φ_a
+
     # losses: weights of the terms
-    lambda_lpips: float = 0.004  # perceptual (paper: 1.1)
+    lambda_lpips: float = 0.004  # L_lpips, perceptual (paper: 1.1)
     lpips_weights: str = ""  # file with VGG16's and LPIPS's weights; empty: features of the frozen pixel encoder
-    lambda_z: float = 1e-3  # keeps P2's latents small
+    lambda_z: float = 1e-3  # L_z keeps P2's latents small (DC-AE: none)
     lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
-    lambda_f: float = 0.02  # differs from paper: L_f holds z_f on the pixel latents, which P3's DiT knows (paper: 0)
-    lambda_s: float = 0.05  # L_s, the encoder stays close to itself (T3)
-    lambda_gan: float = 0.002  # L_GAN (T3)
+    lambda_f: float = 0.02  # L_f holds z_f on the pixel latents, which P3's DiT knows (paper: 0)
+    lambda_s: float = 0.05  # L_s, the encoder stays close to itself (T3; paper: 1)
+    lambda_gan: float = 0.002  # L_gan (T3; paper: 0.1)
     lambda_a: float = 0.5  # L_align (U2, U3)
     gan_start: float = 0.3  # share of T3 after which the adversary joins
     gan_width: int = 16  # channels of the discriminator's first layer
-    lecam: float = 0.001
-    encoder_rate: float = 0.5  # T3: the encoder's learning rate as a share of the stage's
-    # training, one number for each stage: P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (900, 650, 600, 200, 80, 780, 60, 1350, 230)
-    batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)
-    lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)
-    optimizer: str = "muon"  # muon | adamw
+    lecam: float = 0.001  # weight of LeCam in the discriminator's loss
+    encoder_rate: float = 0.5  # T3: the encoder's learning rate as a share of the stage's (paper: 0.1)
+
+    # training: steps, batch and lr are one number for each of P1 P2 P3 T1 T2 T3 U1 U2 U3
+    steps: tuple = (900, 650, 600, 200, 80, 780, 60, 1350, 230)  # steps of each stage
+    batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)  # pictures of a step, over all processes
+    lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)  # peak learning rate
+    optimizer: str = "muon"  # muon | adamw (paper)
     muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
-    weight_decay: float = 1e-4
-    warmup: float = 0.05  # share of a stage's steps
+    weight_decay: float = 1e-4  # share of a weight that lr = 1 takes off it in a step
+    warmup: float = 0.05  # share of a stage's steps in which the rate rises
     final_lr: float = 0.05  # share of lr that the cosine ends at
     clip: float = 1.0  # largest gradient norm
-    ema: float = 0.99
+    ema: float = 0.99  # decay of the running average of the weights, which is what a run is used with
     shift: float = 3.0  # moves training's and sampling's σ towards the noise (SANA: 3)
-    draws: int = 2  # times and noises for each picture and condition
+    noises_per_picture: int = 2  # times and noises for each picture, whose condition is computed once
     drop_words: float = 0.1  # share of emptied prompts, for guidance
     edits: float = 0.5  # share of editing in U2 and U3
-    # ablations (README)
-    tokenizer: str = "dual"  # dual | semantic-only | pixel-only
-    symmetric: str = ""  # "" | with | without: both streams with, or both without, a Transformer
-    fusion: str = "dtr"  # dtr | last | mean | concat | static
-    align: str = "self"  # self | external | none
+
+    # ablations
+    tokenizer: str = "dual"  # which streams: dual | semantic-only | pixel-only
+    symmetric: str = ""  # both streams with, or both without, a Transformer: "" | with | without
+    fusion: str = "dtr"  # what mixes the LLM's layers: dtr | last | mean | concat | static
+    align: str = "self"  # the DiT's teacher: self | external | none
     teacher: str = ""  # run folder whose P1 encoder is the external teacher
     anchor: bool = True  # L_s in T3
     freeze_encoder: bool = False  # T3 without training the encoder
-    skip_stage: str = ""  # T1 | T2 | T3
+    skip_stage: str = ""  # leave out T1 | T2 | T3
     reference: str = "latent"  # tokens: the paper's path | latent: the flow starts at the reference's z_f as well
 
-    # data on disk (disk.py); the drawn world has none of it
-    data: str = ""  # folder, or openmoji; empty: the drawn world
+    # data on disk; the drawn world has none of it
+    data: str = ""  # folder (disk/README.md), or openmoji; empty: the drawn world
     tokens: int = 1024  # size of the byte-pair vocabulary that is learned from its texts
     longest: int = 48  # tokens of a text; what is longer is cut
     flip: bool = True  # mirror half of the pictures, but for those whose words name a side
     max_bad: float = 0.02  # share of its samples that may turn out bad and be replaced; above it the run stops
 
     # how it is computed, not what: may change while a run goes on
-    precision: str = "fp32"  # fp32 | bf16 | fp16 of products and activations; weights, sums and losses are fp32
+    precision: str = "fp32"  # of products and activations; weights, sums and losses are fp32: fp32 | bf16 | fp16
+    attention: str = "auto"  # auto: the fused kernels on a GPU, else torch's | triton | tiled (by hand, to read) | sdpa (torch's)
     compile: bool = False  # torch.compile for encoder, streams, autoencoder and DiT
     checkpointing: bool = False  # forget activations inside layers, compute them again in backward
     workers: int = 0  # processes that make batches ahead of time
@@ -132,9 +145,10 @@ class Config:
 
 CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
            "symmetric": ("", "with", "without"), "fusion": ("dtr", "last", "mean", "concat", "static"),
-           "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"), "reference": ("tokens", "latent"),
-           "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16")}
-HOW = ("precision", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad")
+           "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
+           "reference": ("tokens", "latent"), "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16"),
+           "attention": ("auto", "triton", "tiled", "sdpa")}
+HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad")
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     precision="bf16",
@@ -151,9 +165,10 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     d=896, llm_layers=24, llm_heads=14, llm_kv_heads=2, llm_mlp=4864, vocabulary=151674, tied=False,  # Qwen2.5-0.5B
     p=32, pixel_layers=6, pixel_heads=16, ae_widths=(128, 256, 512, 512, 1024, 1024), ae_depths=(2, 2, 2, 3, 3, 3),
     ae_decoder_depths=(3, 3, 3, 3, 3, 3), ae_vit_stages=3, ae_resample="conv",
-    queries=256, connector_layers=6, connector_start=1.0, condition_width=2304, positions=False, reference="tokens",
+    queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False, reference="tokens",
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
-    lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, shift=1.0, draws=1,
+    lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, shift=1.0,
+    noises_per_picture=1,
     precision="bf16", checkpointing=True, tokens=32768, longest=512,
     # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives each of
     # its 64 GPUs 32 pictures of 224 px, then 4 of 448 px; 16 are what 80 GB hold.
@@ -162,7 +177,8 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     # and 0, 0.003, 0.1 in U1 to U3, here the same in all stages.
     steps=(100_000, 100_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
     batch=(32, 16, 64, 16, 16, 16, 128, 128, 128), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
-    optimizer="adamw", warmup=0.1, final_lr=0.1, ema=0.9999, edits=0.3)  # edits: 1.5 M of them ten times, 36 M pictures once
+    optimizer="adamw", warmup=0.1, final_lr=0.1, ema=0.9999,
+    edits=0.3)  # 1.5 M edits ten times, 36 M pictures once
 
 PRESETS: dict[str, dict] = {
     "toy": {},
@@ -181,26 +197,30 @@ def make_config(**changes) -> Config:
 class SPAR(nn.Module):
     """Tokenizer, multimodal language model and diffusion transformer, with what a user does with them."""
 
-    def __init__(self, config: Config, words: TextTokenizer | None = None):
-        """`words`: None where it is the drawn world that is spoken about."""
+    def __init__(self, config: Config, words: TextTokenizer):
+        """`words`: what the LLM reads and writes, `plumbing.run_folder.text_tokenizer(config)` for the drawn world's."""
         super().__init__()
-        self.config = f = config
-        symmetric = {"": (0, f.pixel_layers), "with": (f.pixel_layers,) * 2, "without": (0, 0)}[f.symmetric]
-        self.words = words or WordTokenizer(WORDS)
-        vision = VisionEncoder(f.side, f.patch, f.vision_width, f.vision_layers, f.vision_heads, 4, f.d)
-        decoder = PixelDecoder(f.p, f.ae_widths, f.ae_decoder_depths, f.ae_vit_stages, f.ae_resample)
-        self.pixel_encoder = PixelEncoder(f.p, f.ae_widths, f.ae_depths, f.ae_vit_stages, f.ae_resample)  # E_p, then E_p'
-        self.tokenizer = Tokenizer(vision, decoder, f.d, f.p, symmetric[1], f.pixel_heads, f.stream_blocks,
-                                   f.tokenizer, symmetric[0])
-        rows = f.vocabulary or len(self.words)
-        if rows < len(self.words):
-            raise ValueError(f"vocabulary {rows}: there are {len(self.words)} words or tokens, take as many or 0")
-        llm = LanguageModel(rows, f.d, f.llm_layers, f.llm_heads, f.llm_kv_heads, f.llm_mlp, f.tied)
-        self.mllm = MLLM(self.words, llm, f.k, f.queries, f.connector_layers, f.condition_width, f.fusion,
-                         f.connector_start, f.positions)
-        self.dit = DiT(f.p, f.c, f.dit_layers, f.dit_heads, f.dit_cross_heads, f.condition_width, f.dit_mlp_ratio,
-                       f.align_block, f.positions, f.reference == "latent")
-        self.align_head = AlignmentHead(f.c, f.align_hidden, f.d)
+        self.config, self.words = config, words
+        semantic_layers, pixel_layers = {"": (0, config.pixel_layers), "with": (config.pixel_layers,) * 2,
+                                         "without": (0, 0)}[config.symmetric]
+        autoencoder = config.ae_vit_stages, config.ae_resample
+        vision = VisionEncoder(config.side, config.patch, config.vision_width, config.vision_layers, config.vision_heads,
+                               4, config.d)  # E_s
+        decoder = PixelDecoder(config.p, config.ae_widths, config.ae_decoder_depths, *autoencoder)  # D_p
+        self.pixel_encoder = PixelEncoder(config.p, config.ae_widths, config.ae_depths, *autoencoder)  # E_p, then E_p'
+        self.tokenizer = Tokenizer(vision, decoder, config.d, config.p, pixel_layers, config.pixel_heads,
+                                   config.stream_blocks, config.tokenizer, semantic_layers)
+        rows = config.vocabulary or len(words)
+        if rows < len(words):
+            raise ValueError(f"vocabulary {rows}: there are {len(words)} words or tokens, take as many or 0")
+        llm = LanguageModel(rows, config.d, config.llm_layers, config.llm_heads, config.llm_kv_heads, config.llm_mlp,
+                            config.tied)
+        self.mllm = MLLM(words, llm, config.k, config.queries, config.connector_layers, config.condition_width,
+                         config.fusion, config.connector_share, config.positions)
+        self.dit = DiT(config.p, config.c, config.dit_layers, config.dit_heads, config.dit_cross_heads,
+                       config.condition_width, config.dit_mlp_ratio, config.align_block, config.positions,
+                       config.reference == "latent")
+        self.align_head = AlignmentHead(config.c, config.align_hidden, config.d)  # φ_a
         self.register_buffer("latent_scale", torch.ones(()))  # makes the DiT's data variance 1 (paper: 10.6)
 
     @property
@@ -220,9 +240,8 @@ class SPAR(nn.Module):
         return self.as_grid(z_f).float() * self.latent_scale, f_v
 
     def pixel_latent(self, images: Tensor) -> Tensor:
-        """E_p(I): pictures -> the pixel autoencoder's latents `b n p`, one for each visual token. Where its factor differs from
-        a token's pixels (paper: 32 and 28) it sees the picture resized, as `Tokenizer.decode` resizes what D_p draws."""
-        return self.pixel_encoder(resize(images, self.config.grid * self.pixel_encoder.factor))
+        """E_p(I) `b n p`, one latent for each visual token."""
+        return pixel_latent(self.pixel_encoder, images, self.config.grid)
 
     def as_grid(self, z: Tensor) -> Tensor:
         return rearrange(z, "b (h w) p -> b p h w", h=int(z.shape[1] ** 0.5))
@@ -243,7 +262,8 @@ class SPAR(nn.Module):
         replies = self.mllm.answer(ids, mask, f_v, max_new, temperature, generator)
         return [self.words.decode(reply) for reply in replies]
 
-    def rewrite(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, temperature: float = 0.5) -> list[str]:
+    def rewrite(self, prompts: list[str], references: Tensor | None = None, seed: int = 0,
+                temperature: float = 0.5) -> list[str]:
         """Each prompt as the LLM writes it out before it is drawn. To draw: one whole caption that fulfils it, what the words
         leave open chosen at `temperature`. To edit a reference `b 3 H W`: the instruction and its likeliest outcome.
 
@@ -265,23 +285,24 @@ class SPAR(nn.Module):
         Returns (pictures `b 3 H W`, path: list of latents `b p h w` from noise to picture, DTR weights `b l k`).
         `text_only` conditions on the LLM's text states as stage P3 does, before queries and connector exist.
         """
-        b, f = len(prompts), self.config
+        b, config = len(prompts), self.config
         f_v = latent = None
         if references is not None:
             latent, f_v = self.clean_latent(references)
-            latent = latent if f.reference == "latent" else None
+            latent = latent if config.reference == "latent" else None
         words, empty = (self.encode_prompts(texts, references is not None) for texts in (prompts, [""] * b))
         if text_only:
             condition, nothing = self.mllm.text_condition(*words), self.mllm.text_condition(*empty)
         else:
             condition, nothing = self.mllm.condition(*words, f_v), self.mllm.condition(*empty, f_v)
-        noise = torch.randn(b, f.p, self.config.grid, self.config.grid, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        noise = torch.randn(b, config.p, config.grid, config.grid, generator=torch.Generator().manual_seed(seed))
 
         def velocity(x, sigma, tokens, mask):
             reference = None if latent is None else latent.repeat(len(x) // b, 1, 1, 1)  # guided: with words and without
-            return self.dit(x, sigma, tokens, mask, reference)[0]
+            return change_from_reference(self.dit, x, sigma, tokens, mask, reference)[0]
 
-        z, path = sample(guided(velocity, condition[:2], nothing[:2], guidance), noise, steps, sampler, f.shift)
+        flow = guided(velocity, condition[:2], nothing[:2], guidance)
+        z, path = sample(flow, noise.to(self.device), steps, sampler, config.shift)
         return self.decode(z), path, condition.weights
 
     @torch.no_grad()

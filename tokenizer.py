@@ -4,22 +4,26 @@
                                               └─ pixel stream: a Transformer, then the same ─ z_p ─┴─ F ─ z_f ─ D_p ─ Î
 
 In: pictures `b 3 H W` in [-1, 1]. Out: f_v `b n d` (what the LLM reads), latents z_s, z_p, z_f `b n p`, pictures again.
-Architectures: E_s is InternViT's (arXiv 2404.16821), D_p and E_p are DC-AE's (arXiv 2410.10733).
+Architectures: E_s is InternViT's (arXiv 2404.16821), D_p and E_p are DC-AE's (arXiv 2410.10733, parts/dcae.py).
 
     python tokenizer.py            shape trace
+
+Letters: b batch, h w rows and columns, n tokens, d width of visual tokens, p channels of the latent, v width of the
+vision encoder, a heads, e width of a head.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from attention import attention
-from layer import Layer, RMSNorm
-from linear_attention import linear_attention
-from processes import average
+from parts.adversary import Discriminator, Perceptual
+from parts.dcae import PixelDecoder, PixelEncoder, resize
+from parts.layer import Layer
 
 # ---------------------------------------------------------------- vision encoder E_s
 
@@ -31,8 +35,8 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n (r h e) -> r b h n e", r=3, h=self.heads)
-        return self.out(rearrange(attention(q, k, v), "b h n e -> b n (h e)"))
+        q, k, v = rearrange(self.qkv(x), "b n (three a e) -> three b a n e", three=3, a=self.heads)
+        return self.out(rearrange(attention(q, k, v), "b a n e -> b n (a e)"))
 
 
 class TransformerLayer(Layer):
@@ -70,168 +74,18 @@ class VisionEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.side, self.side):
             raise ValueError(f"expected {self.side}×{self.side} pictures, got {tuple(images.shape)}: resize them first")
-        x = rearrange(self.patches(images), "b d h w -> b (h w) d")
-        x = torch.cat([repeat(self.cls, "1 1 d -> b 1 d", b=len(x)), x], 1) + self.positions
+        x = rearrange(self.patches(images), "b v h w -> b (h w) v")
+        x = torch.cat([repeat(self.cls, "1 1 v -> b 1 v", b=len(x)), x], 1) + self.positions
         for layer in self.layers:
             x = layer(x)
-        x = x[:, 1:]  # CLS is dropped
-        x = rearrange(x, "b (h s1 w s2) d -> b (h w) (s1 s2 d)", s1=2, s2=2, h=self.grid // 2)
-        return self.projector(x)  # f_v
+        return self.projector(fold(x[:, 1:]))  # f_v; the CLS token is dropped: nothing reads it
 
 
-# ---------------------------------------------------------------- pixel autoencoder: E_p and D_p
-
-
-class ChannelNorm(RMSNorm):
-    """RMS over the channels of `b c h w`, then a learned scale and shift."""
-
-    def __init__(self, c: int):
-        super().__init__(c, eps=1e-5)
-        self.bias = nn.Parameter(torch.zeros(c))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(super().forward(rearrange(x, "b c h w -> b h w c")) + self.bias, "b h w c -> b c h w")
-
-
-class ResBlock(Layer):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1, bias=False)
-        self.norm = ChannelNorm(c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(F.silu(self.conv1(x))))
-
-
-class MixFFN(nn.Module):
-    """1×1 up, depthwise 3×3, gate, 1×1 down: `b c h w` -> same. The DiT's feed-forward too."""
-
-    def __init__(self, c: int, ratio: float = 4):
-        super().__init__()
-        hidden = int(ratio * c)
-        self.up = nn.Conv2d(c, 2 * hidden, 1)
-        self.depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.down = nn.Conv2d(hidden, c, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.depth(F.silu(self.up(x))).chunk(2, dim=1)
-        return self.down(x * F.silu(gate))
-
-
-class EfficientViTBlock(Layer):
-    """Linear attention over the features and over their 5×5 neighbourhoods (two scales), then a Mix-FFN."""
-
-    def __init__(self, c: int, head_width: int = 32, neighbourhood: int = 5):
-        super().__init__()
-        self.head_width = head_width
-        self.qkv = nn.Conv2d(c, 3 * c, 1, bias=False)
-        self.nearby = nn.Sequential(
-            nn.Conv2d(3 * c, 3 * c, neighbourhood, padding=neighbourhood // 2, groups=3 * c, bias=False),
-            nn.Conv2d(3 * c, 3 * c, 1, groups=3 * c // head_width, bias=False))
-        self.out = nn.Conv2d(2 * c, c, 1, bias=False)
-        self.norm = ChannelNorm(c)
-        self.ffn, self.ffn_norm = MixFFN(c), ChannelNorm(c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        near = self.qkv(x)
-        scales = torch.cat([near, self.nearby(near)], 1)
-        q, k, v = rearrange(scales, "b (s r e) h w -> r b s (h w) e", r=3, e=self.head_width)
-        mixed = rearrange(linear_attention(q, k, v).to(x.dtype), "b s (h w) e -> b (s e) h w", h=x.shape[2])
-        x = x + self.norm(self.out(mixed))
-        return x + self.ffn_norm(self.ffn(x))
-
-
-class Down(nn.Module):
-    """Half the side: conv + pixel unshuffle (`resample` shuffle) or a conv of stride 2 (conv), plus (shortcut) the
-    unshuffled input averaged down to the channels."""
-
-    def __init__(self, c_in: int, c_out: int, shortcut: bool = True, resample: str = "shuffle"):
-        super().__init__()
-        self.shuffle, self.shortcut, self.c_out = resample == "shuffle", shortcut, c_out
-        self.conv = nn.Conv2d(c_in, c_out // 4 if self.shuffle else c_out, 3, 1 if self.shuffle else 2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.pixel_unshuffle(self.conv(x), 2) if self.shuffle else self.conv(x)
-        return y + reduce(F.pixel_unshuffle(x, 2), "b (c g) h w -> b c h w", "mean", c=self.c_out) if self.shortcut else y
-
-
-class Up(nn.Module):
-    """Twice the side: conv + pixel shuffle (`resample` shuffle) or each pixel four times + conv (conv), plus (shortcut) the
-    input's channels repeated and shuffled."""
-
-    def __init__(self, c_in: int, c_out: int, shortcut: bool = True, resample: str = "shuffle"):
-        super().__init__()
-        self.shuffle, self.shortcut, self.repeats = resample == "shuffle", shortcut, 4 * c_out // c_in
-        self.conv = nn.Conv2d(c_in, 4 * c_out if self.shuffle else c_out, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.shuffle:
-            y = F.pixel_shuffle(self.conv(x), 2)
-        else:
-            y = self.conv(repeat(x, "b c h w -> b c (h s1) (w s2)", s1=2, s2=2))
-        return y + F.pixel_shuffle(repeat(x, "b c h w -> b (c g) h w", g=self.repeats), 2) if self.shortcut else y
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """`b 3 H H` -> `b 3 side side`, bilinear, smoothed where it shrinks; as it is where it fits."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=images.shape[-1] > side)
-
-
-def blocks(c: int, depth: int, is_vit: bool) -> list[nn.Module]:
-    return [EfficientViTBlock(c) if is_vit else ResBlock(c) for _ in range(depth)]
-
-
-class PixelEncoder(nn.Module):
-    """E_p: `b 3 H W` -> latents `b n p`, one for `factor`² pixels. Each stage after the first halves the side; the deepest
-    `vit_stages` hold EfficientViT blocks. A first depth of 0 means: the first stage is one strided convolution, as in the
-    first DC-AE f32; `resample` conv is the later one's, SANA's."""
-
-    def __init__(self, p: int, widths: tuple, depths: tuple, vit_stages: int, resample: str = "shuffle"):
-        super().__init__()
-        self.p, self.stages, last = p, nn.ModuleList(), len(widths) - 1
-        self.factor = 2**last
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1) if depths[0] else Down(3, widths[1], False, resample)
-        for i, (c, depth) in enumerate(zip(widths, depths)):
-            down = [Down(c, widths[i + 1], resample=resample)] if depth and i < last else []
-            self.stages.append(nn.Sequential(*blocks(c, depth, i > last - vit_stages), *down))
-        self.out = nn.Conv2d(widths[-1], p, 3, padding=1)
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """The maps `b c h w` after the stem and after each stage, shallow to deep."""
-        maps = [self.stem(images.contiguous(memory_format=torch.channels_last))]  # convolutions are faster so
-        for stage in self.stages:
-            if len(stage):
-                maps.append(stage(maps[-1]))
-        return maps
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.features(images)[-1]
-        z = self.out(x) + reduce(x, "b (p g) h w -> b p h w", "mean", p=self.p)
-        return rearrange(z, "b p h w -> b (h w) p")
-
-
-class PixelDecoder(nn.Module):
-    """D_p, the mirror of E_p: latents `b n p` of a square grid -> `b 3 H W`."""
-
-    def __init__(self, p: int, widths: tuple, depths: tuple, vit_stages: int, resample: str = "shuffle"):
-        super().__init__()
-        self.repeats, self.stages, last = widths[-1] // p, nn.ModuleList(), len(widths) - 1
-        self.stem = nn.Conv2d(p, widths[-1], 3, padding=1)
-        for i, (c, depth) in reversed(list(enumerate(zip(widths, depths)))):
-            up = [Up(widths[i + 1], c, resample=resample)] if depth and i < last else []
-            self.stages.append(nn.Sequential(*up, *blocks(c, depth, i > last - vit_stages)))
-        c = widths[0] if depths[0] else widths[1]
-        self.norm = ChannelNorm(c)
-        self.out = nn.Conv2d(c, 3, 3, padding=1) if depths[0] else Up(c, 3, False, resample)
-
-    def forward(self, z: Tensor) -> Tensor:
-        z = rearrange(z, "b (h w) p -> b p h w", h=round(z.shape[1] ** 0.5))
-        x = self.stem(z) + repeat(z, "b p h w -> b (p g) h w", g=self.repeats)
-        for stage in self.stages:
-            x = stage(x)
-        return self.out(F.relu(self.norm(x)))
+def fold(x: Tensor) -> Tensor:
+    """`b n v` of a square grid -> `b n/4 4v`: 2×2 neighbours become the channels of one token (InternVL's pixel unshuffle),
+    so that the LLM reads a quarter of the tokens and no number is lost."""
+    side = math.isqrt(x.shape[1])
+    return rearrange(x, "b (h s1 w s2) v -> b (h w) (s1 s2 v)", s1=2, s2=2, h=side // 2)
 
 
 # ---------------------------------------------------------------- the two streams and their fusion
@@ -249,18 +103,22 @@ class ResidualMLP(nn.Module):
 
 
 class Stream(nn.Sequential):
-    """f_v `b n d` -> latent `b n p`: `layers` Transformer layers (pixel stream T_p; semantic stream: 0), residual blocks,
-    projection. Without attention a stream can change the features only token by token."""
+    """f_v `b n d` -> latent `b n p`: Transformer layers, residual blocks, projection.
+
+    The one number `layers` is what makes the pair asymmetric (Sec. 3.1). With 0, the semantic stream's, each token is changed
+    by itself, so meaning stays where the LLM learned to read it. With more, the pixel stream's (T_p; paper: 6), tokens
+    exchange the detail that a picture needs and a description does not.
+    """
 
     def __init__(self, d: int, p: int, layers: int, heads: int, residual_blocks: int):
         super().__init__(*(TransformerLayer(d, heads) for _ in range(layers)),
                          *(ResidualMLP(d) for _ in range(residual_blocks)),
                          nn.Sequential(nn.LayerNorm(d), nn.Linear(d, p), nn.GELU(), nn.Linear(p, p)))
-        self.apply(start_small)
+        self.apply(init_new_layer)
 
 
-def start_small(module: nn.Module) -> None:
-    """The paper's start of new layers: truncated normal, std 0.02, zero biases."""
+def init_new_layer(module: nn.Module) -> None:
+    """The paper's initialisation of new layers: truncated normal, std 0.02, zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -285,18 +143,18 @@ class Tokenizer(nn.Module):
         self.pixel_stream = None if variant == "semantic-only" else Stream(d, p, pixel_layers, heads, residual_blocks)
         width = p * (2 if variant == "dual" else 1)
         self.fusion = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, p))
-        self.fusion.apply(start_small)
+        self.fusion.apply(init_new_layer)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.vision(images)  # f_v
+        return self.vision(images)  # Sec. 3.1: f_v = E_s(I), which the LLM reads as well
 
     def latents(self, f_v: Tensor) -> Latents:
-        z_s = self.semantic_stream(f_v) if self.semantic_stream else None
-        z_p = self.pixel_stream(f_v) if self.pixel_stream else None
+        z_s = self.semantic_stream(f_v) if self.semantic_stream else None  # Sec. 3.1: z_s = P_s(f_v)
+        z_p = self.pixel_stream(f_v) if self.pixel_stream else None  # Sec. 3.1: z_p = P_p(T_p(f_v))
         return Latents(z_s, z_p, self.fuse(z_s, z_p))
 
     def fuse(self, z_s: Tensor | None, z_p: Tensor | None) -> Tensor:
-        return self.fusion(torch.cat([z for z in (z_s, z_p) if z is not None], -1))  # z_f = F([z_s ; z_p])
+        return self.fusion(torch.cat([z for z in (z_s, z_p) if z is not None], -1))  # Sec. 3.1: z_f = F([z_s ; z_p])
 
     def decode(self, z_f: Tensor, side: int) -> Tensor:
         """D_p; where its factor differs from a token's pixels (paper: 32 and 28) the picture is resized to `side`."""
@@ -306,106 +164,69 @@ class Tokenizer(nn.Module):
         """-> (reconstruction `b 3 H W`, f_v `b n d`, latents)"""
         f_v = self.features(images)
         latents = self.latents(f_v)
-        return self.decode(latents.fused, images.shape[-1]), f_v, latents
+        return self.decode(latents.fused, images.shape[-1]), f_v, latents  # Sec. 3.1: Î = D_p(z_f)
 
 
-# ---------------------------------------------------------------- losses: perceptual, adversarial
+# ---------------------------------------------------------------- what P2 and T1 to T3 learn from
+
+Losses = dict[str, Tensor]  # symbol -> value, float32; which are asked for, and their weights, say the stages of train.py
 
 
-def perceptual_distance(maps: list[Tensor], others: list[Tensor], heads: list[Tensor] | None = None) -> Tensor:
-    """LPIPS (arXiv 1801.03924, Eq. 1): unit-normalise each position's feature, squared difference, `heads` weigh the
-    channels (None: all 1), mean over positions and batch, sum over layers."""
-    total = maps[0].new_zeros((), dtype=torch.float32)
-    for i, (a, b) in enumerate(zip(maps, others)):
-        a, b = a.float(), b.float()
-        difference = (F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)).square()
-        total = total + ((difference if heads is None else difference * heads[i]).sum(1)).mean()
-    return total
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of the squared differences, in float32."""
+    return (a.float() - b.float()).square().mean()
 
 
-class Perceptual(nn.Module):
-    """The feature network of the perceptual loss, frozen. Offline: a copy of the pixel encoder E_p and its stages.
+def pixel_latent(pixel_encoder: PixelEncoder, images: Tensor, grid: int) -> Tensor:
+    """E_p(I): pictures `b 3 H W` -> the pixel autoencoder's latents `b n p`, n = grid². Where its factor differs from a token's
+    pixels (paper: 32 and 28) it sees the picture resized, as `Tokenizer.decode` resizes what D_p draws."""
+    return pixel_encoder(resize(images, grid * pixel_encoder.factor))
 
-    # differs from paper: there it is LPIPS on VGG16 (`VGG16`, with a weight file) plus a ConvNeXt-S distance.
+
+def autoencoder_losses(pixel_encoder: PixelEncoder, tokenizer: Tokenizer, images: Tensor, grid: int,
+                       weights: dict[str, float]) -> Losses:
+    """P2, in place of DC-AE: E_p and D_p reconstruct, without the tokenizer's encoder.
+    # differs from paper: a small penalty L_z keeps the latents near unit size (DC-AE has none)."""
+    z = pixel_latent(pixel_encoder, images, grid)
+    losses = {"L_mse": squared(tokenizer.decode(z, images.shape[-1]), images)}
+    if "L_z" in weights:
+        losses["L_z"] = z.float().square().mean()
+    return losses
+
+
+def self_distillation(f_v: Tensor, f_v_before: Tensor) -> Tensor:
+    """L_s binds the *encoder's tokens*, not a latent: f_v `b n d` of the encoder that moves, to those of the copy of itself
+    that was made when T3 began. So the LLM, which never trains again, goes on reading what it learned to read."""
+    return squared(f_v, f_v_before.detach())  # Sec. 3.2: L_s = ‖f_v − f'_v‖²
+
+
+def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, float], target_latent: Callable[[], Tensor],
+                     perceptual: Perceptual | None = None, encoder_before: nn.Module | None = None,
+                     discriminator: Discriminator | None = None) -> tuple[Losses, Tensor]:
+    """T1 to T3 (Sec. 3.2) -> (the losses that `weights` asks for, the reconstruction `b 3 H W`).
+
+    `target_latent()`: E_p'(I) `b n p`. `perceptual`: frozen features for L_lpips. `encoder_before`: E_s', for L_s.
+    `discriminator`: None until the adversary joins.
     """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network.requires_grad_(False).eval()
-
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+    reconstruction, f_v, latents = tokenizer(images)
+    losses = {"L_mse": squared(reconstruction, images)}
+    if "L_lpips" in weights:
+        losses["L_lpips"] = perceptual(reconstruction, images)
+    if "L_p" in weights or "L_f" in weights:
         with torch.no_grad():
-            wanted = self.network.features(targets)
-        return perceptual_distance(self.network.features(images), wanted, getattr(self.network, "heads", None))
-
-
-class VGG16(nn.Module):
-    """VGG16's five stages with LPIPS's heads, from one weight file with torchvision's names (`features.N.weight`) and
-    LPIPS's (`linK.model.1.weight`). Raises ValueError if the file lacks one."""
-
-    STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-
-    def __init__(self, weights: dict[str, Tensor]):
-        super().__init__()
-        self.stages, c_in, number = nn.ModuleList(), 3, 0
-        wanted = {}
-        for widths in self.STAGES:
-            stage = nn.ModuleList()
-            for c in widths:
-                stage.append(nn.Conv2d(c_in, c, 3, padding=1))
-                wanted[f"features.{number}"] = stage[-1]
-                c_in, number = c, number + 2  # torchvision counts the ReLUs
-            self.stages.append(stage)
-            number += 1  # and the pooling
-        names = [f"{name}.{key}" for name in wanted for key in ("weight", "bias")]
-        missing = [name for name in [*names, *(f"lin{i}.model.1.weight" for i in range(5))] if name not in weights]
-        if missing:
-            raise ValueError(f"no {missing[0]} in the LPIPS weights: join VGG16's and LPIPS's state dicts in one file")
-        for name, conv in wanted.items():
-            conv.load_state_dict({key: weights[f"{name}.{key}"] for key in ("weight", "bias")})
-        self.heads = nn.ParameterList(weights[f"lin{i}.model.1.weight"] for i in range(5))
-        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])  # LPIPS's scaling of [-1, 1]
-        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        x, maps = (images - self.mean) / self.std, []
-        for number, stage in enumerate(self.stages):
-            x = F.max_pool2d(x, 2) if number else x
-            for conv in stage:
-                x = F.relu(conv(x))
-            maps.append(x)
-        return maps
-
-
-class Discriminator(nn.Module):
-    """PatchGAN (arXiv 1611.07004): `b 3 H W` -> one logit per patch `b 1 h w`."""
-
-    def __init__(self, width: int = 64, layers: int = 3):
-        super().__init__()
-        widths = [min(width * 2**i, 8 * width) for i in range(layers + 1)]
-        body = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i in range(1, layers + 1):
-            stride = 2 if i < layers else 1
-            body += [nn.Conv2d(widths[i - 1], widths[i], 4 if stride == 2 else 3, stride, 1, bias=False),
-                     nn.GroupNorm(min(8, widths[i]), widths[i]), nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*body, nn.Conv2d(widths[-1], 1, 3, padding=1))
-        self.register_buffer("anchors", torch.zeros(2))  # LeCam: running means of the logits, real and fake
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.body(images)
-
-    def loss(self, real: Tensor, fake: Tensor, lecam: float = 0.001) -> Tensor:
-        """Hinge loss, plus LeCam (arXiv 2104.03310): logits stay near the running mean of the other kind."""
-        on_real, on_fake = self(real), self(fake.detach())
-        if self.training:
-            now = average(torch.stack([on_real.detach().mean(), on_fake.detach().mean()]))
-            self.anchors.lerp_(now.to(self.anchors), 0.01)
-        hinge = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
-        distance = (F.relu(on_real - self.anchors[1]).square() + F.relu(self.anchors[0] - on_fake).square()).mean()
-        return hinge + lecam * distance
-
-    def generator_loss(self, fake: Tensor) -> Tensor:
-        return -self(fake).mean()  # L_GAN
+            z_target = target_latent()
+    if "L_p" in weights and latents.pixel is not None:
+        losses["L_p"] = squared(latents.pixel, z_target)  # Sec. 3.2: L_p = ‖z_p − E_p'(I)‖²
+    if "L_f" in weights:  # differs from paper: P3's DiT knows E_p's latents, and still knows z_f when U1 freezes it
+        losses["L_f"] = squared(latents.fused, z_target)
+    if "L_s" in weights:
+        with torch.no_grad():
+            f_v_before = encoder_before(images)
+        losses["L_s"] = self_distillation(f_v, f_v_before)
+    if "L_gan" in weights and discriminator is not None:
+        with torch.autocast(images.device.type, enabled=False):
+            losses["L_gan"] = discriminator.generator_loss(reconstruction.float())
+    return losses, reconstruction
 
 
 if __name__ == "__main__":

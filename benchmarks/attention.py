@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from attention import attention, triton
+from attention import attention
+from parts.attention_triton import triton
 
 # name: b, hq, hk, n, m, width, causal
 SHAPES = {"encoder at 448 px": (32, 16, 16, 1025, 1025, 64, False), "LLM, 512 words": (16, 14, 2, 512, 512, 64, True),

@@ -22,10 +22,11 @@ import transformers
 from tqdm import tqdm
 
 import test_parity as parity
-from cost import processor
+from plumbing.cost import processor
 from diffusion import DiT
 from mllm import LanguageModel
-from tokenizer import PixelDecoder, PixelEncoder, VisionEncoder
+from parts.dcae import PixelDecoder, PixelEncoder
+from tokenizer import VisionEncoder
 
 
 def vision(b, side, patch, width, layers, heads, d):

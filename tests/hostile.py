@@ -24,11 +24,12 @@ import torch
 import torch.distributed.checkpoint as checkpoints
 
 import train
-from bytepair import load_vocabulary
-from check import check
+from disk.bytepair import load_vocabulary
+from disk.check import check
 from conftest import TINY
 from planted import TALK, chunk, claimed_png, folder_of_captions, picture, record, shard
-from runs import BrokenCheckpoint, load_progress, load_run, saved_progress
+from plumbing.checkpoints import BrokenCheckpoint, load_progress, saved_progress
+from plumbing.run_folder import load_run
 from sample import read_picture
 from spar import make_config
 
@@ -113,7 +114,7 @@ def set_ema(key, value):
 
 def progress(run: Path, file: str, content: bytes):
     """The run with a hostile file in its last progress, whose checksums are made to fit."""
-    from runs import sums
+    from plumbing.checkpoints import sums
     folder = saved_progress(run, "P1")[-1]
     (folder / file).write_bytes(content)
     (folder / "sums.json").write_text(json.dumps(sums(folder)))
@@ -124,7 +125,7 @@ def progress(run: Path, file: str, content: bytes):
 
 def progress_saved_with(run: Path, harm):
     """The run with a last progress one of whose plain entries is `harm`, as PyTorch itself writes it."""
-    from runs import sums
+    from plumbing.checkpoints import sums
     folder = saved_progress(run, "P1")[-1]
     model = train.build(make_config(**TINY), "cpu", run, [])
     state = train.begin(model, train.STAGES[0], train.open_world(model.config, 0, None)).state()

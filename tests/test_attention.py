@@ -4,7 +4,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import TILE, attention
-from linear_attention import linear_attention
+from parts.linear_attention import linear_attention
 
 # n queries, m keys, hq, hk, causal, which keys are hidden
 CASES = [(128, 128, 2, 2, False, "none"), (70, 70, 2, 2, True, "none"), (100, 150, 2, 2, False, "random"),

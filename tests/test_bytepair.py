@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from bytepair import FIRST, BytePairTokenizer, learn_merges, load_vocabulary, save_vocabulary
+from disk.bytepair import FIRST, BytePairTokenizer, learn_merges, load_vocabulary, save_vocabulary
 
 TEXTS = ["waving hand with light skin tone", "waving hand with dark skin tone", "flag : Åland", "a cat 🐈 on 2 mats ."]
 

@@ -8,7 +8,7 @@ import torch
 
 import cost
 import train
-from batches import Batches
+from data import Batches
 from benchmarks.attention import compare
 from spar import NAMES, SPAR, make_config
 from stages import STAGES, Objective, freeze_the_rest, prepare, wanted_terms

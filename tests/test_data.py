@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import data
-from data import FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, grounding, question, twin
-from judge import fulfils
-from world import (COLOURS, HELD_OUT, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene, draw, random_scene,
-                   repeated_scene)
+from world.language import FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, grounding, question, twin
+from world.judge import fulfils
+from world.drawing import (COLOURS, HELD_OUT, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene, draw,
+                           random_scene, repeated_scene)
 
 KINDS_OF_SAMPLE = ("pictures", "conversations", "prompts", "texts", "edits")
 PLAIN_NAMES = {(1.0, 1.0, 1.0): "white", (0.55, 0.55, 0.55): "gray", (0.05, 0.05, 0.05): "black"}

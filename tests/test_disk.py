@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 import train
-from batches import Batches
-from check import check
-from disk import DiskData, as_tensor, check_kinds, look
-from files import BadFile, Blob, read_picture, records
+from data import Batches
+from disk.check import check
+from disk.layouts import look
+from disk.reading import DiskData, as_tensor, check_kinds
+from disk.files import BadFile, Blob, read_picture, records
 from planted import FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shards, triples
-from runs import UserError
+from plumbing.command import UserError
 from spar import NAMES
 from torture import ended, same
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data import EDIT_KINDS, DrawnWorld, edit
-from world import COLOURS, HELD_OUT, PLACES, PLAIN, SHAPES, SIZES, STYLES, Background, Object, draw, random_scene
+from world.language import EDIT_KINDS, DrawnWorld, edit
+from world.drawing import (COLOURS, HELD_OUT, PLACES, PLAIN, SHAPES, SIZES, STYLES, Background, Object, draw,
+                           random_scene)
 
 COUNT = 300
 FIRST_WORDS = {"add": "add", "adjust": "make the", "extract": "extract", "replace": "replace", "remove": "remove",

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train
-from evaluate import Protocol, evaluate, frechet_distance, psnr, ssim
-from report import draw_report
+from evaluate import Protocol, evaluate
+from parts.metrics import frechet_distance, psnr, ssim
+from plumbing.pictures import draw_report
 
 
 def test_psnr_equals_the_formula_by_hand():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import attention as module
-from attention import attention, side_by_side
-from linear_attention import fused_linear, linear_attention, plain
+from attention import attention
+from parts.attention_triton import side_by_side
+from parts.linear_attention import fused_linear, linear_attention, plain
 from test_attention import naive, values_and_gradients
 
 if module.triton is None:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import world
-from data import EDIT_KINDS, PROMPT_KINDS, DrawnWorld, Request
-from judge import clean_accuracy, detect, fulfils, succeeds
-from world import COLOURS, HELD_OUT, PLAIN, SHAPES, SIZES, STYLES, Background, Object, Scene, draw
+from world.language import EDIT_KINDS, PROMPT_KINDS, DrawnWorld, Request
+from world.judge import clean_accuracy, detect, fulfils, succeeds
+from world.drawing import COLOURS, HELD_OUT, PLAIN, SHAPES, SIZES, STYLES, Background, Object, Scene, draw
 
 GROUND = Background((0.8, 0.75, 0.8), 0.08, 0.4, 2.0)
 CIRCLE, SQUARE = Object("circle", "red", "large", 0), Object("square", "blue", "small", 3)

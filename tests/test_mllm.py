@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from attention import sine_positions
-from mllm import MLLM, LanguageModel, UnknownWords, WordTokenizer, rotary, rotate
+from parts.layer import sine_positions
+from mllm import MLLM, LanguageModel, rotary, rotate
+from parts.words import UnknownWords, WordTokenizer
 from router import FUSIONS
 
 WORDS = WordTokenizer("a red blue green circle square left of what is it ,".split())

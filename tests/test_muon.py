@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalise
+from parts.muon import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 24), (24, 16), (16, 64), (64, 16), (3, 8, 40)])

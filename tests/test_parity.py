@@ -11,7 +11,8 @@ import torch
 
 from diffusion import DiT
 from mllm import LanguageModel
-from tokenizer import PixelDecoder, PixelEncoder, VisionEncoder
+from parts.dcae import PixelDecoder, PixelEncoder
+from tokenizer import VisionEncoder
 
 REASON = "the public models to compare with are an optional extra"
 RELATIVE = 1e-5  # largest difference, in units of the reference's largest value

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import train
-from layer import Layer
-from runs import UserError
+from parts.layer import Layer
+from plumbing.command import UserError
 from spar import NAMES, SPAR
 from test_train import run_stage, state
 

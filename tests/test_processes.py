@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from batches import Batches
+from data import Batches
 from spar import NAMES
 
 HERE = Path(__file__).parent

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import train
-from runs import UserError, load_run, saved_progress
+from plumbing.checkpoints import saved_progress
+from plumbing.command import UserError
+from plumbing.run_folder import load_run
 from spar import NAMES
 from torture import same
 

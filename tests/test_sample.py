@@ -10,7 +10,7 @@ from PIL import Image
 
 import train
 from conftest import TINY
-from runs import load_config, load_run
+from plumbing.run_folder import load_config, load_run
 from spar import make_config
 
 ROOT = Path(__file__).parent.parent

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import Down, PixelDecoder, PixelEncoder, ResidualMLP, Tokenizer, Up, VisionEncoder
+from parts.dcae import Down, PixelDecoder, PixelEncoder, Up
+from tokenizer import ResidualMLP, Tokenizer, VisionEncoder
 
 SHAPE = dict(p=8, widths=(8, 16, 32, 32), depths=(0, 1, 1, 1), vit_stages=1)
 

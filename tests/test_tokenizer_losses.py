@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import VGG16, Discriminator, Perceptual, PixelEncoder, perceptual_distance
+from parts.adversary import VGG16, Discriminator, Perceptual, perceptual_distance
+from parts.dcae import PixelEncoder
 
 
 def encoder():

@@ -10,9 +10,10 @@ import torch
 
 import losses
 import train
-from runs import UserError, load_run
+from plumbing.command import UserError
+from plumbing.run_folder import load_run
 from spar import NAMES, SPAR, make_config
-from world import FACT_WORDS, Object
+from world.drawing import FACT_WORDS, Object
 
 ROOT = Path(__file__).parent.parent
 TRAINS = {  # README and paper: what each stage trains, as name prefixes

@@ -5,6 +5,8 @@
 Reference: K. Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), kellerjordan.github.io/posts/muon.
 """
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -73,3 +75,9 @@ class Muon(torch.optim.Optimizer):
         state["square"].lerp_(grad.square(), 1 - second)
         mean, square = state["mean"] / (1 - first ** state["step"]), state["square"] / (1 - second ** state["step"])
         parameter.sub_(group["lr"] * mean / (square.sqrt() + 1e-8))
+
+
+def is_inner_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether Muon moves it: matrices inside a network; embeddings and first or last layers are AdamW's."""
+    outer = ("embedding", "llm.output", "positions", "queries", "cls", "patches", "stem", "table", "dit.out", "decoder.out")
+    return parameter.ndim > 1 and math.prod(parameter.shape[1:]) > 25 and not any(word in name for word in outer)

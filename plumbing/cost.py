@@ -19,47 +19,47 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from batches import Batches
-from layer import layers
+from parts.layer import layers
+from plumbing.command import write_text
+from plumbing.run_folder import text_tokenizer
 from spar import NAMES, SPAR, Config
-from stages import STAGES, Objective, Stage, freeze_the_rest, prepare, wanted_terms
 
 PROBE = 4  # pictures in the forecast's step; what it finds grows in proportion
 # Dense half-precision products per second, from the makers' data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
-def forecast(config: Config, stage: Stage) -> dict[str, float]:
+def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) -> dict[str, float]:
     """One stage on one device: parameters (`all`, `trained`), bytes (`weights`, `optimizer`, `activations`, `total`) and the
-    arithmetic of one step, forward and backward, in FLOP (`flops`, of which `dit_flops` inside the DiT)."""
+    arithmetic of one step, forward and backward, in FLOP (`flops`, of which `dit_flops` inside the DiT). `one_batch`
+    and `step_module` are train.py's."""
     index = NAMES.index(stage.name)
     small = replace(config, batch=(PROBE,) * len(NAMES), align="none" if config.align == "none" else "self", teacher="")
-    read = Batches(small, stage.name, stage.sample, stage.shares(config))[0]
+    batch = one_batch(small, stage)
     with torch.device("meta"):
-        model = SPAR(small)
+        model = SPAR(small, text_tokenizer(replace(small, data="")))
     with warnings.catch_warnings(action="ignore"), FakeTensorMode(allow_non_fake_inputs=True) as fake:  # it is fake on purpose
-        read = tree_map_only(torch.Tensor, fake.from_tensor, read)
         model.to_empty(device="cpu")
-        objective = Objective(model, stage, prepare(model, stage))
-        freeze_the_rest(model, stage)
-        terms = wanted_terms(stage, config)
+        module = step_module(model, stage)
+        batch, weights = tree_map_only(torch.Tensor, fake.from_tensor, batch), stage.loss_weights(config)
         with FlopCounterMode(display=False) as counter:  # before any layer is made to compute twice: that is no progress
-            sum(objective(read, terms).values()).backward()
-        kept, one_layer = activations(objective, lambda: objective(read, terms), config.checkpointing)
+            sum(module(batch, weights)[0].values()).backward()
+        kept, one_layer = activations(module, lambda: module(batch, weights), config.checkpointing)
     whole, ours = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen_copies = sum(p.numel() for p in objective.helpers.teacher.parameters()) if objective.helpers.teacher else 0
+    teacher = module.extras.teacher
+    frozen_copies = sum(p.numel() for p in teacher.parameters()) if teacher else 0
     moments = 1 if config.optimizer == "muon" else 2  # of matrices; the few other parameters have two in any case
     share = config.batch[index] / PROBE
     cost = {"all": whole, "trained": ours, "weights": 4 * (whole + frozen_copies),
             "optimizer": 4 * (2 + moments) * ours,  # gradient, moments, running average
             "activations": (kept + one_layer) * share, "flops": counter.get_total_flops() * share,
-            "dit_flops": sum(counter.get_flop_counts().get("Objective.model.dit", {}).values()) * share}
+            "dit_flops": sum(counter.get_flop_counts().get("StepModule.model.dit", {}).values()) * share}
     return cost | {"total": cost["weights"] + cost["optimizer"] + cost["activations"]}
 
 
-def activations(objective: Objective, step: Callable, recompute: bool) -> tuple[int, int]:
+def activations(module: torch.nn.Module, step: Callable, recompute: bool) -> tuple[int, int]:
     """Bytes that autograd keeps of one forward; and, where layers are recomputed, the most that one of them keeps then."""
-    own = {p.untyped_storage()._cdata for p in objective.parameters()}
+    own = {p.untyped_storage()._cdata for p in module.parameters()}
 
     def kept(layer_sizes: list) -> int:
         seen: dict[int, int] = {}
@@ -71,7 +71,7 @@ def activations(objective: Objective, step: Callable, recompute: bool) -> tuple[
             return tensor
 
         before = {}
-        hooks = [hook for layer in layers(objective) for hook in (
+        hooks = [hook for layer in layers(module) for hook in (
             layer.register_forward_pre_hook(lambda layer, _: before.update({layer: sum(seen.values())})),
             layer.register_forward_hook(lambda layer, *_: layer_sizes.append(sum(seen.values()) - before[layer])))]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -84,19 +84,19 @@ def activations(objective: Objective, step: Callable, recompute: bool) -> tuple[
     whole = kept(sizes)
     if not recompute:
         return whole, 0
-    for layer in layers(objective):
+    for layer in layers(module):
         layer.recompute = True
     return kept([]), max(sizes, default=0)
 
 
-def plan(config: Config) -> str:
+def plan(config: Config, stages: list, one_batch: Callable, step_module: Callable) -> str:
     """The stages of a run in figures; allocates no weights."""
     lines, gib = [], 2**30
     with torch.device("meta"):
-        SPAR(config)  # numbers that do not fit are told here
-    chosen = [stage for stage in STAGES if stage.name != config.skip_stage]
+        SPAR(config, text_tokenizer(replace(config, data="")))  # numbers that do not fit are told here
+    chosen = [stage for stage in stages if stage.name != config.skip_stage]
     for stage in tqdm(chosen, desc="forecast", leave=False):
-        i, cost = NAMES.index(stage.name), forecast(config, stage)
+        i, cost = NAMES.index(stage.name), forecast(config, stage, one_batch, step_module)
         if not lines:
             lines.append(f"preset {config.preset}: {cost['all'] / 1e6:.1f} M parameters, {config.side} px, {config.grid**2} tokens a "
                          f"picture, {config.precision}{', layers recomputed' if config.checkpointing else ''}; memory of one device:")
@@ -110,8 +110,10 @@ def plan(config: Config) -> str:
 # ---------------------------------------------------------------- measured
 
 
-def bench(config: Config, device: str, run_stage: Callable[[Config, Stage, Path], list[dict]], rounds: int = 3) -> dict:
-    """Times the steps of each stage as they are trained, `run_stage` -> the lines of their log, and prints a table.
+def bench(config: Config, device: str, out: Path, stages: list, one_batch: Callable, step_module: Callable,
+          run_stage: Callable[..., list[dict]], rounds: int = 3) -> dict:
+    """Times the steps of each stage as they are trained, `run_stage(config, stage, folder)` -> the lines of their log; prints a table
+    and writes `out`/bench.json.
 
     Per stage: seconds of a step, pictures per second, share of the time spent waiting for data, FLOP per second and, where
     the device's peak is known, the share of it; on CUDA the peak memory beside the forecast. Of U2 also what L_align and DTR
@@ -122,10 +124,11 @@ def bench(config: Config, device: str, run_stage: Callable[[Config, Stage, Path]
     result = {"device": name, "torch": torch.__version__, "preset": config.preset, "precision": config.precision,
               "compile": config.compile, "stages": {}}
     print(f"{name}, torch {torch.__version__}, preset {config.preset}, {config.precision}")
-    for stage in STAGES:
+    for stage in stages:
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        cost, (step, waiting) = forecast(config, stage), timed(config, stage, run_stage)
+        cost = forecast(config, stage, one_batch, step_module)
+        step, waiting = timed(config, stage, run_stage)
         found = {"step": step, "images_per_second": config.batch[NAMES.index(stage.name)] / step, "waiting": waiting,
                  "flops": cost["flops"] / step, "utilisation": cost["flops"] / step / peak if peak else None}
         if device.startswith("cuda"):
@@ -134,7 +137,7 @@ def bench(config: Config, device: str, run_stage: Callable[[Config, Stage, Path]
         print(f"{stage.name}  {step * 1e3:8.1f} ms a step  {found['images_per_second']:8.1f} images/s  waiting {waiting:6.1%}  "
               f"{found['flops'] / 1e12:8.3f} TFLOP/s" + (f" = {found['utilisation']:.1%} of the peak" if peak else "") +
               (f"  {found['peak_bytes'] / 2**30:.2f} GiB, forecast {cost['total'] / 2**30:.2f}" if "peak_bytes" in found else ""))
-    u2 = next(stage for stage in STAGES if stage.name == "U2")
+    u2 = next(stage for stage in stages if stage.name == "U2")
     variants = {"all": config, "L_align": replace(config, align="none"), "DTR": replace(config, fusion="last")}
     steps = {key: [] for key in variants}
     for _ in range(rounds):
@@ -143,10 +146,13 @@ def bench(config: Config, device: str, run_stage: Callable[[Config, Stage, Path]
     for key in ("L_align", "DTR"):
         result[key] = statistics.median(steps["all"]) / statistics.median(steps[key])
         print(f"{key} costs: step with it ÷ step without = {result[key]:.3f}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "bench.json", json.dumps(result, indent=1) + "\n")
+    print(out / "bench.json")
     return result
 
 
-def timed(config: Config, stage: Stage, run_stage: Callable) -> tuple[float, float]:
+def timed(config: Config, stage, run_stage: Callable) -> tuple[float, float]:
     """-> (seconds of a step, share of it spent waiting for data), from steps 11 to 31."""
     with tempfile.TemporaryDirectory() as folder:
         lines = run_stage(config, stage, Path(folder))
@@ -161,10 +167,3 @@ def processor() -> str:
     except OSError:
         return "CPU"
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-
-
-def write(result: dict) -> Path:
-    path = Path(__file__).parent / "benchmarks" / f"stages-{result['preset']}-{result['device'].replace(' ', '-')}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path

@@ -9,10 +9,14 @@ is its bytes; and again and again the most frequent neighbours become one token.
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from mllm import TextTokenizer
+from tqdm import tqdm
+
+from parts.words import TextTokenizer
+from plumbing.command import write_text
 
 WORD = re.compile(r" ?[^\W\d_]+| ?\d| ?[^\w\s]+| ?_+|\s+")
 FIRST = 4 + 256  # ids of the signs, then of the bytes, then of the merges
@@ -104,9 +108,16 @@ def learn_merges(texts, size: int) -> list[tuple[int, int]]:
 
 
 def save_vocabulary(path: Path, merges: list[tuple[int, int]]) -> None:
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({"kind": "byte pairs", "merges": merges}) + "\n")
-    beside.replace(path)
+    write_text(path, json.dumps({"kind": "byte pairs", "merges": merges}) + "\n")
+
+
+def write_vocabulary(home: Path, texts: Iterable[str], size: int, longest: int, path: Path) -> None:
+    """The data's own vocabulary where `data.py --build-vocab` left one in its `home`, else one of its texts."""
+    own = home / "vocabulary.json"
+    if own.exists():
+        save_vocabulary(path, load_vocabulary(own, longest).merges)
+    else:
+        save_vocabulary(path, learn_merges(tqdm(texts, desc="vocabulary", leave=False), size))
 
 
 def load_vocabulary(path: Path, longest: int) -> BytePairTokenizer:

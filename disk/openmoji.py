@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from runs import Parser, UserError, run_command
+from plumbing.command import Parser, UserError, run_command
 
 TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 GENDERS = {"man ": "woman ", "woman ": "man "}

@@ -7,25 +7,26 @@ heads of 32 channels that is little arithmetic for what is read: about 4·32 pro
 where a GPU could do several hundred. So what counts is to touch q, k and v once. `plain` is the formula; its sums, ReLUs and
 casts each pass over memory. The Triton kernels are the same with everything between kept on the chip; the default on CUDA.
 
-    python linear_attention.py     shape trace, and both side by side
+    python -m parts.linear_attention       shape trace, and both side by side
 
-Letters: b batch, h heads, n tokens, e width of a head.
+Letters: b batch, a heads, n tokens, e width of a head.
 """
 
 import torch
 from torch import Tensor
 
-from attention import triton, why_not_triton
+from parts.attention_triton import product, triton, whose, why_not_triton
 
 if triton is not None:
     import triton.language as tl
-    from attention import product, whose
+
+    from parts.attention_triton import product, whose
 
 EPS = 1e-15  # under the sum, for a query without any positive channel: it gives zeros
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """`b h n e` three times -> `b h n e`, float32 inside. `backend`: auto, plain or triton (heads of 16, 32, 64 or 128).
+    """`b a n e` three times -> `b a n e`, float32 inside. `backend`: auto, plain or triton (heads of 16, 32, 64 or 128).
     Raises ValueError for a backend that it does not know or that cannot run here."""
     reason = why_not_triton(q) or ("" if q.shape[-1] in (16, 32, 64, 128) else f"heads are {q.shape[-1]} wide")
     if backend not in ("auto", "plain", "triton"):
@@ -114,9 +115,9 @@ if triton is not None:
 
 @torch.library.custom_op("spar::linear_attention", mutates_args=())
 def fused_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    b, h, n, e = q.shape
+    b, a, n, e = q.shape
     out = torch.empty_like(q, dtype=torch.float32)
-    linear_forward[(1, b * h)](q, k, v, out, *[x.stride() for x in (q, k, v, out)], n, HEADS=h, E=e, ROWS=64)
+    linear_forward[(1, b * a)](q, k, v, out, *[x.stride() for x in (q, k, v, out)], n, HEADS=a, E=e, ROWS=64)
     return out
 
 
@@ -127,9 +128,9 @@ def _(q, k, v):
 
 @torch.library.custom_op("spar::linear_attention_backward", mutates_args=())
 def fused_linear_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    b, h, n, e = q.shape
+    b, a, n, e = q.shape
     parts = q, k, v, grad, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    linear_backward[(1, b * h)](*parts, *[x.stride() for x in parts], n, HEADS=h, E=e, ROWS=64)
+    linear_backward[(1, b * a)](*parts, *[x.stride() for x in parts], n, HEADS=a, E=e, ROWS=64)
     return parts[4:]
 
 
@@ -145,8 +146,8 @@ fused_linear.register_autograd(lambda ctx, grad: fused_linear_backward(grad, *ct
 if __name__ == "__main__":
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 100, 32, device="cuda" if torch.cuda.is_available() else "cpu")
-    print("q, k, v  b h n e", tuple(q.shape))
+    print("q, k, v  b a n e", tuple(q.shape))
     for name in ("plain",) if why_not_triton(q) else ("plain", "triton"):
         out = linear_attention(q, k, v, backend=name)
-        print(f"{name:8} b h n e", tuple(out.shape), f"largest difference from plain {(out - plain(q, k, v)).abs().max():.1e}")
+        print(f"{name:8} b a n e", tuple(out.shape), f"largest difference from plain {(out - plain(q, k, v)).abs().max():.1e}")
         assert out.shape == q.shape and torch.allclose(out, plain(q, k, v), atol=1e-5)

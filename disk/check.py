@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import openmoji
-from bytepair import FIRST, learn_merges, save_vocabulary
-from disk import as_tensor, look
-from files import BadFile, read_picture, shown
-from runs import Parser, UserError, run_command
+from disk import openmoji
+from disk.bytepair import FIRST, learn_merges, save_vocabulary
+from disk.layouts import scan
+from disk.reading import as_tensor
+from disk.files import BadFile, read_picture, shown
+from plumbing.command import Parser, UserError, run_command
 
 
 def alphabets(texts) -> str:
@@ -25,7 +26,7 @@ def alphabets(texts) -> str:
 
 def check(path: Path, side: int = 32) -> tuple[str, bool]:
     """(report, sound): every sample is read as training reads it."""
-    found = look(path)
+    found = scan(path)
     sizes, spent, texts, read = [], 0.0, [], 0
     faults = list(found.faults)
     torch.set_num_threads(1)
@@ -79,7 +80,7 @@ def main() -> None:
     if str(path) == "openmoji":
         path = openmoji.write(given.side)
     if given.build_vocab:
-        merges = learn_merges(tqdm(look(path).texts(), desc="texts"), given.tokens)
+        merges = learn_merges(tqdm(scan(path).texts(), desc="texts"), given.tokens)
         save_vocabulary(path / "vocabulary.json", merges)
         print(f"{path / 'vocabulary.json'}: {FIRST + len(merges)} tokens")
     if given.check:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data import DrawnWorld, Edit, Request, related
-from world import COLOURS, PLAIN, SHAPES, SIZES, STYLES, Object, draw, signed_distance
+from world.language import DrawnWorld, Edit, Request, related
+from world.drawing import COLOURS, PLAIN, SHAPES, SIZES, STYLES, Object, draw, signed_distance
 
 COLOUR_TOLERANCE = 0.28  # largest RGB distance (range 0–1 per channel) at which a colour still has its name
 COVER_TOLERANCE = 0.25  # largest squared error of a cover, as a share of the drawn cover's square

@@ -1,21 +1,26 @@
 """Pictures for the eye, drawn with Pillow alone: what a run can do, how it learned, what each stream and layer carries.
 
-    python report.py runs/toy      writes report/summary.png, losses.png, streams.png and routing.png into the run folder
+`draw_report` writes report/summary.png, losses.png, streams.png and routing.png into a run folder, as far as its stages allow.
 """
 
 import json
 import math
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data import EDIT_KINDS, DrawnWorld
-from runs import Parser, UserError, load_config, load_run, run_command
-from spar import NAMES, SPAR
-from world import draw
+from disk.layouts import scan
+from disk.measure import measure
+from disk.reading import DiskData
+from plumbing.run_folder import load_run
+from spar import NAMES, SAMPLING, SPAR
+from world.drawing import draw
+from world.judge import detect, fulfils, succeeds
+from world.language import EDIT_KINDS, DrawnWorld
 
 PIXELS = 96  # shown side of one picture
 MARGIN, TEXT = 12, 13
@@ -34,7 +39,7 @@ def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
     return image.resize((side, side), Image.Resampling.NEAREST) if side else image
 
 
-Cell = tuple[list[Tensor], str, tuple]  # pictures side by side, the words under them, their colour
+Cell = tuple[list[Tensor], str, bool | None]  # pictures side by side, the words under them, whether it is right
 
 
 def sheet(sections: list[tuple[str, list[Cell]]], columns: int = 8, extra: list[Image.Image] = ()) -> Image.Image:
@@ -44,12 +49,12 @@ def sheet(sections: list[tuple[str, list[Cell]]], columns: int = 8, extra: list[
     for title, cells in sections:
         drawn.append(("title", title, (MARGIN, height)))
         height, x, lowest = height + TEXT + 10, MARGIN, 0
-        for pictures, words, colour in cells:
+        for pictures, words, right in cells:
             span = len(pictures) * (PIXELS + 4) - 4
             if x + span > width - MARGIN + 4:
                 x, height, lowest = MARGIN, height + lowest + MARGIN, 0
             lines = textwrap.wrap(words, max(8, int(span / 6.4))) or [""]
-            drawn.append(("cell", (pictures, lines, colour), (x, height)))
+            drawn.append(("cell", (pictures, lines, {None: INK, True: RIGHT, False: WRONG}[right]), (x, height)))
             lowest = max(lowest, PIXELS + 4 + len(lines) * (TEXT + 3))
             x += span + MARGIN
         height += lowest + MARGIN
@@ -146,38 +151,72 @@ def loss_curves(run: Path) -> Image.Image:
     return image
 
 
-def draw_report(run: Path, device: str = "cpu") -> None:
-    """Writes every picture that the finished stages allow into `run`/report."""
-    model = load_run(run, device)
-    world, folder, done = DrawnWorld(model.config.side, model.config.seed, "test"), run / "report", set(model.finished)
+def draw_report(run: Path, device: str = "cpu") -> str:
+    """Writes every picture that the finished stages allow into `run`/report; -> where."""
+    model, folder = load_run(run, device), run / "report"
     folder.mkdir(exist_ok=True)
-    sections, extra = [], []
-    images = world.pictures(range(8))
-    if done & {"T1", "T2"}:
-        copies = model.reconstruct(images.to(device))
-        sections.append(("reconstruct: source, reconstruction", [([a, b], "", INK) for a, b in zip(images[:4], copies)]))
+    sections, images = on_disk(run, model, device) if model.config.data else drawn(model)
+    extra = []
+    if {"T1", "T2"} & set(model.finished_stages):
         streams(model, images.to(device)).save(folder / "streams.png")
-    if "P1" in done:
-        pictures, talks = world.conversations(range(8))
-        turns = [talk[i % len(talk)] for i, talk in enumerate(talks)]
-        said = model.answer(pictures.to(device), [question for question, _ in turns])
-        sections.append(("ask: a question, the model's answer", [
-            ([picture], f"{question}? {reply}", RIGHT if reply == answer else WRONG)
-            for picture, (question, answer), reply in zip(pictures, turns, said)]))
-    if "U1" in done:
-        requests = world.prompts(range(8))
-        drawn = model.generate(model.rewrite([request.text for request in requests]))[0]
-        sections.append(("draw: a prompt, the model's picture", [([p], r.text, INK) for p, r in zip(drawn, requests)]))
-        edits = [world.edits([3], kind)[0] for kind in EDIT_KINDS[:8]]
-        sources = draw([edit.source for edit in edits], world.side).to(device)
-        after = model.generate(model.rewrite([edit.instruction for edit in edits], sources), sources)[0]
-        sections.append(("edit: before, after", [([a, b], e.instruction, INK) for a, b, e in zip(sources, after, edits)]))
-        routing = routing_pictures(model, requests[1].text)
-        sheet([], extra=routing).save(folder / "routing.png")
-        extra = routing
+    if "U1" in model.finished_stages and not model.config.data:
+        extra = routing_pictures(model, "two green circles")
+        sheet([], extra=extra).save(folder / "routing.png")
     sheet(sections, extra=extra).save(folder / "summary.png")
     if (run / "log.jsonl").exists():  # not where every stage was taken over
         loss_curves(run).save(folder / "losses.png")
+    return f"pictures after {model.finished_stages[-1]}: {folder / 'summary.png'}, and beside it losses.png and others"
+
+
+@dataclass
+class Few:
+    """What disk.measure asks of an evaluate.Protocol: enough samples for pictures."""
+
+    count: int = 8
+    seed: int = 0
+    steps: int = SAMPLING["steps"]
+    guidance: float = SAMPLING["guidance"]
+    sampler: str = SAMPLING["sampler"]
+
+
+def on_disk(run: Path, model: SPAR, device: str) -> tuple[list, Tensor]:
+    """-> (sections, some held-out pictures)"""
+    found = scan(Path(model.config.data))
+    sections = measure(model, load_run(run, device, upto="P1"), found, Few())[1]
+    return sections, DiskData(found, model.config.side, model.config.seed, 0, "test", flip=False).pictures(range(8))
+
+
+@torch.no_grad()
+def drawn(model: SPAR) -> tuple[list, Tensor]:
+    """-> (sections, some test pictures). The judge says what is right; an answer must be the one right answer."""
+    world, done, device = DrawnWorld(model.config.side, model.config.seed, "test"), set(model.finished_stages), model.device
+    images, sections = world.pictures(range(8)), []
+    if done & {"T1", "T2"}:
+        copies = model.reconstruct(images.to(device))
+        sections.append(("reconstruct: source, reconstruction", [([a, b], "", None) for a, b in zip(images[:4], copies)]))
+    elif "P2" in done:
+        copies = model.tokenizer.decode(model.pixel_latent(images.to(device)), world.side)
+        sections.append(("pixel autoencoder: source, reconstruction", [([a, b], "", None) for a, b in zip(images[:4], copies)]))
+    pictures, talks = world.conversations(range(8))
+    turns = [talk[i % len(talk)] for i, talk in enumerate(talks)]
+    replies = model.answer(pictures.to(device), [question for question, _ in turns])
+    sections.append(("ask: a question, the model's answer (red: wrong)", [
+        ([picture], f"{question}? {reply}", reply == answer)
+        for picture, (question, answer), reply in zip(pictures, turns, replies)]))
+    if "U1" in done:
+        requests = world.prompts(range(8))
+        results = model.generate(model.rewrite([request.text for request in requests]))[0].cpu()
+        sections.append(("draw: a prompt, the model's picture (red: not what was asked for)", [
+            ([picture], request.text, fulfils(objects, request))
+            for picture, objects, request in zip(results, detect(results), requests)]))
+    if "U2" in done:
+        edits = [world.edits([3], kind)[0] for kind in EDIT_KINDS[:8]]
+        sources, texts = draw([edit.source for edit in edits], world.side), [edit.instruction for edit in edits]
+        results = model.generate(model.rewrite(texts, sources.to(device)), sources.to(device))[0].cpu()
+        sections.append(("edit: before, after (red: not what was asked for)", [
+            ([before, after], edit.instruction, succeeds(edit, after[None])[0])
+            for before, after, edit in zip(sources, results, edits)]))
+    return sections, images
 
 
 @torch.no_grad()
@@ -189,17 +228,4 @@ def streams(model: SPAR, images: Tensor) -> Image.Image:
     if z_s is not None and z_p is not None:
         for title, pair in (("z_s alone (z_p = 0)", (z_s, 0 * z_p)), ("z_p alone (z_s = 0)", (0 * z_s, z_p))):
             rows.append((title, model.tokenizer.decode(model.tokenizer.fuse(*pair), images.shape[-1])))
-    return sheet([(title, [([picture], "", INK) for picture in pictures]) for title, pictures in rows])
-
-
-def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run folder, as train.py wrote it")
-    run = parser.read().run
-    if load_config(run).data:
-        raise UserError(f"{run} learned from data on disk: `python evaluate.py {run}` draws its report")
-    draw_report(run)
-
-
-if __name__ == "__main__":
-    run_command(main)
+    return sheet([(title, [([picture], "", None) for picture in pictures]) for title, pictures in rows])

@@ -1,9 +1,14 @@
-"""What the networks of all files are made of: a layer that may forget its insides, and a norm that stays in float32.
+"""What the networks of all files are made of: a layer that may forget its insides, a norm that stays in float32, and SANA's
+feed-forward.
 
 Computing a layer's insides again in backward trades a third more arithmetic for most of the memory (`--checkpointing`); a
 layer is also the unit in which `--shard` spreads a model over processes.
 """
 
+import torch.nn.functional as F
+import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,3 +31,18 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
+
+
+class MixFFN(nn.Module):
+    """1×1 up, depthwise 3×3, gate, 1×1 down: `b c h w` -> same. The DiT's feed-forward too."""
+
+    def __init__(self, c: int, ratio: float = 4):
+        super().__init__()
+        hidden = int(ratio * c)
+        self.up = nn.Conv2d(c, 2 * hidden, 1)
+        self.depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.down = nn.Conv2d(hidden, c, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.depth(F.silu(self.up(x))).chunk(2, dim=1)
+        return self.down(x * F.silu(gate))

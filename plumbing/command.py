@@ -1,0 +1,68 @@
+"""What every command shares: flags whose mistakes end in one line, and files that are never half."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message says how, in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags whose mistakes become UserErrors; an unknown flag names the nearest."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def read(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        given, unknown = self.parse_known_intermixed_args(arguments)  # flags may stand before the words
+        if unknown and not unknown[0].startswith("-"):
+            raise UserError(f"what does {unknown[0]!r} belong to? Put the words in quotes")
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)[0]
+            raise UserError(f"unknown option {unknown[0]}: did you mean {near}?")
+        return given
+
+
+def run_command(command) -> None:
+    """Runs a script's main; a mistake of the user ends in one line and exit code 2, without traceback."""
+    try:
+        command()
+    except (UserError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """`write(beside)` makes the file, which then gets its name: a stopped or full machine leaves the old one or the new one, never
+    half of one. The ending stays, since libraries go by it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        write(beside)
+        with beside.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_beside(path, lambda beside: beside.write_text(text))
+
+
+def sync_folder(folder: Path) -> None:
+    """After a rename: the new name itself is on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

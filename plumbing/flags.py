@@ -1,0 +1,98 @@
+"""Flags -> a configuration. Every field of spar.Config is a flag, its comment in the source that flag's help."""
+
+import argparse
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from disk import openmoji
+from plumbing.command import Parser, UserError
+from plumbing.devices import best_device, default_precision
+from spar import CHOICES, NAMES, PRESETS, Config, make_config
+
+FIRST_DAY = ("seed", "steps", "batch", "lr", "fusion", "tokenizer", "align", "anchor", "skip_stage", "data", "edits",
+             "precision", "attention", "workers")  # what --help shows; --help-all shows every field
+
+
+def field_help() -> dict[str, tuple[str, str]]:
+    """field -> (its group, its comment), read from the source of Config."""
+    group, found = "", {}
+    for line in inspect.getsource(Config).splitlines():
+        if heading := re.match(r"    # (.*)", line):
+            group = heading[1]
+        if field := re.match(r"    (\w+):.*?  # (.*)", line):
+            found[field[1]] = group, field[2]
+    return found
+
+
+def parser_of_train(description: str, every_field: bool) -> Parser:
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS,
+                    epilog=None if every_field else "python train.py --help-all shows every number of a run, by groups")
+    parser.add_argument("--help-all", action="store_true", default=False, help="show every field of the configuration and stop")
+    parser.add_argument("--preset", choices=list(PRESETS), default="toy", help="which set of numbers to start from")
+    parser.add_argument("--stages", default=",".join(NAMES), help="P1,P2,…: which to train (default: all not finished)")
+    parser.add_argument("--out", type=Path, default=None, help="run folder (default runs/<preset>)")
+    parser.add_argument("--from", dest="source", type=Path, default=None, help="run whose untouched stages are reused")
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's steps")
+    parser.add_argument("--resume", choices=("auto", "never"), default="auto",
+                        help="auto: go on with what --out holds; never: train the named stages anew")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: cuda or cpu")
+    parser.add_argument("--replay", type=Path, default=None,
+                        help="RUN/replay: compute a step again that was not finite, and stop")
+    parser.add_argument("--plan", action="store_true", default=False, help="print the stages in figures and stop")
+    parser.add_argument("--bench", action="store_true", default=False,
+                        help="time a step of each stage, write OUT/bench.json and stop")
+    helps, groups = field_help(), {}
+    for field in fields(Config):
+        if field.name == "preset":
+            continue
+        group, comment = helps[field.name]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        like, flag = field.default, "--" + field.name.replace("_", "-")
+        shown = ",".join(map(str, like)) if isinstance(like, tuple) else like
+        text = f"{comment} (toy: {shown})".replace("%", "%%") if every_field or field.name in FIRST_DAY else argparse.SUPPRESS
+        if isinstance(like, bool):
+            groups[group].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(like, tuple):
+            groups[group].add_argument(flag, type=lambda text, kind=type(like[0]): tuple(kind(x) for x in text.split(",")),
+                                       metavar="A,B,…", help=text)
+        else:
+            groups[group].add_argument(flag, type=type(like), choices=CHOICES.get(field.name), help=text,
+                                       metavar=None if field.name in CHOICES else type(like).__name__.upper())
+    return parser
+
+
+def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """-> (configuration, the rest). Raises UserError; a wrong flag names the nearest."""
+    given = vars(parser_of_train(description, every_field=False).read(arguments))
+    if given.pop("help_all"):
+        parser_of_train(description, every_field=True).print_help()
+        raise SystemExit
+    scale = given.pop("steps_scale")
+    rest = ("stages", "out", "source", "device", "plan", "bench", "resume", "replay")
+    rest = argparse.Namespace(**{key: given.pop(key) for key in rest})
+    rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
+    for name in rest.stages:
+        if name not in NAMES:
+            raise UserError(f"unknown stage {name!r} in --stages: they are {','.join(NAMES)}")
+    rest.device = best_device(rest.device)
+    defaults = {"precision": default_precision(rest.device), "workers": 4 if rest.device == "cuda" else 0}
+    if defaults["precision"] == "fp16":  # a GPU from before Ampere
+        defaults["attention"] = "sdpa"
+    preset = PRESETS[given["preset"]]
+    if defaults["precision"] != "bf16":
+        preset = {key: value for key, value in preset.items() if key != "precision"}  # bf16 is for where it is fast
+    config = make_config(**defaults | preset | given)
+    for key in ("steps", "batch", "lr"):
+        if len(getattr(config, key)) != len(NAMES):
+            raise UserError(f"--{key} takes {len(NAMES)} numbers, one for each of {','.join(NAMES)}")
+    if config.align == "external" and not config.teacher:
+        raise UserError("--align external needs --teacher RUN, a run folder whose P1 encoder teaches")
+    if config.shard and (config.optimizer == "muon" or config.precision == "fp16"):
+        raise UserError("--shard goes with --optimizer adamw (Muon turns whole matrices) and --precision bf16 or fp32")
+    config.steps = tuple(max(1, round(steps * scale)) for steps in config.steps)
+    if config.data == "openmoji":
+        config.data = str(openmoji.folder(config.side))
+    return config, rest

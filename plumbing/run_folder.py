@@ -1,0 +1,235 @@
+"""A run folder: what it holds, whether it fits, and the model in it.
+
+    config.json      every number of the run
+    log.jsonl        a line for every tenth step
+    <stage>.pt       what the stage trained, once it is finished
+    resume/          the stage in progress, as PyTorch's distributed checkpoints: the last two, until the next stage ends
+    replay/          a step whose loss was not finite
+    bad.jsonl, vocabulary.json     with data on disk: samples that others stood in for; its byte pairs
+    results.json, report/        written by the evaluation
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from disk.bytepair import load_vocabulary, write_vocabulary
+from disk.layouts import Found
+from parts.words import TextTokenizer, WordTokenizer
+from plumbing.checkpoints import BrokenCheckpoint, load_stage, read_stage
+from plumbing.command import UserError, write_beside, write_text
+from plumbing.devices import compile_parts, set_up_torch
+from plumbing.processes import first_process
+from spar import HOW, NAMES, SPAR, Config, make_config
+from world.language import WORDS
+
+# ---------------------------------------------------------------- a run folder
+
+
+def stage_names(config: Config) -> list[str]:
+    return [name for name in NAMES if name != config.skip_stage]
+
+
+def config_diff(config: Config) -> dict:
+    """The fields in which a configuration differs from its preset."""
+    preset = asdict(make_config(preset=config.preset))
+    return {key: value for key, value in asdict(config).items() if value != preset[key] and key != "seed" and key not in HOW}
+
+
+def load_config(run: Path) -> Config:
+    try:
+        path = run / "config.json"
+        if path.stat().st_size > 1 << 20:
+            raise TypeError("it is larger than 1 MB")
+        fields = json.loads(path.read_text())
+        config = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        check_numbers(config)
+        return config
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no run in {run}: train one with `python train.py --out {run}`") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{run / 'config.json'} is not from this train.py ({error}): train again into another --out") from None
+
+
+def check_numbers(config: Config) -> None:
+    """Raises TypeError for values of another kind, or of a size that no model has."""
+    for key, value in asdict(config).items():
+        usual = getattr(Config, key)
+        if isinstance(value, tuple) != isinstance(usual, tuple):
+            raise TypeError(f"{key} is a {type(value).__name__}")
+        like = usual[0] if isinstance(usual, tuple) else usual
+        largest = 512 if any(word in key for word in MANY_MAKE_MODULES) else 1e9
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(like, (bool, str)):
+                fits = type(one) is type(like)
+            else:
+                fits = type(one) in (int, float) and 0 <= one <= largest and (isinstance(like, float) or one == int(one))
+            if not fits:
+                raise TypeError(f"{key} is {one!r}"[:100])
+    if len(config.ae_widths) > 10 or config.side > 4096:
+        raise TypeError(f"side is {config.side}, ae_widths {config.ae_widths}"[:100])
+
+
+MANY_MAKE_MODULES = ("layers", "blocks", "depths", "stages", "noises", "heads")  # fields that say how many of something there are
+
+
+def text_tokenizer(config: Config, run: Path | None = None) -> TextTokenizer:
+    """The drawn world's words, or with data on disk the byte pairs that the run learned from it."""
+    if not config.data:
+        return WordTokenizer(WORDS)
+    return load_vocabulary(run / "vocabulary.json", config.longest)
+
+
+def build(config: Config, device: str, words: TextTokenizer | None = None, run: Path | None = None,
+          stages: Sequence[str] = ()) -> SPAR:
+    """The model as a stage finds it, after `stages` of `run`. It is made on its device, never on the host beside it."""
+    set_up_torch(device)
+    torch.manual_seed(config.seed)
+    with torch.device(device):
+        model = SPAR(config, words or text_tokenizer(config, run))
+    for name in stages:
+        load_stage(model, run, name)
+    if device.startswith("cuda"):
+        model.to(memory_format=torch.channels_last)
+    if config.compile:
+        compile_parts(model)
+    return model
+
+
+def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
+    """The model of a run folder after its finished stages (at most `upto`), which `model.finished` names.
+    Raises UserError where the folder is missing, is another's or holds no finished stage."""
+    config = load_config(run)
+    names = [name for name in NAMES[:NAMES.index(upto) + 1] if (run / f"{name}.pt").exists() and name != config.skip_stage]
+    if not names:
+        raise UserError(f"{run} holds no finished stage: go on with `python train.py --out {run}`")
+    words = text_tokenizer(config, run)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in SPAR(config, words).parameters())
+    if 4 * size > 100 * sum((run / f"{name}.pt").stat().st_size for name in names) + (64 << 20):
+        raise UserError(f"{run / 'config.json'} describes {size} parameters, far more than its checkpoints hold: "
+                        "it is another run's")
+    with torch.device(device):
+        model = SPAR(config, words).eval()
+    model.finished_stages = names
+    for name in names:
+        load_stage(model, run, name)
+    return model
+
+
+def finished_stages(run: Path, config: Config) -> set[str]:
+    """The stages whose files are whole and fit; of a broken or foreign one it is said that the stage is trained again."""
+    sound = set()
+    with torch.device("meta"):
+        model = SPAR(config, text_tokenizer(config, run))
+    for name in stage_names(config):
+        if (run / f"{name}.pt").exists():
+            try:
+                read_stage(model, run / f"{name}.pt", checksums=True)
+                sound.add(name)
+            except BrokenCheckpoint as broken:
+                if first_process():
+                    print(f"{run / name}.pt {broken}: {name} is trained again, from its last progress where there is some")
+    return sound
+
+
+def check_same_run(config: Config, run: Path) -> None:
+    """Writes config.json, or finds the same one there; only how it is computed (`HOW`) may have changed since."""
+    path = run / "config.json"
+    if path.exists():
+        before, now = asdict(load_config(run)), asdict(config)
+        differing = [key for key in now if before[key] != now[key] and key not in HOW]
+        if differing:
+            raise UserError(f"{run} was begun with {differing[0]} = {before[differing[0]]!r}, not {now[differing[0]]!r}: "
+                            "choose another --out")
+    write_text(path, json.dumps(asdict(config), indent=1) + "\n")
+
+
+FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
+    "k": "P3", "connector_layers": "P3", "shift": "P3", "noises_per_picture": "P3",
+    "lambda_lpips": "T1", "lpips_weights": "T1", "lambda_p": "T1", "lambda_f": "T1", "tokenizer": "T1", "symmetric": "T1",
+    "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1",
+    "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "gan_width": "T3", "lecam": "T3", "encoder_rate": "T3",
+    "anchor": "T3", "freeze_encoder": "T3",
+    "fusion": "U1", "queries": "U1",
+    "lambda_a": "U2", "edits": "U2", "align": "U2", "teacher": "U2", "align_hidden": "U2", "reference": "U2"}
+
+
+def take_over(config: Config, run: Path, source: Path) -> None:
+    """Copies from `source` the stages before the first that a differing field touches."""
+    before, now = asdict(load_config(source)), asdict(config)
+    touched = len(NAMES)
+    for key in (key for key in now if before[key] != now[key] and key not in ("preset", "skip_stage", *HOW)):
+        if key in ("steps", "batch", "lr"):
+            touched = min([touched, *(i for i in range(9) if before[key][i] != now[key][i])])
+        else:
+            touched = min(touched, NAMES.index(FIRST_TOUCHED.get(key, "P1")))
+    if before["skip_stage"] != now["skip_stage"]:
+        touched = min([touched, *(NAMES.index(name) for name in (before["skip_stage"], now["skip_stage"]) if name)])
+    for name in NAMES[:touched]:
+        if name != config.skip_stage and (source / f"{name}.pt").exists() and not (run / f"{name}.pt").exists():
+            write_beside(run / f"{name}.pt", partial(shutil.copyfile, source / f"{name}.pt"))
+
+
+def open_run(config: Config, run: Path, stages: list[str], source: Path | None, resume: bool,
+             found: Found | None) -> None:
+    """Makes the folder, or finds the same run there."""
+    if source:
+        load_config(source)  # a wrong folder is told before anything is written
+    run.mkdir(parents=True, exist_ok=True)
+    check_same_run(config, run)
+    if source:
+        take_over(config, run, source)
+    if not resume:
+        shutil.rmtree(run / "resume", ignore_errors=True)
+        for name in stages:
+            (run / f"{name}.pt").unlink(missing_ok=True)
+    if found and not (run / "vocabulary.json").exists():
+        write_vocabulary(found.root, found.texts(), config.tokens, config.longest, run / "vocabulary.json")
+
+
+# ---------------------------------------------------------------- logs
+
+
+def filter_lines(path: Path, keep) -> list[dict]:
+    """Leaves the lines of a .jsonl for which keep(line) holds, and returns them; a torn line goes."""
+    kept = []
+    if path.exists():
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue
+            kept += [line] if keep(line) else []
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
+def cut_logs(run: Path, stage: str, first: int) -> None:
+    """Forgets what was logged of steps that are done again."""
+    for name in ("log.jsonl", "bad.jsonl"):
+        filter_lines(run / name, lambda line: line["stage"] != stage or line["step"] < first)
+
+
+def bad_samples(run: Path, found: Found | None, max_bad: float):
+    """-> a function that takes the bad samples of a step, writes them to bad.jsonl, and stops the run above `max_bad`."""
+    path, allowed = run / "bad.jsonl", max_bad * len(found.samples()) if found else 0
+    known = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
+
+    def count(stage: str, step: int, bad: list[tuple[str, str]]) -> None:
+        if first_process():
+            with path.open("a") as file:
+                file.writelines(json.dumps({"stage": stage, "step": step, "key": key, "why": why}) + "\n" for key, why in bad)
+        known.update(key for key, _ in bad)
+        if len(known) > allowed:
+            raise UserError(f"{stage} step {step}: {len(known)} bad samples are more than --max-bad {max_bad} of the data "
+                            f"({allowed:.1f}): mend those that {path} lists, the last one: {bad[-1][1]}")
+
+    return count
+
+
