@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import pytest
 

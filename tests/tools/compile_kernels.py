@@ -4,7 +4,6 @@ takes: `python tests/compile_kernels.py [90] [--all]`. With --all each of the ti
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import torch
 import triton

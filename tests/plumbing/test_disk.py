@@ -16,10 +16,10 @@ from disk.check import check
 from disk.layouts import look
 from disk.reading import DiskData, as_tensor, check_kinds
 from disk.files import BadFile, Blob, read_picture, records
-from planted import FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shards, triples
+from tests.tools.planted import FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shards, triples
 from plumbing.command import UserError
 from spar import NAMES
-from torture import ended, same
+from tests.tools.torture import ended, same
 
 ROOT = Path(__file__).parent.parent
 STAGES = {stage.name: stage for stage in train.STAGES}

@@ -17,7 +17,7 @@ from plumbing.checkpoints import saved_progress
 from plumbing.command import UserError
 from plumbing.run_folder import load_run
 from spar import NAMES
-from torture import same
+from tests.tools.torture import same
 
 ROOT, HERE = Path(__file__).parent.parent, Path(__file__).parent
 

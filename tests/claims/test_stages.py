@@ -37,7 +37,7 @@ def state(model: SPAR) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exactly_the_listed_modules_train(name, tiny, tmp_path):
-    model = SPAR(tiny())
+    model = model_of(tiny())
     before = state(model)
     if name == "P3":  # its start copies LLM layers into the connector; only training is of interest here
         model.mllm.connector.copy_layers(model.mllm.llm)
@@ -51,7 +51,7 @@ def test_exactly_the_listed_modules_train(name, tiny, tmp_path):
 
 
 def test_with_a_frozen_encoder_t3_leaves_it_alone_to_the_bit(tiny, tmp_path):
-    model = SPAR(tiny(freeze_encoder=True))
+    model = model_of(tiny(freeze_encoder=True))
     before = state(model)
     run_stage(model, "T3", tmp_path)
     after = state(model)
@@ -68,7 +68,7 @@ def test_a_term_with_weight_zero_leaves_no_trace(name, field, symbol, tiny, tmp_
         folder = tmp_path / str(weight)
         folder.mkdir()
         torch.manual_seed(0)
-        model = SPAR(tiny(**{field: weight}))
+        model = model_of(tiny(**{field: weight}))
         logs[weight] = run_stage(model, name, folder), state(model)
     assert symbol not in logs[0.0][0][-1] and symbol in logs[0.5][0][-1]
     assert any(not torch.equal(a, b) for a, b in zip(logs[0.0][1].values(), logs[0.5][1].values()))
@@ -83,7 +83,7 @@ def test_the_teachers_get_no_gradient(tiny, tmp_path):
         return compute(model, batch, wanted, h)
 
     stage = next(stage for stage in train.STAGES if stage.name == "T3")
-    model = SPAR(tiny())
+    model = model_of(tiny())
     train.train_stage(model, train.Stage(**{**vars(stage), "compute": watched}), tmp_path, lambda speed: 0.0)
     for teacher in (seen[0].teacher, seen[0].perceptual):
         assert teacher is not None
@@ -91,7 +91,7 @@ def test_the_teachers_get_no_gradient(tiny, tmp_path):
 
 
 def test_a_thing_is_named_by_the_visual_tokens_of_its_quarter_and_by_no_others(tiny):
-    model = SPAR(tiny())
+    model = model_of(tiny())
     thing = Object("cross", "blue", "small", 1)
     words = [model.words.ids[thing.word(fact)] for fact in FACT_WORDS]
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_a_thing_is_named_by_the_visual_tokens_of_its_quarter_and_by_no_others(t
 
 
 def test_not_a_number_stops_before_the_update_and_names_stage_step_and_term(tiny, tmp_path):
-    model = SPAR(tiny())
+    model = model_of(tiny())
     before = state(model)
     stage = next(stage for stage in train.STAGES if stage.name == "P2")
     bad = train.Stage(**{**vars(stage), "compute": lambda *given: {
@@ -196,7 +196,7 @@ def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_
 def test_every_ablation_trains_and_differs_from_the_standard(tiny, tmp_path):
     def end(**change):
         torch.manual_seed(0)
-        model = SPAR(tiny(**change))
+        model = model_of(tiny(**change))
         folder = tmp_path / "-".join(change)
         folder.mkdir(exist_ok=True)
         for name in ("T1", "T3", "U1", "U2"):
@@ -206,7 +206,7 @@ def test_every_ablation_trains_and_differs_from_the_standard(tiny, tmp_path):
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     torch.manual_seed(5)
-    run_stage(SPAR(tiny()), "P1", teacher)
+    run_stage(model_of(tiny()), "P1", teacher)
     standard = end()
     for change in ({"tokenizer": "semantic-only"}, {"tokenizer": "pixel-only"}, {"anchor": False}, {"freeze_encoder": True},
                    {"align": "none"}, {"fusion": "last"}, {"fusion": "mean"}, {"fusion": "concat"}, {"fusion": "static"},
@@ -224,7 +224,7 @@ def test_averaged_weights_are_what_a_run_loads(tiny, tmp_path):
     key = "mllm.llm.embedding.weight"
     assert torch.equal(state(load_run(tmp_path))[key], content["ema"][key])
     torch.manual_seed(0)
-    start = state(SPAR(tiny()))[key]
+    start = state(model_of(tiny()))[key]
     assert not any(torch.equal(content["ema"][key], other) for other in (start, content["weights"][key]))
 
 

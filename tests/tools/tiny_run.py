@@ -9,10 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import train
-from conftest import TINY
+from tests.conftest import TINY
 from spar import NAMES, make_config
 
 folder, changes = Path(sys.argv[1]), json.loads(sys.argv[2])

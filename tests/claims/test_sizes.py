@@ -111,18 +111,18 @@ def test_the_shapes_of_a_preset_fit_together(preset, monkeypatch):
 
 @pytest.mark.parametrize("side, patch", [(16, 2), (8, 1), (24, 3)])  # a latent of 4 pixels for tokens of 4, 2 and 6
 def test_the_pixel_encoder_gives_one_latent_for_each_visual_token(tiny, side, patch):
-    model, images = SPAR(tiny(side=side, patch=patch)), torch.rand(2, 3, side, side) * 2 - 1
+    model, images = model_of(tiny(side=side, patch=patch)), torch.rand(2, 3, side, side) * 2 - 1
     z = model.pixel_latent(images)
     assert z.shape == model.tokenizer(images)[2].pixel.shape
     assert patch != 2 or torch.equal(z, model.pixel_encoder(images))
 
 
 def test_a_larger_vocabulary_adds_rows_but_no_words_and_untied_weights_are_the_outputs_own(tiny):
-    words = len(SPAR(tiny()).words)
-    model = SPAR(tiny(vocabulary=words + 50, tied=False))
+    words = len(model_of(tiny()).words)
+    model = model_of(tiny(vocabulary=words + 50, tied=False))
     llm = model.mllm.llm
     assert llm.embedding.weight.shape == llm.output.weight.shape == (words + 50, 32)
     assert llm.logits(torch.ones(2, 32)).equal(torch.ones(2, 32) @ llm.output.weight.T)
     assert model.words.decode([words - 1, words, words + 49]) == model.words.words[-1]
     with pytest.raises(ValueError, match="vocabulary 5"):
-        SPAR(tiny(vocabulary=5))
+        model_of(tiny(vocabulary=5))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import train
-from conftest import TINY
+from tests.conftest import TINY
 from plumbing.run_folder import load_config, load_run
 from spar import make_config
 

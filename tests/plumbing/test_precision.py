@@ -7,7 +7,7 @@ import train
 from parts.layer import Layer
 from plumbing.command import UserError
 from spar import NAMES, SPAR
-from test_train import run_stage, state
+from tests.tools.models import model_of, run_stage, state
 
 # Largest difference of a loss, as a share of it (or of 1, where it is smaller). fp16 skips its first steps, until it has found
 # a scale at which no gradient overflows.
@@ -50,7 +50,7 @@ def test_every_loss_is_float32(name, tiny, tmp_path):
         return result
 
     watching = train.Stage(**{**vars(stage), "compute": watched})
-    train.train_stage(SPAR(tiny(precision="bf16")), watching, tmp_path, lambda speed: 0.0)
+    train.train_stage(model_of(tiny(precision="bf16")), watching, tmp_path, lambda speed: 0.0)
     assert seen and set(seen.values()) == {torch.float32}
 
 
@@ -92,7 +92,7 @@ def test_compiled_parts_compute_the_same(tiny, tmp_path):
     ends = {}
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = SPAR(tiny(compile=compiled))
+        model = model_of(tiny(compile=compiled))
         train.compile_parts(model, backend="aot_eager") if compiled else None
         (tmp_path / str(compiled)).mkdir()
         ends[compiled] = [run_stage(model, name, tmp_path / str(compiled)) for name in ("T1", "U2")]

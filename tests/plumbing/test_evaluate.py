@@ -62,7 +62,7 @@ def test_the_frechet_distance_equals_the_formula_with_eigenvalues(n, m, d):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    from conftest import TINY
+    from tests.conftest import TINY
     from spar import make_config
     run = tmp_path_factory.mktemp("run")
     train.train(make_config(**TINY), run, list(train.NAMES), "cpu", None)

@@ -8,7 +8,7 @@ from spar import SPAR
 
 @pytest.fixture
 def model(tiny):
-    return SPAR(tiny()).eval()
+    return model_of(tiny()).eval()
 
 
 def test_a_prompt_is_written_out_the_same_for_the_same_seed_and_in_words_that_can_be_drawn(model):

@@ -18,7 +18,6 @@ import zipfile
 import zlib
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch
 import torch.distributed.checkpoint as checkpoints
@@ -26,8 +25,8 @@ import torch.distributed.checkpoint as checkpoints
 import train
 from disk.bytepair import load_vocabulary
 from disk.check import check
-from conftest import TINY
-from planted import TALK, chunk, claimed_png, folder_of_captions, picture, record, shard
+from tests.conftest import TINY
+from tests.tools.planted import TALK, chunk, claimed_png, folder_of_captions, picture, record, shard
 from plumbing.checkpoints import BrokenCheckpoint, load_progress, saved_progress
 from plumbing.run_folder import load_run
 from sample import read_picture

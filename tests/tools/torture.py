@@ -17,12 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch
 
 import train
-from conftest import TINY
+from tests.conftest import TINY
 from spar import NAMES, make_config
 
 TIMES = ("seconds", "images_per_second", "waiting")  # of a log's line: what a clock says
