@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-import data
+from world import language
 from world.language import FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, grounding, question, twin
 from world.judge import fulfils
 from world.drawing import (COLOURS, HELD_OUT, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene, draw,
@@ -67,7 +67,7 @@ def test_another_seed_split_epoch_or_index_gives_others(what):
 
 def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch):
     drawn = []
-    monkeypatch.setattr(data, "draw", lambda scenes, side=32: drawn.extend(scenes) or torch.zeros(len(scenes), 3, 1, 1))
+    monkeypatch.setattr(language, "draw", lambda scenes, side=32: drawn.extend(scenes) or torch.zeros(len(scenes), 3, 1, 1))
     world, indices = DrawnWorld(), range(3000)
     world.pictures(indices)
     _, talks = world.conversations(indices)
@@ -115,7 +115,7 @@ def test_facts_that_no_caption_tells_change_the_pixels_and_not_the_caption():
 
 
 def right_answers(scene, text):
-    """Every right answer, read off the words and the scene without data.py's own reading."""
+    """Every right answer, read off the words and the scene without world/language.py's own reading."""
     things, words = scene.objects, text.split()
 
     def named(label):  # "green", "circle", "object", "top-left" in any order

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import attention as module
 from attention import attention
+from parts import attention_triton
 from parts.attention_triton import side_by_side
 from parts.linear_attention import fused_linear, linear_attention, plain
-from test_attention import naive, values_and_gradients
+from tests.claims.test_attention import naive, values_and_gradients
 
-if module.triton is None:
+if attention_triton.triton is None:
     pytest.skip("the fused kernels need Triton: pip install triton", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

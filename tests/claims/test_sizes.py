@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from spar import PRESETS, SPAR, make_config
+from spar import PRESETS, make_config
+from tests.tools.models import model_of
 
 REASON = "the public models to compare with are an optional extra"
 
@@ -32,7 +33,7 @@ def count(*modules):
 
 
 def ours(preset):
-    model = on_meta(SPAR, make_config(preset=preset))
+    model = on_meta(model_of, make_config(preset=preset))
     vision, llm = model.tokenizer.vision, model.mllm.llm
     return {"vision": count(vision) - count(vision.projector), "projector": count(vision.projector),
             "embedding": count(llm.embedding), "layers": count(llm.layers, llm.norm), "output": count(llm.output),
@@ -91,22 +92,22 @@ def test_each_part_has_as_many_parameters_as_its_published_configuration_builds(
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_shapes_of_a_preset_fit_together(preset, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has no autocast
-    f = make_config(preset=preset)
-    model, images = on_meta(SPAR, f), torch.empty(2, 3, f.side, f.side, device="meta")
-    tokens = f.grid**2
+    config = make_config(preset=preset)
+    model, images = on_meta(model_of, config), torch.empty(2, 3, config.side, config.side, device="meta")
+    tokens = config.grid**2
     picture, f_v, latents = model.tokenizer(images)
-    assert picture.shape == images.shape and f_v.shape == (2, tokens, f.d)
-    assert {z.shape for z in (*latents, model.pixel_latent(images))} == {(2, tokens, f.p)}
+    assert picture.shape == images.shape and f_v.shape == (2, tokens, config.d)
+    assert {z.shape for z in (*latents, model.pixel_latent(images))} == {(2, tokens, config.p)}
     ids, mask = model.encode_prompts(["a large red circle", "a blue square"], has_image=True)
     condition, z = model.mllm.condition(ids, mask, f_v), model.as_grid(latents.fused)
-    assert condition.tokens.shape == (2, ids.shape[1] + f.queries, f.condition_width) and f.queries == tokens
-    assert condition.weights.shape == (*condition.mask.shape, f.k)
-    sigma, reference = torch.empty(2, device="meta"), z if f.reference == "latent" else None
+    assert condition.tokens.shape == (2, ids.shape[1] + config.queries, config.condition_width) and config.queries == tokens
+    assert condition.weights.shape == (*condition.mask.shape, config.k)
+    sigma, reference = torch.empty(2, device="meta"), z if config.reference == "latent" else None
     velocity, hidden = model.dit(z, sigma, condition.tokens, condition.mask, reference)
-    assert velocity.shape == z.shape == (2, f.p, f.grid, f.grid) and model.align_head(hidden).shape == f_v.shape
+    assert velocity.shape == z.shape == (2, config.p, config.grid, config.grid) and model.align_head(hidden).shape == f_v.shape
     states, _ = model.mllm.llm(model.mllm.embed(ids, f_v), mask)
-    assert model.mllm.llm.logits(states[-1]).shape == (*ids.shape, f.vocabulary or len(model.words))
-    assert len(f.steps) == len(f.batch) == len(f.lr) == 9
+    assert model.mllm.llm.logits(states[-1]).shape == (*ids.shape, config.vocabulary or len(model.words))
+    assert len(config.steps) == len(config.batch) == len(config.lr) == 9
 
 
 @pytest.mark.parametrize("side, patch", [(16, 2), (8, 1), (24, 3)])  # a latent of 4 pixels for tokens of 4, 2 and 6

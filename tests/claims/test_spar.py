@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spar import SPAR
+from tests.tools.models import model_of
 
 
 @pytest.fixture
