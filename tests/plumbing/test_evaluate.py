@@ -2,13 +2,13 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-import train
-from evaluate import Protocol, evaluate
+from evaluate import Protocol, evaluate, evaluation_id
 from parts.metrics import frechet_distance, psnr, ssim
 from plumbing.pictures import draw_report
 
@@ -60,37 +60,39 @@ def test_the_frechet_distance_equals_the_formula_with_eigenvalues(n, m, d):
     assert frechet_distance(torch.tensor(a), torch.tensor(a + 2)) == pytest.approx(4 * d, rel=1e-6)
 
 
+QUICK = Protocol(count=4, steps=2)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    from tests.conftest import TINY
-    from spar import make_config
-    run = tmp_path_factory.mktemp("run")
-    train.train(make_config(**TINY), run, list(train.NAMES), "cpu", None)
-    return run
+def measured(whole_run, tmp_path_factory):
+    """A copy of the whole run with its results; -> (folder, what `evaluate` returned)."""
+    run = shutil.copytree(whole_run, tmp_path_factory.mktemp("measured") / "run")
+    return run, evaluate(run, QUICK)
 
 
-def test_a_run_measured_twice_gives_the_same_id_and_figures(finished):
-    first, second = (evaluate(finished, Protocol(count=4)) for _ in range(2))
-    assert {**first, "seconds": 0} == {**second, "seconds": 0}
-    assert evaluate(finished, Protocol(count=4, guidance=2.5))["eval_id"] != first["eval_id"]
-    content = torch.load(finished / "U3.pt", weights_only=True)
+def test_a_run_measured_twice_gives_the_same_id_and_figures(measured, tmp_path):
+    first, run = measured[1], shutil.copytree(measured[0], tmp_path / "run")
+    assert {**first, "seconds": 0} == {**evaluate(run, QUICK), "seconds": 0}
+    assert evaluation_id(run, QUICK) == first["eval_id"] != evaluation_id(run, Protocol(count=4, steps=2, guidance=2.5))
+    content = torch.load(run / "U3.pt", weights_only=True)
     next(iter(content["ema"].values())).add_(1.0)
-    torch.save(content, finished / "U3.pt")
-    assert evaluate(finished, Protocol(count=4))["eval_id"] != first["eval_id"]
+    torch.save(content, run / "U3.pt")
+    assert evaluation_id(run, QUICK) != first["eval_id"]
 
 
-def test_results_have_every_key_of_the_contract(finished):
-    evaluate(finished, Protocol(count=4))
-    results = json.loads((finished / "results.json").read_text())
+def test_results_have_every_key_of_the_contract(measured):
+    results = json.loads((measured[0] / "results.json").read_text())
     wanted = {"reconstruction": "psnr ssim rfd", "understanding": "overall colour shape size place count relation twins before_t3",
               "generation": "overall single two counting colours position binding held_out knowledge",
               "generation_direct": "overall single held_out knowledge knowledge_p3",
-              "editing_direct": "overall hybrid preservation_psnr", "editing": "overall add adjust extract replace remove background style hybrid action preservation_psnr"}
+              "editing_direct": "overall hybrid preservation_psnr",
+              "editing": "overall add adjust extract replace remove background style hybrid action preservation_psnr"}
     assert {"eval_id", "seed", "seconds", "ablation", *wanted} <= set(results)
     for part, keys in wanted.items():
         assert set(keys.split()) <= set(results[part]), part
 
 
-def test_the_report_has_its_four_pictures(finished):
-    draw_report(finished)
-    assert {path.name for path in (finished / "report").iterdir()} == {"summary.png", "losses.png", "streams.png", "routing.png"}
+def test_the_report_has_its_four_pictures(measured):
+    shutil.rmtree(measured[0] / "report", ignore_errors=True)
+    assert str(measured[0] / "report" / "summary.png") in draw_report(measured[0])
+    assert {path.name for path in (measured[0] / "report").iterdir()} == {"summary.png", "losses.png", "streams.png", "routing.png"}

@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "hostile.py"
+from tests.tools.commands import ROOT
+
+SCRIPT = ROOT / "tests" / "tools" / "hostile.py"
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path_factory.mktemp("hostile"))], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "tests.tools.hostile", str(tmp_path_factory.mktemp("hostile"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -22,7 +24,8 @@ def test_at_least_fifty_were_tried_and_each_came_back(verdicts):
 
 
 @pytest.mark.parametrize("what, sound", [
-    ("refused", lambda v: v["refused"]), ("one line", lambda v: v["told"] and "\n" not in v["told"] and "\x1b" not in v["told"] and len(v["told"]) < 500),
+    ("refused", lambda v: v["refused"]),
+    ("one line", lambda v: v["told"] and "\n" not in v["told"] and "\x1b" not in v["told"] and len(v["told"]) < 500),
     ("under 5 s", lambda v: v["seconds"] < 5), ("under 1 GB", lambda v: v["megabytes"] < 1024), ("nothing ran", lambda v: not v["harmed"])])
 def test_every_hostile_file_is_harmless(what, sound, verdicts):
     wrong = {v["name"]: v for v in verdicts if not sound(v)}

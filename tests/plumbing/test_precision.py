@@ -1,12 +1,15 @@
 """Half precision learns what full precision learns; what needs float32 stays float32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import train
 from parts.layer import Layer
+from plumbing import devices
 from plumbing.command import UserError
-from spar import NAMES, SPAR
+from spar import NAMES
 from tests.tools.models import model_of, run_stage, state
 
 # Largest difference of a loss, as a share of it (or of 1, where it is smaller). fp16 skips its first steps, until it has found
@@ -15,9 +18,8 @@ BAND = {"bf16": 0.02, "fp16": 0.03}
 
 
 def losses(precision, name, tiny, folder, **changes):
-    folder.mkdir()
     torch.manual_seed(0)
-    model = SPAR(tiny(precision=precision, steps=(12,) * 9, lr=(1e-3,) * 9, **changes))
+    model = model_of(tiny(precision=precision, steps=(12,) * 9, lr=(1e-3,) * 9, **changes))
     lines = run_stage(model, name, folder)
     return [{key: value for key, value in line.items() if key == "loss" or key.startswith("L_")} for line in lines], state(model)
 
@@ -41,17 +43,15 @@ def test_every_stage_has_the_losses_of_float32_within_a_band(name, precision, ti
 
 @pytest.mark.parametrize("name", ["P1", "P2", "P3", "T3", "U2"])
 def test_every_loss_is_float32(name, tiny, tmp_path):
-    seen = {}
-    stage = next(stage for stage in train.STAGES if stage.name == name)
+    kinds, stage = {}, train.stage_named(name)
 
     def watched(*given):
-        result = stage.compute(*given)
-        seen.update({symbol: value.dtype for symbol, value in result.items()})
-        return result
+        losses, reconstruction = stage.compute(*given)
+        kinds.update({symbol: value.dtype for symbol, value in losses.items()})
+        return losses, reconstruction
 
-    watching = train.Stage(**{**vars(stage), "compute": watched})
-    train.train_stage(model_of(tiny(precision="bf16")), watching, tmp_path, lambda speed: 0.0)
-    assert seen and set(seen.values()) == {torch.float32}
+    run_stage(model_of(tiny(precision="bf16")), replace(stage, compute=watched), tmp_path)
+    assert kinds and set(kinds.values()) == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["P1", "P2", "U2"])
@@ -80,11 +80,11 @@ def test_a_layer_that_recomputes_keeps_nothing_of_its_inside():
 
 def test_half_precision_is_refused_where_it_is_slower_with_the_factor(monkeypatch):
     clock = iter([0, 1, 1, 2, 2, 3, 3, 4, 10, 50, 50, 90, 90, 130, 130, 170])  # fp32: 1 s a product, bf16: 40 s
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(clock))
     with pytest.raises(UserError, match="takes 40 times as long for products in bf16 as in fp32; use --precision fp32"):
-        train.check_precision("bf16", "cpu")
-    train.check_precision("bf16", "cuda")
-    train.check_precision("fp32", "cpu")
+        devices.check_precision("bf16", "cpu")
+    devices.check_precision("bf16", "cuda")
+    devices.check_precision("fp32", "cpu")
 
 
 def test_compiled_parts_compute_the_same(tiny, tmp_path):
@@ -93,8 +93,7 @@ def test_compiled_parts_compute_the_same(tiny, tmp_path):
     for compiled in (False, True):
         torch.manual_seed(0)
         model = model_of(tiny(compile=compiled))
-        train.compile_parts(model, backend="aot_eager") if compiled else None
-        (tmp_path / str(compiled)).mkdir()
+        devices.compile_parts(model, backend="aot_eager") if compiled else None
         ends[compiled] = [run_stage(model, name, tmp_path / str(compiled)) for name in ("T1", "U2")]
     for a, b in zip(*([line for stage in ends[kind] for line in stage] for kind in (False, True))):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

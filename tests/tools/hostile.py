@@ -1,7 +1,7 @@
 """Files made to do harm, each given to what reads it in a process of its own; prints one JSON line for each: name, what was
 told, seconds, megabytes above the start, and what the process wrote or ran that it should not have.
 
-    python tests/hostile.py FOLDER
+    python -m tests.tools.hostile FOLDER
 """
 
 import io
@@ -18,19 +18,20 @@ import zipfile
 import zlib
 from pathlib import Path
 
-
 import torch
 import torch.distributed.checkpoint as checkpoints
 
 import train
 from disk.bytepair import load_vocabulary
 from disk.check import check
-from tests.conftest import TINY
-from tests.tools.planted import TALK, chunk, claimed_png, folder_of_captions, picture, record, shard
-from plumbing.checkpoints import BrokenCheckpoint, load_progress, saved_progress
+from plumbing.checkpoints import BrokenCheckpoint, load_progress, saved_progress, sums
+from plumbing.command import UserError
 from plumbing.run_folder import load_run
 from sample import read_picture
 from spar import make_config
+from tests.conftest import TINY
+from tests.tools.models import model_of
+from tests.tools.planted import TALK, chunk, claimed_png, folder_of_captions, picture, record, shard
 
 MARK = Path(sys.argv[1]).resolve() / "HARMED"  # what the files try to write
 
@@ -113,21 +114,16 @@ def set_ema(key, value):
 
 def progress(run: Path, file: str, content: bytes):
     """The run with a hostile file in its last progress, whose checksums are made to fit."""
-    from plumbing.checkpoints import sums
     folder = saved_progress(run, "P1")[-1]
     (folder / file).write_bytes(content)
     (folder / "sums.json").write_text(json.dumps(sums(folder)))
-    stage = train.STAGES[0]
-    model = train.build(make_config(**TINY), "cpu", run, [])
-    load_progress(folder, train.begin(model, stage, train.open_world(model.config, 0, None)).state())
+    load_progress(folder, train.training_of(model_of(make_config(**TINY)), train.STAGES[0]).state())
 
 
 def progress_saved_with(run: Path, harm):
     """The run with a last progress one of whose plain entries is `harm`, as PyTorch itself writes it."""
-    from plumbing.checkpoints import sums
     folder = saved_progress(run, "P1")[-1]
-    model = train.build(make_config(**TINY), "cpu", run, [])
-    state = train.begin(model, train.STAGES[0], train.open_world(model.config, 0, None)).state()
+    state = train.training_of(model_of(make_config(**TINY)), train.STAGES[0]).state()
     checkpoints.save(state | {"step": 2, "seconds": harm}, checkpoint_id=folder, no_dist=True)
     (folder / "sums.json").write_text(json.dumps(sums(folder)))
     load_progress(folder, state | {"step": 0, "seconds": 0.0})
@@ -236,7 +232,7 @@ def judge(name: str, case, sound: Path, folder: Path) -> dict:
         faults = case(run, root)
         refused = isinstance(faults, list) and 1 <= len(faults) <= 2
         told = faults[-1] if refused else f"not refused: {faults!r}"[:200]
-    except (BrokenCheckpoint, ValueError, OSError, train.UserError) as error:
+    except (BrokenCheckpoint, ValueError, OSError, UserError) as error:
         told, refused = str(error), True
     except BaseException as error:
         told, refused = f"{type(error).__name__}: {error}", False

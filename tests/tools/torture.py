@@ -1,6 +1,6 @@
 """Kills a tiny run at random moments, inside saves too, over all nine stages, and compares its end with a run left alone.
 
-    python tests/torture.py --kills 200 [--workers 2] [--seed 0]
+    python -m tests.tools.torture --kills 200 [--workers 2] [--seed 0]
 
 Prints the kills, the checkpoints that were lost or could not be loaded, and the runs that ended in other bits; exit code 1
 where one of the last two is not 0. Each start is a forked process, killed with SIGKILL after a random time.
@@ -17,12 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-
 import torch
 
 import train
-from tests.conftest import TINY
 from spar import NAMES, make_config
+from tests.conftest import TINY
 
 TIMES = ("seconds", "images_per_second", "waiting")  # of a log's line: what a clock says
 
