@@ -231,7 +231,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
     share of processes that are asked to be "stopping"; the learning "rate", the seconds of "waiting" for data, and the "bad"
     samples of this process. `check(now, step, metrics, batch)` raises where a number is not finite."""
     config, steps = now.config, now.config.steps[NAMES.index(now.stage.name)]
-    batch, bad, waiting = read(batches, now.device)  # 1. read
+    batch, bad, waiting = read(batches, now.device, f"{now.stage.name} step {step}")  # 1. read
     rate = now.set_rate(step, steps)  # 2. rate
     losses, reconstruction = now.module(batch, now.loss_weights, step >= config.gan_start * steps)  # 3. forward
     loss = sum(now.loss_weights[symbol] * value for symbol, value in losses.items())
