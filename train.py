@@ -320,7 +320,10 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             model = build(config, device, words, run, names[:position])
             train_stage(model, stage_named(name), run, partial(seconds_after, config, name, later[1:]), found=found)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # the first after some minutes; the rest at the end
-                print(draw_report(run, device))
+                try:
+                    print(draw_report(run, device))
+                except (ValueError, RuntimeError, OSError) as error:  # training is worth more than its pictures
+                    print(f"no pictures after {name}: {error}")
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
         else:

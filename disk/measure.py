@@ -20,7 +20,7 @@ Cell = tuple[list[Tensor], str, bool | None]  # pictures side by side, the words
 
 
 def readable(samples: list[Sample], role: str, side: int, count: int) -> tuple[list[Sample], Tensor]:
-    """`count` samples, spread over the keys, whose pictures can be read, and these."""
+    """`count` samples, spread over the keys, whose pictures can be read, and these. Raises BadFile where there are none."""
     kept, pictures = [], []
     for sample in sorted(samples, key=lambda sample: sample.key)[::max(1, len(samples) // count)]:
         try:
@@ -28,6 +28,8 @@ def readable(samples: list[Sample], role: str, side: int, count: int) -> tuple[l
             kept.append(sample)
         except BadFile:
             pass
+    if not kept:
+        raise BadFile("no sample is held out to be measured on: put some into a folder named test")
     return kept[:count], torch.stack(pictures[:count])
 
 
@@ -36,9 +38,10 @@ def reconstruction(model, before, pictures: Tensor, mean: Tensor) -> dict:
     with torch.no_grad():
         features, of_copies = (before.tokenizer.features(x).mean(1) for x in (pictures, copies))
     flat = mean.expand_as(pictures)
+    rfd = {"rfd": frechet_distance(features, of_copies)} if len(pictures) > 1 else {}  # one picture has no variance
     return {"psnr": psnr(pictures, copies).mean().item(), "psnr_baseline": psnr(pictures, flat).mean().item(),
             "ssim": ssim(pictures, copies).mean().item(), "ssim_baseline": ssim(pictures, flat).mean().item(),
-            "rfd": frechet_distance(features, of_copies)}
+            **rfd}
 
 
 def understanding(model, samples: list[Sample], pictures: Tensor, train: list[Sample]) -> dict:
