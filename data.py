@@ -184,7 +184,8 @@ def show(path: str = "") -> None:
     for name, make in (("P1", language_batch), ("T1", picture_batch), ("P3", text_to_image_batch), ("U2", unified_batch)):
         batch = Batches(Config(), name, make, {"edits": 0.5, "captions": 0.5, "outcomes": 0.5})[0]
         for key, value in batch.items():
-            print(f"{name}  {key:13}", *(tuple(part.shape) for part in torch.utils._pytree.tree_leaves(value)))
+            leaves = torch.utils._pytree.tree_leaves(value)
+            print(f"{name}  {key:13}", *(tuple(part.shape) for part in leaves if part is not None))
         assert batch["images"].shape[1:] == (3, 32, 32)
     show_samples(path)
 
