@@ -1,29 +1,41 @@
 """The README's commands are the ones that CI runs, and what it names exists."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+import pytest
+
+from spar import Config
+from tests.tools.commands import ROOT
+
 README = (ROOT / "README.md").read_text()
+TEXTS = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("disk", "plumbing", "results"))]
+SOURCES = ("plumbing/flags.py", "sample.py", "evaluate.py", "disk/check.py", "disk/openmoji.py", "attention.py",
+           "tests/tools/torture.py", "benchmarks/*.py")
 
 
 def test_ci_runs_the_readmes_commands():
-    ci = (ROOT / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    plain = [line.split(" --steps-scale")[0].replace(" --quiet", "") for line in ci]
     for line in re.findall(r"```sh\n(python3 -m venv .*)\n```", README):
         for part in line.split(" && "):
-            assert any(here.split(" --steps-scale")[0].replace(" --quiet", "").startswith(part) for here in ci.splitlines()), part
+            assert any(command.startswith(part) for command in plain), part
 
 
-def test_every_file_and_test_that_the_readme_names_exists():
-    for name in re.findall(r"`([a-z_]+\.py)`", README):
-        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_readme_names_exists(path):
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    for name in re.findall(r"`([\w/]+\.(?:py|json))`", path.read_text()):
+        assert (ROOT / name).exists() or (path.parent / name).exists() or [*ROOT.glob(f"*/**/{name}")], name
 
 
-def test_every_flag_that_the_readme_names_exists():
-    import train
-    source = "".join((ROOT / name).read_text() for name in ("train.py", "sample.py", "evaluate.py", "check.py", "openmoji.py", "tests/torture.py")) + '"--help"'
-    fields = {"--" + field.replace("_", "-") for field in train.make_config().__dict__}
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_flag_that_a_readme_names_exists(path):
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    source = "".join(file.read_text() for pattern in SOURCES for file in ROOT.glob(pattern)) + '"--help"'
+    fields = {"--" + field.replace("_", "-") for field in Config.__dataclass_fields__}
     fields |= {"--no-" + field[2:] for field in fields}
-    torchruns = {"--standalone", "--nproc-per-node", "--max-restarts"}
-    for flag in set(re.findall(r"(--[a-z][a-z-]+)", README)) - torchruns:
+    others = {"--standalone", "--nproc-per-node", "--max-restarts", "--index-url"}  # torchrun's and pip's
+    for flag in set(re.findall(r"(--[a-z][a-z-]+)", path.read_text())) - others:
         assert flag in fields or f'"{flag.replace("--no-", "--")}"' in source, flag
