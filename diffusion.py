@@ -1,4 +1,5 @@
-"""Generation: a SANA-style diffusion transformer, flow matching, self-alignment, two samplers (paper, Sec. 3.3 and 3.4).
+"""Generation: a SANA-style diffusion transformer, flow matching, self-alignment, two samplers (paper, Sec. 3.3 and
+3.4).
 
     x_t = (1 − σ) z + σ ε              z: fused latent z_f · scale, ε: Gaussian noise, σ from 1 (noise) to 0 (picture)
     v = ε − z                          what the DiT predicts from x_t, σ and the condition
@@ -10,8 +11,8 @@ Reference for the DiT: SANA, arXiv 2410.10629 (linear attention, Mix-FFN, AdaLN-
 
     python diffusion.py            shape trace, and both samplers on a known flow
 
-Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, c width of the DiT, l length and u width of the
-condition, d width of visual tokens, a heads, e width of a head.
+Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, c width of the DiT, l length and u
+width of the condition, d width of visual tokens, a heads, e width of a head.
 """
 
 import math
@@ -32,9 +33,9 @@ from parts.positions import sine_positions
 
 
 def logit_normal_times(b: int, generator: torch.Generator | None = None, shift: float = 1.0) -> Tensor:
-    """σ `b` in (0, 1): the sigmoid of a standard normal, moved by `shift` as in `sample`: above 1, more of them lie near the
-    noise, where it is decided what goes where (SANA: 3). One from each of b equally likely slices, in random order: a batch
-    sees the whole path, and its loss varies less."""
+    """σ `b` in (0, 1): the sigmoid of a standard normal, moved by `shift` as in `sample`: above 1, more of them lie
+    near the noise, where it is decided what goes where (SANA: 3). One from each of b equally likely slices, in random
+    order: a batch sees the whole path, and its loss varies less."""
     share = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
     return (torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)) + math.log(shift)).sigmoid()
 
@@ -50,7 +51,8 @@ def flow_matching_loss(velocity: Tensor, z: Tensor, noise: Tensor) -> Tensor:
 
 def alignment_loss(projected: Tensor, f_v: Tensor) -> Tensor:
     """`projected` = φ_a(f_dit) and the teacher's f'_v are `b n d`, token by token of one grid. In [−1, 1], best −1."""
-    return -F.cosine_similarity(projected.float(), f_v.detach().float(), dim=-1).mean()  # Sec. 3.4: − mean cos(φ_a(f_dit), f'_v)
+    cosine = F.cosine_similarity(projected.float(), f_v.detach().float(), dim=-1)
+    return -cosine.mean()  # Sec. 3.4: L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)
 
 
 # ---------------------------------------------------------------- diffusion transformer
@@ -113,7 +115,8 @@ class TimeEmbedding(nn.Module):
 
 
 class DiT(nn.Module):
-    """(x_t `b p h w`, σ `b`, condition `b l u`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after `align_block`).
+    """(x_t `b p h w`, σ `b`, condition `b l u`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after
+    `align_block`).
 
     `positions`: add sines of row and column to the latent tokens.
     # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner.
@@ -170,9 +173,9 @@ class DiT(nn.Module):
 
 def change_from_reference(dit: Callable, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None,
                           reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`dit` with a reference's clean latent z_r `b p h w` (None: without) as the origin of the flow, and on channels of its own
-    (InstructPix2Pix, arXiv 2211.09800): x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z − z_r, of velocity
-    v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
+    """`dit` with a reference's clean latent z_r `b p h w` (None: without) as the origin of the flow, and on channels of
+    its own (InstructPix2Pix, arXiv 2211.09800): x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z −
+    z_r, of velocity v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
     # differs from paper: there the reference reaches the DiT through the condition alone (`--reference tokens`).
     """
     if reference is None:
@@ -194,7 +197,8 @@ class AlignmentHead(nn.Sequential):
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x `b p h w`, σ `b`) -> v
 
 
-def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tensor, Tensor], guidance: float) -> Velocity:
+def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tensor, Tensor],
+           guidance: float) -> Velocity:
     """Classifier-free guidance: v = v_nothing + guidance · (v_condition − v_nothing).
 
     `dit(x, σ, tokens, mask) -> v`; `condition` and `nothing` are (tokens `b l u`, mask `b l`). Guidance 1 asks once.
@@ -214,8 +218,8 @@ def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tenso
 
 def equally_long(*parts: Tensor) -> list[Tensor]:
     """Pads `b l …` with zeros (a mask: false) to the longest l."""
-    width = max(part.shape[1] for part in parts)
-    return [torch.cat([part, part.new_zeros(part.shape[0], width - part.shape[1], *part.shape[2:])], 1) for part in parts]
+    longest = max(part.shape[1] for part in parts)
+    return [F.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts]
 
 
 def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "dpm", shift: float = 1.0):
@@ -240,7 +244,7 @@ def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "d
             if previous is not None and math.isfinite(gap) and math.isfinite(gap_before):
                 estimate = clean + gap / (2 * gap_before) * (clean - previous)
             previous, gap_before = clean, gap
-        x = after / now * x + (1 - after / now) * estimate  # exact for a constant clean latent; with `clean`, an Euler step
+        x = after / now * x + (1 - after / now) * estimate  # exact for a constant clean latent; with `clean`, Euler's
         path.append(x)
     return x, path
 
@@ -262,8 +266,8 @@ class Noise(NamedTuple):
 
 def flow_losses(dit: DiT, z: Tensor, tokens: Tensor, mask: Tensor, noise: Noise,
                 reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """-> (L_fm, f_dit `(draws b) n c`) for clean latents z `b p h w`, each at as many random times as `noise` holds: what is
-    dear, the condition, is computed once for all of them."""
+    """-> (L_fm, f_dit `(draws b) n c`) for clean latents z `b p h w`, each at as many random times as `noise` holds:
+    what is dear, the condition, is computed once for all of them."""
     draws = len(noise.sigma) // len(z)
     z, tokens, mask, reference = (None if x is None else repeat(x, "b ... -> (draws b) ...", draws=draws)
                                   for x in (z, tokens, mask, reference))
@@ -281,8 +285,9 @@ def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callabl
                    align_head: AlignmentHead, external_teacher: nn.Module | None = None) -> dict[str, Tensor]:
     """U1 to U3 (Sec. 3.3, 3.4): draw and edit z_f through queries, router and connector; the tokenizer teaches the DiT.
 
-    `condition`: `MLLM.condition`. `clean_latent(images)` -> (z_f · scale `b p h w`, f_v `b n d`). A batch holds requests
-    ("words"), edits ("instructions", "references"), or both, in this order, and the pictures wanted ("images").
+    `condition`: `MLLM.condition`. `clean_latent(images)` -> (z_f · scale `b p h w`, f_v `b n d`). A batch holds
+    requests ("words"), edits ("instructions", "references"), or both, in this order, and the pictures wanted
+    ("images").
     """
     conditions, reference = [], None
     if "words" in batch:
@@ -296,21 +301,14 @@ def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callabl
     with torch.no_grad():
         z, f_v = clean_latent(batch["images"])
         teacher = f_v if external_teacher is None else external_teacher(batch["images"])  # f'_v of the clean target
-    if reference is not None:
-        reference = origin_of_flow(dit, reference, z)
+    if reference is not None:  # behind a zero for each picture that is drawn from words alone
+        reference = torch.cat([torch.zeros_like(z[:len(z) - len(reference)]), reference]) if dit.reference else None
     L_fm, f_dit = flow_losses(dit, z, tokens, mask, batch["noise"], reference)
     losses = {"L_fm": L_fm}
     if "L_align" in weights:
         teacher = repeat(teacher, "b n d -> (draws b) n d", draws=len(f_dit) // len(teacher))
         losses["L_align"] = alignment_loss(align_head(f_dit), teacher)
     return losses
-
-
-def origin_of_flow(dit: DiT, reference: Tensor, z: Tensor) -> Tensor | None:
-    """The edits' reference latents behind a zero for each picture that is drawn from words alone; None without that departure."""
-    if dit.reference is None:
-        return None
-    return torch.cat([torch.zeros_like(z[:len(z) - len(reference)]), reference])
 
 
 if __name__ == "__main__":

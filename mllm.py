@@ -9,8 +9,8 @@ On a first reading skip to `Connector`.
 
     python mllm.py                 shape trace
 
-Letters: b batch, n visual tokens, t words of a prompt, q queries, l = t + q, d width of the LLM, k routed layers, u width of
-the condition, a heads, e width of a head.
+Letters: b batch, n visual tokens, t words of a prompt, q queries, l = t + q, d width of the LLM, k routed layers, u
+width of the condition, a heads, e width of a head.
 """
 
 import copy
@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from attention import attention
 from parts.layer import Layer, RMSNorm
 from parts.positions import grid_positions, rotary, rotate, word_positions
+from parts.shared_batch import share_of_mean
 from parts.words import TextTokenizer, Turns, WordTokenizer
 from router import FUSIONS, layer_choice
 
@@ -109,8 +109,8 @@ class Connector(nn.Module):
     """Layers of the LLM's own kind with bidirectional attention, a norm, and the Linear to the condition's width `u`.
 
     `share`: how much of each layer's change of the states counts at first; it is learned.
-    # differs from paper: there the copied layers work in full from the beginning (share 1). Made to predict the next word,
-    # a small LLM's last layers drop what the DiT needs; the toy lets them in gently (0.1).
+    # differs from paper: there the copied layers work in full from the beginning (share 1). Made to predict the next
+    # word, a small LLM's last layers drop what the DiT needs; the toy lets them in gently (0.1).
     """
 
     def __init__(self, llm: LanguageModel, layers: int, condition_width: int, share: float = 1.0):
@@ -154,8 +154,10 @@ class Prefix(NamedTuple):
 class MLLM(nn.Module):
     """LLM + router + queries + connector. `k` layers are routed, `fusion` is one of router.FUSIONS.
 
-    `positions`: the connector's reference tokens and queries carry the sines of row and column that the DiT's tokens carry.
-    # differs from paper: there none has; on a small budget they are what lets the DiT find a token's place in the reference.
+    `positions`: the connector's reference tokens and queries carry the sines of row and column that the DiT's tokens
+    carry.
+    # differs from paper: there none has; on a small budget they are what lets the DiT find a token's place in the
+    # reference.
     """
 
     def __init__(self, words: TextTokenizer, llm: LanguageModel, k: int, queries: int, connector_layers: int,
@@ -182,8 +184,8 @@ class MLLM(nn.Module):
     # ------------------------------------------------------------ understanding
 
     def read_prefix(self, ids: Tensor, f_v: Tensor | None = None) -> Prefix:
-        """Reads how a sequence begins, <bos> and perhaps a picture. Many questions about one picture then follow it, none of
-        which sees another, and the picture is read once."""
+        """Reads how a sequence begins, <bos> and perhaps a picture. Many questions about one picture then follow it,
+        none of which sees another, and the picture is read once."""
         hidden, cache = self.llm(self.embed(ids, f_v))
         return Prefix(cache, hidden[-1][:, -1:])
 
@@ -193,19 +195,22 @@ class MLLM(nn.Module):
         if turns.owner is not None:
             cache, last = [(k[turns.owner], v[turns.owner]) for k, v in cache], last[turns.owner]
         hidden, _ = self.llm(self.embed(turns.ids), cache=cache)
-        before = torch.cat([last.expand(len(turns.ids), -1, -1), hidden[-1]], 1)  # column i: the state that word i follows
-        return F.cross_entropy(self.llm.logits(before[turns.rows, turns.columns]).float(), turns.ids[turns.rows, turns.columns])
+        states = torch.cat([last.expand(len(turns.ids), -1, -1), hidden[-1]], 1)  # column i: what word i follows
+        logits = self.llm.logits(states[turns.rows, turns.columns]).float()
+        return F.cross_entropy(logits, turns.ids[turns.rows, turns.columns])
 
     @torch.no_grad()
     def answer(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None, max_new: int = 24, temperature: float = 0.0,
                generator: torch.Generator | None = None) -> list[list[int]]:
-        """Goes on from left-padded ids `b l`, at most `max_new` words each, until <eos>. Temperature 0: the likeliest word."""
+        """Goes on from left-padded ids `b l`, at most `max_new` words each, until <eos>. Temperature 0: the likeliest
+        word."""
         hidden, cache = self.llm(self.embed(ids, f_v), mask)
         replies, done = [[] for _ in ids], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new):
             logits = self.llm.logits(hidden[-1][:, -1]).float()
             if temperature > 0:
-                word = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)[:, 0].to(ids.device)
+                chances = (logits / temperature).softmax(-1).cpu()  # the generator is a CPU's on every device
+                word = torch.multinomial(chances, 1, generator=generator)[:, 0].to(ids.device)
             else:
                 word = logits.argmax(-1)
             done |= word == self.words.eos_id
@@ -220,8 +225,8 @@ class MLLM(nn.Module):
     # ------------------------------------------------------------ the way to the DiT
 
     def condition(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None) -> Condition:
-        """Words `b t` (left-padded), with `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l u`,
-        l = t + q (Sec. 3.3)."""
+        """Words `b t` (left-padded), with `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l
+        u`, l = t + q (Sec. 3.3)."""
         H, mask = self.routed_states(ids, mask, f_v)  # Sec. 3.3: K hidden states of the frozen LLM, `b l k d`
         mixed, weights = self.router(H)  # Sec. 3.3: Ĥ, every token's own mixture of the layers
         mixed = self.with_reference(mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v itself, past the LLM
@@ -231,10 +236,10 @@ class MLLM(nn.Module):
     def routed_states(self, ids: Tensor, mask: Tensor, f_v: Tensor | None) -> tuple[Tensor, Tensor]:
         """The LLM reads the words, then the queries; -> (states of the K chosen layers `b l k d`, mask `b l`).
 
-        # differs from paper: there the reference follows the words; here it stands before them, as in a question about a
-        # picture, so that the frozen LLM finds what an instruction names as it finds what a question names.
-        The LLM is frozen here and causal, so what stands before the queries does not depend on anything that trains: it is
-        computed without gradient, and only the queries are followed through the LLM's layers, behind a cache.
+        # differs from paper: there the reference follows the words; here it stands before them, as in a question about
+        # a picture, so that the frozen LLM finds what an instruction names as it finds what a question names.
+        The LLM is frozen here and causal, so what stands before the queries does not depend on anything that trains: it
+        is computed without gradient, and only the queries are followed through the LLM's layers, behind a cache.
         """
         with torch.no_grad():
             words, cache = self.llm(self.embed(ids, f_v), mask)
@@ -243,7 +248,8 @@ class MLLM(nn.Module):
         return torch.stack([torch.cat([words[i], queries[i]], 1) for i in self.choice], 2), mask
 
     def with_reference(self, mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
-        """Ĥ `b l d` with the encoder's own tokens at the reference's positions, so that detail reaches the DiT past the LLM."""
+        """Ĥ `b l d` with the encoder's own tokens at the reference's positions, so that detail reaches the DiT past the
+        LLM."""
         words, queries = mixed.split([ids.shape[1], len(self.queries)], 1)
         if f_v is not None:
             reference = f_v + grid_positions(f_v) if self.positions else f_v
@@ -253,8 +259,10 @@ class MLLM(nn.Module):
         return torch.cat([words, queries], 1)
 
     def text_condition(self, ids: Tensor, mask: Tensor) -> Condition:
-        """What a plain text-to-image model reads (stage P3, in SANA's place): the LLM's states, without queries or routing.
-        # paper leaves open: which states; here the plain mean of the K layers through the copied layers of the connector,
+        """What a plain text-to-image model reads (stage P3, in SANA's place): the LLM's states, without queries or
+        routing.
+        # paper leaves open: which states; here the plain mean of the K layers through the copied layers of the
+        # connector,
         so that DTR, which starts as the mean, goes on where P3 ends."""
         with torch.no_grad():
             hidden, _ = self.llm(self.llm.embedding(ids), mask)
@@ -266,62 +274,57 @@ class MLLM(nn.Module):
 
 
 def language_losses(mllm: MLLM, vision: nn.Module, batch: dict, weights: dict[str, float]) -> dict[str, Tensor]:
-    """P1, in place of InternVL3: the next word of answers (L_lm) and captions (L_caption) about pictures, and of words without a
-    picture: facts, and requests written out (L_text); and names for what each visual token shows (L_name)."""
+    """P1, in place of InternVL3: the next word of answers (L_lm) and captions (L_caption) about pictures, and of words
+    without a picture: facts, and requests written out (L_text); and names for what each visual token shows (L_name)."""
     f_v = vision(batch["images"])
-    picture = mllm.read_prefix(batch["prefix"], f_v)
-    nothing = 0 * f_v.sum()  # where a batch lacks a kind of text its loss is 0, and no process waits for another's gradient
+    picture, losses = mllm.read_prefix(batch["prefix"], f_v), {}
+    nothing = 0 * f_v.sum()  # a kind of text that a batch lacks: loss 0, and a gradient that no process waits for
+
+    def next_word(turns: Turns | None, prefix: Prefix) -> Tensor:
+        if turns is None:
+            return share_of_mean(nothing, 0)
+        return share_of_mean(mllm.text_loss(turns, prefix), len(turns.rows))
 
     answers = [batch[name] for name in ("short", "long") if name in batch]  # two widths, so that less is padding
     count = sum(len(turns.rows) for turns in answers)
-    L_lm = sum((mllm.text_loss(turns, picture) * len(turns.rows) / count for turns in answers), nothing)
-    losses, counts = {"L_lm": L_lm}, {"L_lm": count}
-
-    captions = batch.get("caption")
-    losses["L_caption"] = nothing if captions is None else mllm.text_loss(captions, picture)
-    counts["L_caption"] = 0 if captions is None else len(captions.rows)
+    mean = sum((mllm.text_loss(turns, picture) * len(turns.rows) / count for turns in answers), nothing)
+    losses["L_lm"] = share_of_mean(mean, count)
+    losses["L_caption"] = next_word(batch.get("caption"), picture)
     if "L_name" in weights and "things" in batch:
-        losses["L_name"] = naming_loss(f_v, mllm.llm.embedding.weight, batch["things"], batch["names"])
-        counts["L_name"] = len(batch["things"][0])
+        named = naming_loss(f_v, mllm.llm.embedding.weight, batch["things"], batch["names"])
+        losses["L_name"] = share_of_mean(named, len(batch["things"][0]))
     if "L_text" in weights:
-        texts, alone = batch.get("text"), mllm.read_prefix(batch["prefix"][:, :1])  # <bos> alone
-        losses["L_text"] = nothing if texts is None else mllm.text_loss(texts, alone)
-        counts["L_text"] = 0 if texts is None else len(texts.rows)
-    return {symbol: share_of_mean(mean, counts[symbol]) for symbol, mean in losses.items()}
+        losses["L_text"] = next_word(batch.get("text"), mllm.read_prefix(batch["prefix"][:, :1]))  # behind <bos> alone
+    return losses
 
 
-def share_of_mean(mean: Tensor, count: int) -> Tensor:
-    """A mean over this process's `count` words as its part of the mean over all processes' words: their average is that."""
-    if not dist.is_initialized():
-        return mean
-    total = torch.tensor(float(count), device=mean.device)
-    dist.all_reduce(total)
-    return mean * count / (total / dist.get_world_size()).clamp(min=1e-6)
+def naming_loss(f_v: Tensor, embedding: Tensor, things: tuple[Tensor, Tensor, Tensor],
+                names: tuple[Tensor, ...]) -> Tensor:
+    """L_name: each visual token `b n d` of a thing's quarter of the picture, held against the embeddings of words, is
+    nearest to the thing's size, colour, shape and place. Grounding, densely: a question then finds what it names by
+    likeness.
 
-
-def naming_loss(f_v: Tensor, embedding: Tensor, things: tuple[Tensor, Tensor, Tensor], names: tuple[Tensor, ...]) -> Tensor:
-    """L_name: each visual token `b n d` of a thing's quarter of the picture, held against the embeddings of words, is nearest
-    to the thing's size, colour, shape and place. Grounding, densely: a question then finds what it names by likeness.
-
-    `things`: (which picture, which quarter, which name of each fact is right, `things facts`). `names`: of each fact, the ids
-    of the words to choose from.
+    `things`: (which picture, which quarter, which name of each fact is right, `things facts`). `names`: of each fact,
+    the ids of the words to choose from.
     # differs from paper: InternVL3 comes trained; P1 has 900 steps.
     """
     picture, quarter, right = things
     half = math.isqrt(f_v.shape[1]) // 2
     quarters = rearrange(f_v, "b (row y col x) d -> b (row col) (y x) d", row=2, col=2, y=half, x=half)
-    tokens = quarters[picture, quarter]  # things, tokens of each, d
+    tokens = quarters[picture, quarter]  # `t n d`: of each thing its quarter's tokens
     losses = []
     for fact, ids in enumerate(names):
-        likeness = tokens @ embedding[ids].T
-        losses.append(F.cross_entropy(likeness.flatten(0, 1).float(), right[:, fact].repeat_interleave(tokens.shape[1])))
+        likeness = rearrange(tokens @ embedding[ids].T, "t n words -> (t n) words")
+        answers = repeat(right[:, fact], "t -> (t n)", n=tokens.shape[1])
+        losses.append(F.cross_entropy(likeness.float(), answers))
     return torch.stack(losses).mean()
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     words = WordTokenizer("a red circle what is it".split())
-    mllm = MLLM(words, LanguageModel(len(words), 128, 4, 4, 2, 352), k=4, queries=16, connector_layers=2, condition_width=96)
+    llm = LanguageModel(len(words), d=128, layers=4, heads=4, kv_heads=2, mlp=352)
+    mllm = MLLM(words, llm, k=4, queries=16, connector_layers=2, condition_width=96)
     f_v = torch.randn(2, 16, 128)
     question = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("what is it?")] * 2)
     prompt = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("a red circle")] * 2)

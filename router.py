@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 
 def layer_choice(layers: int, k: int) -> list[int]:
-    """Which of the L hidden states (0 is the embedding) the K routed ones are: s, 2s, … with s = ⌊L/K⌋, the last one L."""
+    """Which of the L hidden states (0 is the embedding) the K routed ones are: s, 2s, … with s = ⌊L/K⌋, the last one
+    L."""
     if not 1 <= k <= layers:
         raise ValueError(f"cannot route {k} of {layers} layers: k must be between 1 and the LLM's layers")
     step = layers // k
@@ -28,7 +29,8 @@ def layer_choice(layers: int, k: int) -> list[int]:
 class Fusion(nn.Module):
     """What all five share: `forward(H: b l k d) -> (Ĥ: b l d, weights: b l k)`, with the same norm and projection W_p.
 
-    # differs from paper: the equation has no norm before W_p; the authors' configuration has a LayerNorm (method's config)
+    # differs from paper: the equation has no norm before W_p; the authors' configuration has a LayerNorm (method's
+    # config)
     """
 
     def __init__(self, d: int, k: int):

@@ -4,11 +4,11 @@
     python train.py --steps-scale 0.01 --out runs/smoke      the same in a minute, pictures of noise
     python train.py --plan                   what would be trained, with how many parameters, steps and pictures
     python train.py --fusion last --from runs/toy --out runs/last      an ablation, on the stages it does not touch
-    torchrun --standalone --nproc-per-node 8 train.py --preset full    on eight GPUs; --shard to share out the weights too
+    torchrun --standalone --nproc-per-node 8 train.py --preset full    on eight GPUs; --shard spreads the weights too
 
 P1 to P3 make the three public models that the paper starts from; T1 to T3 are its tokenizer stages (Sec. 3.2), U1 to U3
-its unified ones (Sec. 3.3). A stage is data (`STAGES`): what trains, on which batches, with which losses. `one_step` is what
-all of them do. The same command goes on with a stopped run (plumbing/README.md).
+its unified ones (Sec. 3.3). A stage is data (`STAGES`): what trains, on which batches, with which losses. `one_step` is
+what all of them do. The same command goes on with a stopped run (plumbing/README.md).
 """
 
 import copy
@@ -40,7 +40,7 @@ from plumbing.devices import check_precision
 from plumbing.flags import parse
 from plumbing.pictures import draw_report
 from plumbing.processes import (Stop, decided_by_first, first_process, gather, join_processes, leave_processes,
-                                mean_of_metrics, mean_over_processes, process_rank, unsharded, wait_for_all)
+                                mean_of_metrics, process_rank, unsharded, wait_for_all)
 from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
 from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
@@ -75,8 +75,8 @@ def tokenizer(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Com
 
 
 def unified(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
-    return unified_losses(batch, weights, condition=model.mllm.condition, clean_latent=model.clean_latent, dit=model.dit,
-                          align_head=model.align_head, external_teacher=extras.teacher), None
+    return unified_losses(batch, weights, condition=model.mllm.condition, clean_latent=model.clean_latent,
+                          dit=model.dit, align_head=model.align_head, external_teacher=extras.teacher), None
 
 
 # ---------------------------------------------------------------- the nine stages
@@ -84,8 +84,8 @@ def unified(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Compu
 
 @dataclass(frozen=True)
 class Stage:
-    """A number may be given as the name of a field of Config. `trains`: name prefix of the parameters -> their share of the
-    stage's learning rate. `losses`: symbol -> weight; a weight of 0 leaves the term out."""
+    """A number may be given as the name of a field of Config. `trains`: name prefix of the parameters -> their share of
+    the stage's learning rate. `losses`: symbol -> weight; a weight of 0 leaves the term out."""
 
     name: str
     about: str
@@ -94,7 +94,7 @@ class Stage:
     compute: Callable[..., Computed]  # one of the functions above
     losses: dict[str, float | str]
     edits: float | str = 0.0  # share of the batch that edits
-    captions: float = 0.5  # share of whole captions among what is drawn: nothing left unsaid; the rest are short requests
+    captions: float = 0.5  # share of whole captions among the requests; the rest leave something unsaid
     outcomes: float = 0.5  # share of edits whose outcome is said as well, as `SPAR.rewrite` says it
     cost: float = 1.0  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
 
@@ -145,7 +145,8 @@ STAGES = [
     # Sec. 3.3: what leads to the DiT first, the DiT frozen; then the DiT too, taught by the tokenizer (Sec. 3.4)
     Stage("U1", "connector pre-training", CONNECTOR, unified_batch, unified, {"L_fm": 1.0}, cost=4),
     Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified, GENERATION, "edits", captions=0.15, cost=6.5),
-    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified, GENERATION, "edits", captions=0.15, cost=6.5),
+    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified, GENERATION, "edits", captions=0.15,
+          cost=6.5),
 ]
 
 
@@ -205,7 +206,8 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
 
 
 def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> None:
-    """Sets the scale at which the latents that the DiT is to draw have variance 1, on the pictures of the stage's `world`."""
+    """Sets the scale at which the latents that the DiT is to draw have variance 1, on the pictures of the stage's
+    `world`."""
     if stage.name not in ("P3", "U1"):
         return
     z = []
@@ -227,9 +229,10 @@ def training_of(model: SPAR, stage: Stage, found: Found | None = None) -> Traini
 
 
 def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopping: bool = False) -> dict:
-    """The same nine things in every stage. -> the losses by symbol, their weighted sum "loss", the norm of the "gradient", the
-    share of processes that are asked to be "stopping"; the learning "rate", the seconds of "waiting" for data, and the "bad"
-    samples of this process. `check(now, step, metrics, batch)` raises where a number is not finite."""
+    """The same nine things in every stage. -> the losses by symbol, their weighted sum "loss", the norm of the
+    "gradient", the share of processes that are asked to be "stopping"; the learning "rate", the seconds of "waiting"
+    for data, and the "bad" samples of this process. `check(now, step, metrics, batch)` raises where a number is not
+    finite."""
     config, steps = now.config, now.config.steps[NAMES.index(now.stage.name)]
     batch, bad, waiting = read(batches, now.device)  # 1. read
     rate = now.set_rate(step, steps)  # 2. rate
@@ -245,7 +248,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
     now.scaler.update()
     if "L_gan" in losses:
         adversary_step(now.extras.discriminator, now.extras.adversary, batch["images"],  # 8. adversary
-                       reconstruction.detach().float(), config.lecam, mean_over_processes)
+                       reconstruction.detach().float(), config.lecam)
     now.move_average(step)  # 9. average
     return metrics | {"rate": rate, "waiting": waiting, "bad": gather(bad) if metrics["bad"] else []}
 
@@ -255,8 +258,8 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
 
 def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = lambda speed: 0.0, keep: bool = True,
                 found: Found | None = None) -> None:
-    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)` estimates what the stages after it will take.
-    `found`: the data on disk, None: the drawn world."""
+    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)` estimates what the stages after it
+    will take. `found`: the data on disk, None: the drawn world."""
     config, index, device = model.config, NAMES.index(stage.name), model.device
     steps, batch = config.steps[index], config.batch[index]
     torch.manual_seed(1000 * config.seed + index)
@@ -290,9 +293,11 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
                 last_save = time.time()
                 if metrics["stopping"]:
                     bar.close()
-                    stop.leave(f"{stage.name} is saved after step {step + 1} of {steps}: the same command goes on from there")
+                    stop.leave(f"{stage.name} is saved after step {step + 1} of {steps}: "
+                               "the same command goes on from there")
         if keep:
-            keep_stage(now, run, model.latent_scale, {"position": steps * batch, "seconds": spent + time.time() - start})
+            seconds = spent + time.time() - start
+            keep_stage(now, run, model.latent_scale, {"position": steps * batch, "seconds": seconds})
             if decided_by_first(stop.signal > 0, device):
                 stop.leave(f"{stage.name} is finished and saved: the same command goes on with the next stage")
 
@@ -302,8 +307,8 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
 
 def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None = None,
           resume: bool = True) -> None:
-    """Trains the named stages that `run` has not finished. `source`: a run whose stages are taken over where no changed field
-    touches them. Raises UserError where a predecessor is missing."""
+    """Trains the named stages that `run` has not finished. `source`: a run whose stages are taken over where no changed
+    field touches them. Raises UserError where a predecessor is missing."""
     names, found = stage_names(config), scan(Path(config.data)) if config.data else None
     if found:
         check_kinds(found, [name for name in names if name in stages], config.edits)
@@ -319,7 +324,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
         elif name in stages:
             model = build(config, device, words, run, names[:position])
             train_stage(model, stage_named(name), run, partial(seconds_after, config, name, later[1:]), found=found)
-            if name in ("P1", "P2", "T3", "U1") and first_process():  # the first after some minutes; the rest at the end
+            if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
                 print(draw_report(run, device))
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
