@@ -148,14 +148,14 @@ def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: st
     if "P3" in done:
         p3 = load_run(run, device, upto="P3")
         jobs["p3"] = lambda: generation(p3, world, how, ("knowledge",), rewrite=False, text_only=True)
-    found = {}
+    results = {}
     for name, job in (bar := tqdm(jobs.items(), desc="evaluation", dynamic_ncols=True)):
         bar.set_postfix_str(name)
-        found[name] = job()
-    tables = {name: found[name] for name in TABLES if name in found}
-    tables["understanding"]["before_t3"] = found["before_t3"]
+        results[name] = job()
+    tables = {name: results[name] for name in TABLES if name in results}
+    tables["understanding"]["before_t3"] = results["before_t3"]
     if "P3" in done:  # P3 alone: no queries, no U stages
-        tables.setdefault("generation_direct", {})["knowledge_p3"] = found["p3"]["knowledge"]
+        tables.setdefault("generation_direct", {})["knowledge_p3"] = results["p3"]["knowledge"]
     return tables
 
 

@@ -27,7 +27,7 @@ from parts.layer import Layer, RMSNorm
 from parts.positions import grid_positions, rotary, rotate, word_positions
 from parts.shared_batch import share_of_mean
 from parts.words import TextTokenizer, Turns, WordTokenizer
-from router import FUSIONS, layer_choice
+from router import ROUTERS, layer_choice
 
 # ---------------------------------------------------------------- language model
 
@@ -152,7 +152,7 @@ class Prefix(NamedTuple):
 
 
 class MLLM(nn.Module):
-    """LLM + router + queries + connector. `k` layers are routed, `fusion` is one of router.FUSIONS.
+    """LLM + router + queries + connector. `k` layers are routed, `router` is one of router.ROUTERS.
 
     `positions`: the connector's reference tokens and queries carry the sines of row and column that the DiT's tokens
     carry.
@@ -161,14 +161,14 @@ class MLLM(nn.Module):
     """
 
     def __init__(self, words: TextTokenizer, llm: LanguageModel, k: int, queries: int, connector_layers: int,
-                 condition_width: int, fusion: str = "dtr", connector_share: float = 1.0, positions: bool = False):
+                 condition_width: int, router: str = "dtr", connector_share: float = 1.0, positions: bool = False):
         super().__init__()
         d = llm.norm.weight.shape[0]
         if positions and math.isqrt(queries) ** 2 != queries:
             raise ValueError(f"queries {queries}: with positions they are a square grid, so take 4, 9, 16, …")
         self.words, self.llm, self.positions = words, llm, positions
         self.choice = layer_choice(len(llm.layers), k)
-        self.router = FUSIONS[fusion](d, k)
+        self.router = ROUTERS[router](d, k)
         nn.init.eye_(self.router.W_p.weight)  # paper leaves open: W_p starts as the identity, so that the connector,
         nn.init.zeros_(self.router.W_p.bias)  # a copy of LLM layers, first reads states much like those it was made for
         self.queries = nn.Parameter(torch.randn(queries, d) * 0.02)

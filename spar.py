@@ -114,7 +114,7 @@ class Config:
     # ablations
     tokenizer: str = "dual"  # which streams: dual | semantic-only | pixel-only
     symmetric: str = ""  # both streams with, or both without, a Transformer: "" | with | without
-    fusion: str = "dtr"  # what mixes the LLM's layers: dtr | last | mean | concat | static
+    router: str = "dtr"  # what mixes the LLM's layers: dtr | last | mean | concat | static
     align: str = "self"  # the DiT's teacher: self | external | none
     teacher: str = ""  # run folder whose P1 encoder is the external teacher
     anchor: bool = True  # L_s in T3
@@ -145,7 +145,7 @@ class Config:
 
 
 CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
-           "symmetric": ("", "with", "without"), "fusion": ("dtr", "last", "mean", "concat", "static"),
+           "symmetric": ("", "with", "without"), "router": ("dtr", "last", "mean", "concat", "static"),
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
            "reference": ("tokens", "latent"), "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16"),
            "attention": ("auto", "triton", "tiled", "sdpa")}
@@ -219,7 +219,7 @@ class SPAR(nn.Module):
         llm = LanguageModel(rows, config.d, config.llm_layers, config.llm_heads, config.llm_kv_heads, config.llm_mlp,
                             config.tied)
         self.mllm = MLLM(words, llm, config.k, config.queries, config.connector_layers, config.condition_width,
-                         config.fusion, config.connector_share, config.positions)
+                         config.router, config.connector_share, config.positions)
         self.dit = DiT(config.p, config.c, config.dit_layers, config.dit_heads, config.dit_cross_heads,
                        config.condition_width, config.dit_mlp_ratio, config.align_block, config.positions,
                        config.reference == "latent")

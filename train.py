@@ -3,7 +3,7 @@
     python train.py                          the toy preset on two CPU cores, all nine stages, then the evaluation
     python train.py --steps-scale 0.01 --out runs/smoke      the same in a minute, pictures of noise
     python train.py --plan                   what would be trained, with how many parameters, steps and pictures
-    python train.py --fusion last --from runs/toy --out runs/last      an ablation, on the stages it does not touch
+    python train.py --router last --from runs/toy --out runs/last      an ablation, on the stages it does not touch
     torchrun --standalone --nproc-per-node 8 train.py --preset full    on eight GPUs; --shard spreads the weights too
 
 P1 to P3 make the three public models that the paper starts from; T1 to T3 are its tokenizer stages (Sec. 3.2), U1 to U3

@@ -111,12 +111,12 @@ def save_progress(run: Path, stage: str, step: int, state: dict, where: str = "r
 
 
 def sums(folder: Path) -> dict[str, str]:
-    found = {}
+    digests = {}
     for path in sorted(folder.iterdir()):
         if path.name != "sums.json":
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def saved_progress(run: Path, stage: str) -> list[Path]:

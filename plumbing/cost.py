@@ -147,7 +147,7 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
             line += f"  {row['peak_bytes'] / 2**30:.2f} GiB, forecast {cost['total'] / 2**30:.2f}"
         print(line)
     u2 = next(stage for stage in stages if stage.name == "U2")
-    variants = {"all": config, "L_align": replace(config, align="none"), "DTR": replace(config, fusion="last")}
+    variants = {"all": config, "L_align": replace(config, align="none"), "DTR": replace(config, router="last")}
     steps = {key: [] for key in variants}
     for _ in range(rounds):
         for key, changed in variants.items():

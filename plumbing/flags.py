@@ -12,19 +12,19 @@ from plumbing.command import Parser, UserError
 from plumbing.devices import best_device, default_precision
 from spar import CHOICES, NAMES, PRESETS, Config, make_config
 
-FIRST_DAY = ("seed", "steps", "batch", "lr", "fusion", "tokenizer", "align", "anchor", "skip_stage", "data", "edits",
+FIRST_DAY = ("seed", "steps", "batch", "lr", "router", "tokenizer", "align", "anchor", "skip_stage", "data", "edits",
              "precision", "attention", "workers")  # what --help shows; --help-all shows every field
 
 
 def field_help() -> dict[str, tuple[str, str]]:
     """field -> (its group, its comment), read from the source of Config."""
-    group, found = "", {}
+    group, helps = "", {}
     for line in inspect.getsource(Config).splitlines():
         if heading := re.match(r"    # (.*)", line):
             group = heading[1]
         if field := re.match(r"    (\w+):.*?  # (.*)", line):
-            found[field[1]] = group, field[2]
-    return found
+            helps[field[1]] = group, field[2]
+    return helps
 
 
 def parser_of_train(description: str, every_field: bool) -> Parser:
@@ -53,8 +53,8 @@ def parser_of_train(description: str, every_field: bool) -> Parser:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         like, flag = field.default, "--" + field.name.replace("_", "-")
-        shown = ",".join(map(str, like)) if isinstance(like, tuple) else like
-        text = f"{comment} (toy: {shown})".replace("%", "%%")
+        default = ",".join(map(str, like)) if isinstance(like, tuple) else like
+        text = f"{comment} (toy: {default})".replace("%", "%%")
         text = text if every_field or field.name in FIRST_DAY else argparse.SUPPRESS
         if isinstance(like, bool):
             groups[group].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
