@@ -34,6 +34,7 @@ class Config:
     """Every number of a run; each field is a flag of train.py, and its comment that flag's help. The letters are the
     paper's (README, dimension key); defaults are the toy preset."""
 
+    # the run
     preset: str = "toy"  # which set of numbers the others start from
     seed: int = 0  # of weights, data and noise
 
@@ -132,7 +133,7 @@ class Config:
     # how it is computed, not what: may change while a run goes on
     precision: str = "fp32"  # of products and activations; weights, sums and losses are fp32: fp32 | bf16 | fp16
     attention: str = "auto"  # auto: fused kernels on a GPU, else sdpa | triton | tiled: by hand | sdpa: torch's
-    compile: bool = False  # torch.compile for encoder, streams, autoencoder and DiT
+    compile: bool = False  # torch.compile for what always sees one shape: encoder, streams, autoencoder, inside the DiT
     checkpointing: bool = False  # forget activations inside layers, compute them again in backward
     workers: int = 0  # processes that make batches ahead of time
     shard: bool = False  # FSDP2: spread weights and optimizer over the processes (default: a copy on each, DDP)

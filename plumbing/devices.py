@@ -57,9 +57,11 @@ def set_up_torch(device: str) -> None:
 
 
 def compile_parts(model: nn.Module, backend: str = "inductor") -> None:
-    """Those that always see one shape; the LLM and the connector read sentences of any length."""
+    """Those that always see one shape. The LLM, the connector and what attends to the condition see any length: of a
+    mask that varies torch 2.14 compiles a backward pass for one length alone."""
     t = model.tokenizer
-    for part in (t.vision, t.semantic_stream, t.pixel_stream, t.decoder, model.pixel_encoder, model.dit,
-                 model.align_head):
+    inside_dit = [part for block in model.dit.blocks for part in (block.attn, block.ffn)]
+    parts = t.vision, t.semantic_stream, t.pixel_stream, t.decoder, model.pixel_encoder, model.align_head, *inside_dit
+    for part in parts:
         if part is not None:
             part.compile(backend=backend)
