@@ -1,5 +1,4 @@
-"""Generation: a SANA-style diffusion transformer, flow matching, self-alignment, two samplers (paper, Sec. 3.3 and
-3.4).
+"""Generation: a SANA-style diffusion transformer, flow matching, self-alignment, samplers (paper, Sec. 3.3 and 3.4).
 
     x_t = (1 − σ) z + σ ε              z: fused latent z_f · scale, ε: Gaussian noise, σ from 1 (noise) to 0 (picture)
     v = ε − z                          what the DiT predicts from x_t, σ and the condition
@@ -205,9 +204,8 @@ def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tenso
     """
     if guidance == 1:
         return lambda x, sigma: dit(x, sigma, *condition)
-    tokens, nothing_tokens = equally_long(condition[0], nothing[0])
-    mask, nothing_mask = equally_long(condition[1], nothing[1])
-    tokens, mask = torch.cat([tokens, nothing_tokens]), torch.cat([mask, nothing_mask])
+    tokens = torch.cat(equally_long(condition[0], nothing[0]))
+    mask = torch.cat(equally_long(condition[1], nothing[1]))
 
     def velocity(x, sigma):
         with_words, without = dit(torch.cat([x, x]), torch.cat([sigma, sigma]), tokens, mask).chunk(2)
@@ -261,7 +259,7 @@ class Noise(NamedTuple):
     """A batch's times and noises, several of each picture, one round of the whole batch after the other."""
 
     sigma: Tensor  # σ `(draws b)`
-    noise: Tensor  # ε `(draws b) p h w`
+    epsilon: Tensor  # ε `(draws b) p h w`
 
 
 def flow_losses(dit: DiT, z: Tensor, tokens: Tensor, mask: Tensor, noise: Noise,
@@ -271,9 +269,9 @@ def flow_losses(dit: DiT, z: Tensor, tokens: Tensor, mask: Tensor, noise: Noise,
     draws = len(noise.sigma) // len(z)
     z, tokens, mask, reference = (None if x is None else repeat(x, "b ... -> (draws b) ...", draws=draws)
                                   for x in (z, tokens, mask, reference))
-    x_t = add_noise(z, noise.noise, noise.sigma)
+    x_t = add_noise(z, noise.epsilon, noise.sigma)
     velocity, f_dit = change_from_reference(dit, x_t, noise.sigma, tokens, mask, reference)
-    return flow_matching_loss(velocity, z, noise.noise), f_dit
+    return flow_matching_loss(velocity, z, noise.epsilon), f_dit
 
 
 def text_to_image_losses(dit: DiT, z: Tensor, condition, noise: Noise) -> dict[str, Tensor]:
@@ -286,8 +284,7 @@ def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callabl
     """U1 to U3 (Sec. 3.3, 3.4): draw and edit z_f through queries, router and connector; the tokenizer teaches the DiT.
 
     `condition`: `MLLM.condition`. `clean_latent(images)` -> (z_f · scale `b p h w`, f_v `b n d`). A batch holds
-    requests ("words"), edits ("instructions", "references"), or both, in this order, and the pictures wanted
-    ("images").
+    requests ("words"), edits ("instructions", "references"), or both, in this order; "images": the pictures wanted.
     """
     conditions, reference = [], None
     if "words" in batch:

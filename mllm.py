@@ -4,8 +4,8 @@ To answer:   <bos> f_v of the picture, question ─ LLM ─ answer, word by word
 To draw:     <bos> [f_v of a reference], words, queries ─ LLM (frozen, causal) ─ K hidden states ─ router ─ Ĥ
              Ĥ, at reference positions f_v again ─ connector (bidirectional) ─ condition of the DiT `b l u`
 
-The language model computes what Qwen2.5 does (arXiv 2412.15115): RMSNorm, rotary positions, grouped queries, SwiGLU.
-On a first reading skip to `Connector`.
+The language model is Qwen2.5's (arXiv 2412.15115): RMSNorm, rotary positions, grouped queries, SwiGLU. On a first
+reading skip to `Connector`.
 
     python mllm.py                 shape trace
 
@@ -141,9 +141,7 @@ class Condition(NamedTuple):
     weights: Tensor | None = None  # `b l k`, DTR's choice of layers for each token
 
 
-class Prefix(NamedTuple):
-    """How a sequence begins, once read."""
-
+class Prefix(NamedTuple):  # how a sequence begins, once read
     cache: list  # each layer's keys and values, `b a l e`
     last: Tensor  # `b 1 d`, the state that the next word follows
 
@@ -181,11 +179,8 @@ class MLLM(nn.Module):
             return x
         return x.masked_scatter((ids == self.words.image_id)[..., None], f_v.to(x.dtype))
 
-    # ------------------------------------------------------------ understanding
-
     def read_prefix(self, ids: Tensor, f_v: Tensor | None = None) -> Prefix:
-        """Reads how a sequence begins, <bos> and perhaps a picture. Many questions about one picture then follow it,
-        none of which sees another, and the picture is read once."""
+        """<bos> and perhaps a picture, read once: many questions then follow it, none of which sees another."""
         hidden, cache = self.llm(self.embed(ids, f_v))
         return Prefix(cache, hidden[-1][:, -1:])
 
@@ -202,8 +197,7 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def answer(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None, max_new: int = 24, temperature: float = 0.0,
                generator: torch.Generator | None = None) -> list[list[int]]:
-        """Goes on from left-padded ids `b l`, at most `max_new` words each, until <eos>. Temperature 0: the likeliest
-        word."""
+        """Goes on from left-padded ids `b l`, at most `max_new` words, until <eos>. Temperature 0: the likeliest word."""
         hidden, cache = self.llm(self.embed(ids, f_v), mask)
         replies, done = [[] for _ in ids], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new):
@@ -222,11 +216,8 @@ class MLLM(nn.Module):
             hidden, cache = self.llm(self.embed(word[:, None]), mask, cache)
         return replies
 
-    # ------------------------------------------------------------ the way to the DiT
-
     def condition(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None) -> Condition:
-        """Words `b t` (left-padded), with `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l
-        u`, l = t + q (Sec. 3.3)."""
+        """Words `b t` (left-padded), `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l u`."""
         H, mask = self.routed_states(ids, mask, f_v)  # Sec. 3.3: K hidden states of the frozen LLM, `b l k d`
         mixed, weights = self.router(H)  # Sec. 3.3: Ĥ, every token's own mixture of the layers
         mixed = self.with_reference(mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v itself, past the LLM
@@ -242,14 +233,13 @@ class MLLM(nn.Module):
         is computed without gradient, and only the queries are followed through the LLM's layers, behind a cache.
         """
         with torch.no_grad():
-            words, cache = self.llm(self.embed(ids, f_v), mask)
+            at_words, cache = self.llm(self.embed(ids, f_v), mask)
         mask = torch.cat([mask, mask.new_ones(len(mask), len(self.queries))], 1)
-        queries, _ = self.llm(repeat(self.queries, "q d -> b q d", b=len(ids)), mask, cache)
-        return torch.stack([torch.cat([words[i], queries[i]], 1) for i in self.choice], 2), mask
+        at_queries, _ = self.llm(repeat(self.queries, "q d -> b q d", b=len(ids)), mask, cache)
+        return torch.stack([torch.cat([at_words[i], at_queries[i]], 1) for i in self.choice], 2), mask
 
     def with_reference(self, mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
-        """Ĥ `b l d` with the encoder's own tokens at the reference's positions, so that detail reaches the DiT past the
-        LLM."""
+        """Ĥ `b l d` with the encoder's own tokens at the reference's places: detail that the LLM would not pass on."""
         words, queries = mixed.split([ids.shape[1], len(self.queries)], 1)
         if f_v is not None:
             reference = f_v + grid_positions(f_v) if self.positions else f_v
@@ -281,9 +271,8 @@ def language_losses(mllm: MLLM, vision: nn.Module, batch: dict, weights: dict[st
     nothing = 0 * f_v.sum()  # a kind of text that a batch lacks: loss 0, and a gradient that no process waits for
 
     def next_word(turns: Turns | None, prefix: Prefix) -> Tensor:
-        if turns is None:
-            return share_of_mean(nothing, 0)
-        return share_of_mean(mllm.text_loss(turns, prefix), len(turns.rows))
+        mean, count = (nothing, 0) if turns is None else (mllm.text_loss(turns, prefix), len(turns.rows))
+        return share_of_mean(mean, count)
 
     answers = [batch[name] for name in ("short", "long") if name in batch]  # two widths, so that less is padding
     count = sum(len(turns.rows) for turns in answers)
@@ -326,11 +315,10 @@ if __name__ == "__main__":
     llm = LanguageModel(len(words), d=128, layers=4, heads=4, kv_heads=2, mlp=352)
     mllm = MLLM(words, llm, k=4, queries=16, connector_layers=2, condition_width=96)
     f_v = torch.randn(2, 16, 128)
-    question = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("what is it?")] * 2)
-    prompt = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("a red circle")] * 2)
+    question, prompt = (words.prompts([text] * 2, visual_tokens=16)[0] for text in ("what is it?", "a red circle"))
     print("question   b l   ", tuple(question.shape), " with f_v b n d", tuple(f_v.shape))
     print("answers          ", [words.decode(r) for r in mllm.answer(question, question > 0, f_v, max_new=3)])
-    tokens, mask, weights = mllm.condition(prompt, prompt > 0, f_v)
+    tokens, _, weights = mllm.condition(prompt, prompt > 0, f_v)
     print("condition  b l u ", tuple(tokens.shape), " of 4 words, 16 visual tokens, 16 queries")
     print("weights    b l k ", tuple(weights.shape))
     assert tokens.shape == (2, 4 + 16 + 16, 96) and weights.shape == (2, 36, 4)

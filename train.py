@@ -53,7 +53,6 @@ from world.language import DrawnWorld
 Computed = tuple[Losses, Tensor | None]  # the losses; of T1 to T3 also the reconstruction, for the adversary
 
 
-
 def language(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     return language_losses(model.mllm, model.tokenizer.vision, batch, weights), None
 
@@ -206,8 +205,7 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
 
 
 def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> None:
-    """Sets the scale at which the latents that the DiT is to draw have variance 1, on the pictures of the stage's
-    `world`."""
+    """Sets the scale at which what the DiT is to draw has variance 1, on pictures of the stage's `world`."""
     if stage.name not in ("P3", "U1"):
         return
     z = []
@@ -230,9 +228,8 @@ def training_of(model: SPAR, stage: Stage, found: Found | None = None) -> Traini
 
 def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopping: bool = False) -> dict:
     """The same nine things in every stage. -> the losses by symbol, their weighted sum "loss", the norm of the
-    "gradient", the share of processes that are asked to be "stopping"; the learning "rate", the seconds of "waiting"
-    for data, and the "bad" samples of this process. `check(now, step, metrics, batch)` raises where a number is not
-    finite."""
+    "gradient", the learning "rate", the seconds of "waiting" for data, the "bad" samples of all processes, and whether
+    one of them wants to stop. `check(now, step, metrics, batch)` raises where a number is not finite."""
     config, steps = now.config, now.config.steps[NAMES.index(now.stage.name)]
     batch, bad, waiting = read(batches, now.device)  # 1. read
     rate = now.set_rate(step, steps)  # 2. rate
@@ -258,8 +255,8 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
 
 def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = lambda speed: 0.0, keep: bool = True,
                 found: Found | None = None) -> None:
-    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)` estimates what the stages after it
-    will take. `found`: the data on disk, None: the drawn world."""
+    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)`: estimate for the stages after it.
+    `found`: the data on disk, None: the drawn world."""
     config, index, device = model.config, NAMES.index(stage.name), model.device
     steps, batch = config.steps[index], config.batch[index]
     torch.manual_seed(1000 * config.seed + index)
@@ -296,8 +293,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
                     stop.leave(f"{stage.name} is saved after step {step + 1} of {steps}: "
                                "the same command goes on from there")
         if keep:
-            seconds = spent + time.time() - start
-            keep_stage(now, run, model.latent_scale, {"position": steps * batch, "seconds": seconds})
+            keep_stage(now, run, model.latent_scale, steps * batch, spent + time.time() - start)
             if decided_by_first(stop.signal > 0, device):
                 stop.leave(f"{stage.name} is finished and saved: the same command goes on with the next stage")
 
@@ -339,13 +335,11 @@ def seconds_after(config: Config, name: str, later: list[str], speed: float) -> 
     return sum(slower * stage_named(other).cost * count / 1000 for other, count in pictures.items())
 
 
-def one_batch(config: Config, stage: Stage) -> Batch:
-    """For a forecast."""
+def one_batch(config: Config, stage: Stage) -> Batch:  # for a forecast
     return Batches(config, stage.name, stage.sample, stage.shares(config))[0]
 
 
-def step_module(model: SPAR, stage: Stage) -> StepModule:
-    """For a forecast: what a step computes, what the stage trains asking for gradients."""
+def step_module(model: SPAR, stage: Stage) -> StepModule:  # for a forecast
     module = StepModule(model, stage, prepare(model, stage))
     freeze_the_rest(model, stage)
     return module

@@ -135,7 +135,7 @@ def report(now: Training, step: int, metrics: dict, bar: tqdm, log, seconds: flo
     log.write(json.dumps(line) + "\n")
 
 
-def keep_stage(now: Training, run: Path, latent_scale: Tensor, more: dict) -> None:
+def keep_stage(now: Training, run: Path, latent_scale: Tensor, pictures: int, seconds: float) -> None:
     """Writes <stage>.pt; the model goes on with the averaged weights."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     optimizer = get_optimizer_state_dict(now.module, now.optimizer, options=whole)
@@ -145,8 +145,8 @@ def keep_stage(now: Training, run: Path, latent_scale: Tensor, more: dict) -> No
         for name, parameter in now.weights.items():
             parameter.copy_(now.ema[name])
     if first_process():
-        content = {"weights": raw, "ema": ema, "latent_scale": latent_scale, "optimizer": optimizer}
-        save(run / f"{now.stage.name}.pt", content | more)
+        save(run / f"{now.stage.name}.pt", {"weights": raw, "ema": ema, "latent_scale": latent_scale,
+                                            "optimizer": optimizer, "position": pictures, "seconds": seconds})
         for old in (run / "resume").glob("*"):  # this stage's own stay until the next one ends
             if not old.name.startswith(now.stage.name):
                 shutil.rmtree(old, ignore_errors=True)
