@@ -185,7 +185,8 @@ def show(path: str = "") -> None:
     for name, make in kinds.items():
         batch = Batches(Config(), name, make, {"edits": 0.5, "captions": 0.5, "outcomes": 0.5})[0]
         for key, value in batch.items():
-            print(f"{name}  {key:13}", *(tuple(part.shape) for part in torch.utils._pytree.tree_leaves(value)))
+            parts = [value] if isinstance(value, Tensor) else value
+            print(f"{name}  {key:13}", *(tuple(part.shape) for part in parts if part is not None))
         assert batch["images"].shape[1:] == (3, 32, 32)
     show_samples(path)
 
