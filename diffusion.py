@@ -3,7 +3,7 @@
     x_t = (1 − σ) z + σ ε              z: fused latent z_f · scale, ε: Gaussian noise, σ from 1 (noise) to 0 (picture)
     v = ε − z                          what the DiT predicts from x_t, σ and the condition
     L_fm = ‖DiT(x_t, σ, condition) − v‖²
-    L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)        f_dit: tokens inside the DiT, f'_v: the tokenizer's own f_v
+    L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)        f_dit: tokens inside the DiT, f'_v: f_v of the picture wanted
 
 In: noisy latents `b p h w`, σ `b`, condition tokens `b l u` with their mask `b l`. Out: velocities `b p h w`.
 Reference for the DiT: SANA, arXiv 2410.10629 (linear attention, Mix-FFN, AdaLN-single, no positions).
@@ -297,8 +297,8 @@ def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callabl
     mask = torch.cat(equally_long(*(part.mask for part in conditions)))
     with torch.no_grad():
         z, f_v = clean_latent(batch["images"])
-        teacher = f_v if external_teacher is None else external_teacher(batch["images"])  # f'_v of the clean target
-    if reference is not None:  # behind a zero for each picture that is drawn from words alone
+        teacher = f_v if external_teacher is None else external_teacher(batch["images"])  # Sec. 3.4: f'_v
+    if reference is not None:  # zeros for the requests, then the edits' references
         reference = torch.cat([torch.zeros_like(z[:len(z) - len(reference)]), reference]) if dit.reference else None
     L_fm, f_dit = flow_losses(dit, z, tokens, mask, batch["noise"], reference)
     losses = {"L_fm": L_fm}

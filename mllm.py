@@ -197,7 +197,8 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def answer(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None, max_new: int = 24, temperature: float = 0.0,
                generator: torch.Generator | None = None) -> list[list[int]]:
-        """Goes on from left-padded ids `b l`, at most `max_new` words, until <eos>. Temperature 0: the likeliest word."""
+        """Goes on from left-padded ids `b l`, at most `max_new` words, until <eos>. Temperature 0: the likeliest
+        word."""
         hidden, cache = self.llm(self.embed(ids, f_v), mask)
         replies, done = [[] for _ in ids], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new):
@@ -217,11 +218,12 @@ class MLLM(nn.Module):
         return replies
 
     def condition(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None) -> Condition:
-        """Words `b t` (left-padded), `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l u`."""
+        """Words `b t` (left-padded), `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l
+        u`."""
         H, mask = self.routed_states(ids, mask, f_v)  # Sec. 3.3: K hidden states of the frozen LLM, `b l k d`
-        mixed, weights = self.router(H)  # Sec. 3.3: Ĥ, every token's own mixture of the layers
-        mixed = self.with_reference(mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v itself, past the LLM
-        tokens = self.connector(mixed, mask)  # Sec. 3.3: bidirectional, to the width of the DiT's condition
+        H_mixed, weights = self.router(H)  # Sec. 3.3: Ĥ, every token's own mixture of the layers
+        H_mixed = self.with_reference(H_mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v itself, past the LLM
+        tokens = self.connector(H_mixed, mask)  # Sec. 3.3: bidirectional, to the width of the DiT's condition
         return Condition(tokens, mask, weights)
 
     def routed_states(self, ids: Tensor, mask: Tensor, f_v: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -238,9 +240,9 @@ class MLLM(nn.Module):
         at_queries, _ = self.llm(repeat(self.queries, "q d -> b q d", b=len(ids)), mask, cache)
         return torch.stack([torch.cat([at_words[i], at_queries[i]], 1) for i in self.choice], 2), mask
 
-    def with_reference(self, mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
+    def with_reference(self, H_mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
         """Ĥ `b l d` with the encoder's own tokens at the reference's places: detail that the LLM would not pass on."""
-        words, queries = mixed.split([ids.shape[1], len(self.queries)], 1)
+        words, queries = H_mixed.split([ids.shape[1], len(self.queries)], 1)
         if f_v is not None:
             reference = f_v + grid_positions(f_v) if self.positions else f_v
             words = words.masked_scatter((ids == self.words.image_id)[..., None], reference.to(words.dtype))
@@ -249,15 +251,13 @@ class MLLM(nn.Module):
         return torch.cat([words, queries], 1)
 
     def text_condition(self, ids: Tensor, mask: Tensor) -> Condition:
-        """What a plain text-to-image model reads (stage P3, in SANA's place): the LLM's states, without queries or
-        routing.
-        # paper leaves open: which states; here the plain mean of the K layers through the copied layers of the
-        # connector,
-        so that DTR, which starts as the mean, goes on where P3 ends."""
+        """What a plain text-to-image model reads (P3, in SANA's place): the LLM's states, without queries or routing.
+        # paper leaves open: which states; here the mean of the K layers, as which DTR starts, through the connector.
+        """
         with torch.no_grad():
             hidden, _ = self.llm(self.llm.embedding(ids), mask)
-            mixed = torch.stack([hidden[i] for i in self.choice], 2).mean(2)
-        return Condition(self.connector(F.layer_norm(mixed, mixed.shape[-1:]), mask), mask)
+            H_mean = torch.stack([hidden[i] for i in self.choice], 2).mean(2)
+        return Condition(self.connector(F.layer_norm(H_mean, H_mean.shape[-1:]), mask), mask)
 
 
 # ---------------------------------------------------------------- what P1 learns from

@@ -3,7 +3,7 @@
 In: K hidden states of the frozen LLM, `b l k d`, shallow to deep. Out: one state per token, `b l d`, and the weights
 `b l k` that it was mixed with; the weights are a picture of which depth each token listens to.
 
-    DTR      weights per token, asked of the deepest state           Ĥ_i = W_p Σ_k w_i^(k) α^(k) H_i^(k)
+    DTR      weights per token, asked of the token's deepest state   Ĥ_i = W_p Σ_k w_i^(k) α^(k) H_i^(k)
     Last     the deepest layer alone, as most unified models do
     Mean     the plain average
     Concat   all K side by side, one Linear(K·d, d)
@@ -23,8 +23,8 @@ def layer_choice(layers: int, k: int) -> list[int]:
     """Sec. 3.3: which of the L hidden states the K routed ones are: s, 2s, … with s = ⌊L/K⌋, the last one L. The
     embedding, state 0, is not among them (configuration).
 
-    The rule is made for L far above K: 24 layers give 6, 12, 18, 24. The toy's 6 give 1, 2, 3, 6, three of four in the
-    lower half, which a picture of its routing must be read with.
+    The rule is made for L far above K: 24 layers give 6, 12, 18, 24. The toy's 6 give 1, 2, 3, 6. Three of these four
+    lie in the lower half: read a picture of the toy's routing with that in mind.
     """
     if not 1 <= k <= layers:
         raise ValueError(f"cannot route {k} of {layers} layers: k must be between 1 and the LLM's layers")

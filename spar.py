@@ -211,7 +211,8 @@ class SPAR(nn.Module):
         vision = VisionEncoder(config.side, config.patch, config.vision_width, config.vision_layers,
                                config.vision_heads, 4, config.d)  # E_s
         decoder = PixelDecoder(config.p, config.ae_widths, config.ae_decoder_depths, *autoencoder)  # D_p
-        self.pixel_encoder = PixelEncoder(config.p, config.ae_widths, config.ae_depths, *autoencoder)  # E_p, then E_p'
+        # E_p, after P2 frozen: E_p'
+        self.pixel_encoder = PixelEncoder(config.p, config.ae_widths, config.ae_depths, *autoencoder)
         self.tokenizer = Tokenizer(vision, decoder, config.d, config.p, pixel_layers, config.pixel_heads,
                                    config.stream_blocks, config.tokenizer, semantic_layers)
         rows = config.vocabulary or len(words)

@@ -203,7 +203,7 @@ def self_distillation(f_v: Tensor, f_v_before: Tensor) -> Tensor:
     """L_s binds the *encoder's tokens*, not a latent: f_v `b n d` of the encoder that moves, to those of the copy of
     itself that was made when T3 began. So the LLM, which never trains again, goes on reading what it learned to
     read."""
-    return squared(f_v, f_v_before.detach())  # Sec. 3.2: L_s = ‖f_v − f'_v‖²
+    return squared(f_v, f_v_before.detach())  # Sec. 3.2: L_s = ‖E_s(I) − E_s'(I)‖²
 
 
 def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, float],
@@ -224,7 +224,7 @@ def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, fl
             z_target = target_latent()
     if "L_p" in weights and latents.pixel is not None:
         losses["L_p"] = squared(latents.pixel, z_target)  # Sec. 3.2: L_p = ‖z_p − E_p'(I)‖²
-    if "L_f" in weights:  # differs from paper: P3's DiT knows E_p's latents, and still knows z_f when U1 freezes it
+    if "L_f" in weights:  # differs from paper: U1 keeps P3's DiT frozen, and that knows E_p's latents alone
         losses["L_f"] = squared(latents.fused, z_target)
     if "L_s" in weights:
         with torch.no_grad():

@@ -53,29 +53,29 @@ from world.language import DrawnWorld
 Computed = tuple[Losses, Tensor | None]  # the losses; of T1 to T3 also the reconstruction, for the adversary
 
 
-def language(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def language_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     return language_losses(model.mllm, model.tokenizer.vision, batch, weights), None
 
 
-def autoencoder(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def autoencoder_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     return autoencoder_losses(model.pixel_encoder, model.tokenizer, batch["images"], model.config.grid, weights), None
 
 
-def text_to_image(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def text_to_image_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     with torch.no_grad():
         z = model.as_grid(model.pixel_latent(batch["images"])).float() * model.latent_scale
     return text_to_image_losses(model.dit, z, model.mllm.text_condition(*batch["words"]), batch["noise"]), None
 
 
-def tokenizer(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def tokenizer_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     images = batch["images"]
     return tokenizer_losses(model.tokenizer, images, weights, lambda: model.pixel_latent(images), extras.perceptual,
-                            extras.teacher, extras.discriminator)
+                            extras.encoder_before, extras.discriminator)
 
 
-def unified(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def unified_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     return unified_losses(batch, weights, condition=model.mllm.condition, clean_latent=model.clean_latent,
-                          dit=model.dit, align_head=model.align_head, external_teacher=extras.teacher), None
+                          dit=model.dit, align_head=model.align_head, external_teacher=extras.external_teacher), None
 
 
 # ---------------------------------------------------------------- the nine stages
@@ -95,7 +95,7 @@ class Stage:
     edits: float | str = 0.0  # share of the batch that edits
     captions: float = 0.5  # share of whole captions among the requests; the rest leave something unsaid
     outcomes: float = 0.5  # share of edits whose outcome is said as well, as `SPAR.rewrite` says it
-    cost: float = 1.0  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
+    cost: float = 6.5  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
 
     def shares(self, config: Config) -> dict[str, float]:
         """What its batches are made of."""
@@ -128,24 +128,24 @@ GENERATION = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
     Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_batch,
-          language, {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.3}, cost=9),
+          language_step, {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.3}, cost=9),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
-          picture_batch, autoencoder, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
+          picture_batch, autoencoder_step, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
-          text_to_image_batch, text_to_image, {"L_fm": 1.0}, captions=0.85, cost=4),
+          text_to_image_batch, text_to_image_step, {"L_fm": 1.0}, captions=0.85, cost=4),
     # Sec. 3.2: the streams first, on a frozen encoder and decoder; then the decoder too; then the encoder, held by L_s
-    Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer,
+    Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer_step,
           RECONSTRUCTION | {"L_p": "lambda_p"}, cost=5.5),
-    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, picture_batch, tokenizer,
+    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, picture_batch, tokenizer_step,
           RECONSTRUCTION, cost=7),
     Stage("T3", "encoder fine-tuning with self-distillation",
-          STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, picture_batch, tokenizer,
+          STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, picture_batch, tokenizer_step,
           RECONSTRUCTION | {"L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=9),
-    # Sec. 3.3: what leads to the DiT first, the DiT frozen; then the DiT too, taught by the tokenizer (Sec. 3.4)
-    Stage("U1", "connector pre-training", CONNECTOR, unified_batch, unified, {"L_fm": 1.0}, cost=4),
-    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified, GENERATION, "edits", captions=0.15, cost=6.5),
-    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified, GENERATION, "edits", captions=0.15,
-          cost=6.5),
+    # Sec. 3.3: first what leads to the DiT, which is frozen, on drawing alone; then the DiT too, taught by the
+    # tokenizer (Sec. 3.4), on drawing and editing
+    Stage("U1", "connector pre-training", CONNECTOR, unified_batch, unified_step, {"L_fm": 1.0}, cost=4),
+    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, "edits", captions=0.15),
+    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, "edits", captions=0.15),
 ]
 
 
@@ -161,7 +161,8 @@ class Extras:
     """What a stage's losses need beside the model. None of it is part of the trained model."""
 
     perceptual: Perceptual | None = None  # frozen E_p': features for L_lpips
-    teacher: nn.Module | None = None  # frozen E_s': the encoder as it was (T3), or the external teacher (U2, U3)
+    encoder_before: nn.Module | None = None  # E_s', the frozen copy of the encoder as T3 found it, for L_s
+    external_teacher: nn.Module | None = None  # of L_align, in the place of the tokenizer itself (--align external)
     discriminator: Discriminator | None = None
     adversary: torch.optim.Optimizer | None = None  # the discriminator's
 
@@ -188,19 +189,19 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
         network = read_vgg16(config.lpips_weights) if config.lpips_weights else model.pixel_encoder
         extras.perceptual = Perceptual(network).to(model.device)
     if stage.name == "T3":
-        extras.teacher = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)  # E_s', frozen as it is now
+        extras.encoder_before = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)
     if "L_gan" in terms:
         with model.device:
             extras.discriminator = Discriminator(config.gan_width)
         rate = config.lr[NAMES.index(stage.name)] / 2
         extras.adversary = torch.optim.AdamW(extras.discriminator.parameters(), lr=rate, betas=(0.5, 0.9))
     if stage.name == "P3":
-        model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained them since the model was made
+        model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained the LLM since the model was made
     if "L_align" in stage.losses and config.align == "external":
         with model.device:
             external = SPAR(config, model.words)
         load_stage(external, Path(config.teacher), "P1")
-        extras.teacher = external.tokenizer.vision.requires_grad_(False)
+        extras.external_teacher = external.tokenizer.vision.requires_grad_(False)
     return extras
 
 

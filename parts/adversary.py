@@ -25,7 +25,7 @@ def perceptual_distance(maps: list[Tensor], others: list[Tensor], heads: list[Te
 
 
 class Perceptual(nn.Module):
-    """The feature network of the perceptual loss, frozen. Offline: a copy of the pixel encoder E_p and its stages.
+    """The feature network of the perceptual loss, frozen. Offline: the pixel encoder, as P2 left it.
 
     # differs from paper: there it is LPIPS on VGG16 (`VGG16`, with a weight file) plus a ConvNeXt-S distance.
     """

@@ -47,8 +47,8 @@ def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) 
         kept, one_layer = activations(module, lambda: module(batch, weights), config.checkpointing)
     whole = sum(p.numel() for p in model.parameters())
     ours = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    teacher = module.extras.teacher
-    frozen_copies = sum(p.numel() for p in teacher.parameters()) if teacher else 0
+    copies = module.extras.encoder_before, module.extras.external_teacher
+    frozen_copies = sum(p.numel() for copy in copies if copy for p in copy.parameters())
     moments = 1 if config.optimizer == "muon" else 2  # of matrices; the few other parameters have two in any case
     share = config.batch[index] / PROBE
     cost = {"all": whole, "trained": ours, "weights": 4 * (whole + frozen_copies),

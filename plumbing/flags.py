@@ -12,8 +12,8 @@ from plumbing.command import Parser, UserError
 from plumbing.devices import best_device, default_precision
 from spar import CHOICES, NAMES, PRESETS, Config, make_config
 
-FIRST_DAY = ("seed", "steps", "batch", "lr", "router", "tokenizer", "align", "anchor", "skip_stage", "data", "edits",
-             "precision", "attention", "workers")  # what --help shows; --help-all shows every field
+FIRST_DAY = ("seed", "steps", "batch", "lr", "router", "tokenizer", "align", "teacher", "anchor", "skip_stage", "data",
+             "edits", "precision", "attention", "workers")  # what --help shows; --help-all shows every field
 
 
 def field_help() -> dict[str, tuple[str, str]]:

@@ -120,9 +120,9 @@ def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) 
     layers = [f"layer {i}" for i in model.mllm.choice]
     rows = ["<bos>", *(["picture (mean)"] if reference is not None else []), *words[1:], "queries (mean)"]
     visual = len(weights) - len(words) - queries  # visual tokens of the reference, between <bos> and the words
-    rows_of = [weights[:1], *([weights[1:1 + visual].mean(0, keepdim=True)] if visual else []), weights[1 + visual:-queries],
-             weights[-queries:].mean(0, keepdim=True)]
-    return [heat_map(torch.cat(rows_of), rows, layers, f"routing: “{prompt}”"), query_grids(weights[-queries:], layers)]
+    picture = [weights[1:1 + visual].mean(0, keepdim=True)] if visual else []
+    table = torch.cat([weights[:1], *picture, weights[1 + visual:-queries], weights[-queries:].mean(0, keepdim=True)])
+    return [heat_map(table, rows, layers, f"routing: “{prompt}”"), query_grids(weights[-queries:], layers)]
 
 
 def loss_curves(run: Path) -> Image.Image:

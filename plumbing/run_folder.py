@@ -104,7 +104,7 @@ def build(config: Config, device: str, words: TextTokenizer | None = None, run: 
 
 
 def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
-    """The model of a run folder after its finished stages (at most `upto`), which `model.finished` names.
+    """The model of a run folder after its finished stages (at most `upto`), which `model.finished_stages` names.
     Raises UserError where the folder is missing, is another's or holds no finished stage."""
     config = load_config(run)
     names = [name for name in stage_names(config) if NAMES.index(name) <= NAMES.index(upto)]
