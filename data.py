@@ -170,8 +170,8 @@ def to(batch, device):
 
 
 def read(batches: Iterator, device: torch.device, where: str) -> tuple[Batch, list, float]:
-    """-> (a batch on the device, the samples that others stand in for, seconds of waiting). Raises BadFile, which says `where`,
-    where there is no batch."""
+    """-> (a batch on the device, the samples that others stand in for, seconds of waiting). Raises BadFile, which says
+    `where`, where there is no batch."""
     start = time.time()
     batch = next(batches)
     bad, hopeless = batch.pop("bad", []), batch.pop("stop", "")
