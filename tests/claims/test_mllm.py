@@ -6,17 +6,17 @@ import torch
 from mllm import MLLM, LanguageModel
 from parts.positions import rotary, rotate, sine_positions
 from parts.words import Turns, UnknownWords, WordTokenizer, dialogue as dialogue_of
-from router import FUSIONS
+from router import ROUTERS
 
 WORDS = WordTokenizer("a red blue green circle square left of what is it ,".split())
 TEXT, T = ("a red circle left of it", "blue square"), 7  # T: <bos> and six words
 D, QUERIES, VISUAL = 32, 9, 4
 
 
-def model(fusion="dtr"):
+def model(router="dtr"):
     torch.manual_seed(0)
     llm = LanguageModel(len(WORDS), D, 4, 4, 2, 48)
-    mllm = MLLM(WORDS, llm, k=2, queries=QUERIES, connector_layers=2, condition_width=16, fusion=fusion).double()
+    mllm = MLLM(WORDS, llm, k=2, queries=QUERIES, connector_layers=2, condition_width=16, router=router).double()
     for parameter in mllm.parameters():  # at their first size, weights of 0.02 let no token feel another
         torch.nn.init.normal_(parameter, std=0.4)
     return mllm
@@ -207,10 +207,10 @@ def test_the_answer_to_an_empty_question_follows_the_picture_as_it_does_when_the
         [] if word == WORDS.eos_id else [word] for word in likeliest]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("n", [0, VISUAL])
-def test_condition_equals_one_pass_over_the_whole_sequence_in_values_and_gradients(fusion, n):
-    mllm, (ids, mask), f_v = model(fusion), prompts(*TEXT, n=n), pictures(2) if n else None
+def test_condition_equals_one_pass_over_the_whole_sequence_in_values_and_gradients(router, n):
+    mllm, (ids, mask), f_v = model(router), prompts(*TEXT, n=n), pictures(2) if n else None
     mllm.llm.requires_grad_(False)
     full = torch.cat([mask, torch.ones(2, QUERIES, dtype=torch.bool)], 1)
     hidden, _ = mllm.llm(torch.cat([mllm.embed(ids, f_v), mllm.queries.expand(2, -1, -1)], 1), full)

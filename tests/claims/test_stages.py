@@ -67,7 +67,7 @@ def test_the_teachers_get_no_gradient(tiny, tmp_path):
         return stage.compute(model, batch, weights, extras)
 
     run_stage(model_of(tiny()), replace(stage, compute=watched), tmp_path)
-    for teacher in (kept[0].teacher, kept[0].perceptual):
+    for teacher in (kept[0].encoder_before, kept[0].perceptual):
         assert teacher is not None
         assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
@@ -104,7 +104,7 @@ def test_every_ablation_trains_and_differs_from_the_standard(tiny, tmp_path):
     run_stage(model_of(tiny()), "P1", teacher)
     standard = end()
     for change in ({"tokenizer": "semantic-only"}, {"tokenizer": "pixel-only"}, {"anchor": False}, {"freeze_encoder": True},
-                   {"align": "none"}, {"fusion": "last"}, {"fusion": "mean"}, {"fusion": "concat"}, {"fusion": "static"},
+                   {"align": "none"}, {"router": "last"}, {"router": "mean"}, {"router": "concat"}, {"router": "static"},
                    {"symmetric": "with"}, {"symmetric": "without"}, {"reference": "tokens"},
                    {"align": "external", "teacher": str(teacher)}):
         other = end(**change)

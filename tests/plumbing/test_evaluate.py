@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import Protocol, evaluate, evaluation_id
+import train
+from evaluate import TABLES, Protocol, evaluate, evaluation_id
 from parts.metrics import frechet_distance, psnr, ssim
+from plumbing import pictures
 from plumbing.pictures import draw_report
+from plumbing.run_folder import load_run
+from spar import NAMES
+from tests.tools.commands import call
+from world.language import EDIT_KINDS, PROMPT_KINDS
 
 
 def test_psnr_equals_the_formula_by_hand():
@@ -96,3 +102,65 @@ def test_the_report_has_its_four_pictures(measured):
     shutil.rmtree(measured[0] / "report", ignore_errors=True)
     assert str(measured[0] / "report" / "summary.png") in draw_report(measured[0])
     assert {path.name for path in (measured[0] / "report").iterdir()} == {"summary.png", "losses.png", "streams.png", "routing.png"}
+
+
+def part_of(whole_run, folder, last):
+    """A copy of the whole run as it was after a stage."""
+    folder.mkdir()
+    for path in ("config.json", "log.jsonl", *(f"{name}.pt" for name in NAMES[:NAMES.index(last) + 1])):
+        shutil.copyfile(whole_run / path, folder / path)
+    return folder
+
+
+DIRECT = {"overall", *PROMPT_KINDS, "held_out", "knowledge"}
+
+
+@pytest.mark.parametrize("last, tables", [
+    ("P1", {"understanding"}), ("P2", {"understanding"}), ("P3", {"understanding", "generation_direct"}),
+    ("T1", {"understanding", "generation_direct", "reconstruction"}),
+    ("U1", {"understanding", "generation_direct", "reconstruction", "generation"})])
+def test_of_a_run_with_some_stages_what_is_there_is_measured(last, tables, whole_run, tmp_path):
+    run = part_of(whole_run, tmp_path / "run", last)
+    done = call("evaluate.py", run, "--count", "4", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "results.json").read_text())
+    assert set(results) & set(TABLES) == tables == {line.split()[0] for line in done.stdout.splitlines()[:-1]}
+    direct = set() if last < "P3" else {"knowledge_p3"} | (DIRECT if last == "U1" else set())
+    assert set(results.get("generation_direct", {})) == direct
+
+
+@pytest.mark.parametrize("last, titles", [
+    ("P1", ["ask"]), ("P2", ["pixel autoencoder", "ask"]), ("T1", ["reconstruct", "ask"]), ("U1", ["reconstruct", "ask", "draw"]),
+    ("U3", ["reconstruct", "ask", "draw", "edit"])])
+def test_the_report_of_a_run_with_some_stages_shows_what_is_there(last, titles, whole_run, tmp_path, monkeypatch):
+    sections, sheet = [], pictures.sheet
+    monkeypatch.setattr(pictures, "sheet", lambda rows, **options: sections.append(rows) or sheet(rows, **options))
+    run = part_of(whole_run, tmp_path / "run", last)
+    assert draw_report(run).startswith(f"pictures after {last}: {run / 'report' / 'summary.png'}")
+    assert [title.split(":")[0] for title, _ in sections[-1]] == titles
+
+
+def colours(image) -> set:
+    return {colour for _, colour in image.getcolors(1 << 20)}
+
+
+@pytest.mark.parametrize("right", [True, False, None])
+def test_the_words_under_a_picture_are_green_where_it_is_right_and_red_where_it_is_wrong(right):
+    image = pictures.sheet([("", [([torch.zeros(3, 8, 8)], "what it shows", right)])])
+    wanted = {True: pictures.RIGHT, False: pictures.WRONG, None: pictures.INK}[right]
+    assert {pictures.RIGHT, pictures.WRONG, pictures.INK} & colours(image) == {wanted}
+
+
+def test_what_the_judge_rejects_is_marked_as_wrong(whole_run, monkeypatch):
+    verdicts = iter([True, False] * 8)
+    monkeypatch.setattr(pictures, "fulfils", lambda objects, request: next(verdicts))
+    monkeypatch.setattr(pictures, "succeeds", lambda edit, images: [edit.kind != "remove"])
+    rows = {title.split(":")[0]: cells for title, cells in pictures.drawn(load_run(whole_run))[0]}
+    assert [right for *_, right in rows["draw"]] == [True, False] * 4
+    assert [right for _, words, right in rows["edit"]] == [kind != "remove" for kind in EDIT_KINDS[:8]]
+
+
+def test_the_first_pictures_are_there_after_p1_and_the_run_says_where(tiny, tmp_path, capsys):
+    train.train(tiny(), tmp_path, ["P1"], "cpu")
+    assert (tmp_path / "report" / "summary.png").exists() and (tmp_path / "report" / "losses.png").exists()
+    assert f"pictures after P1: {tmp_path / 'report' / 'summary.png'}" in capsys.readouterr().out

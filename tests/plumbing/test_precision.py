@@ -97,3 +97,37 @@ def test_compiled_parts_compute_the_same(tiny, tmp_path):
         ends[compiled] = [run_stage(model, name, tmp_path / str(compiled)) for name in ("T1", "U2")]
     for a, b in zip(*([line for stage in ends[kind] for line in stage] for kind in (False, True))):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [("fp32", "fp16"), ("fp16", "fp32"), ("fp16", "fp16")], ids=" to ".join)
+def test_a_stage_goes_on_in_another_precision(kinds, tiny, tmp_path, monkeypatch, capsys):
+    """From its last step, with the scale of fp16's loss where there is one."""
+    class Left(Exception):
+        pass
+
+    def until(run, stage, step, saved):
+        save(run, stage, step, saved)
+        if step == 8:
+            raise Left
+
+    save, begin, scales = train.save_progress, train.begin, []
+    configs = [tiny(precision=kind, steps=(12,) * 9, save_minutes=0.0) for kind in kinds]
+    with monkeypatch.context() as patch, pytest.raises(Left):
+        patch.setattr(train, "save_progress", until)
+        patch.setattr(train, "begin", lambda module: scales.append(begin(module)) or scales[-1])
+        train.train(configs[0], tmp_path, ["P1"], "cpu")
+    before = scales.pop().scaler.state_dict()
+    monkeypatch.setattr(train, "begin", lambda module: scales.append(begin(module)) or scales[-1])
+    restored, load = [], train.load_newest
+
+    def watched(now, run):
+        result = load(now, run)
+        restored.append((result[0], now.scaler.state_dict()))
+        return result
+
+    monkeypatch.setattr(train, "load_newest", watched)
+    train.train(configs[1], tmp_path, ["P1"], "cpu")
+    assert restored[0][0] == 8 and "going on from the one before" not in capsys.readouterr().out
+    fresh = torch.amp.GradScaler("cpu").state_dict()
+    assert restored[0][1] == {"fp32": {}, "fp16": before or fresh}[kinds[1]]
+    assert (tmp_path / "P1.pt").exists() and all(value.isfinite().all() for value in scales[0].weights.values())

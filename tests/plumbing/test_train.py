@@ -92,7 +92,7 @@ def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tm
     assert (tmp_path / "run" / "P1.pt").stat().st_mtime_ns == stamp and (tmp_path / "run" / "P2.pt").exists()
 
 
-@pytest.mark.parametrize("change, first", [({"fusion": "last"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
+@pytest.mark.parametrize("change, first", [({"router": "last"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
                                            ({"tokenizer": "pixel-only"}, "T1"), ({"skip_stage": "T2"}, "T2"),
                                            ({"steps": (2,) * 7 + (3, 2)}, "U2"), ({"d": 64, "llm_mlp": 64}, "P1")])
 def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_path):
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("train.py --stepps-scale 1", "did you mean --steps-scale"), ("train.py --fusion lst", "invalid choice"),
+    ("train.py --stepps-scale 1", "did you mean --steps-scale"), ("train.py --router lst", "invalid choice"),
     ("train.py --stages P1,P9", "unknown stage 'P9'"), ("train.py --stages T1 --out {tmp}/run", "needs P1"),
     ("evaluate.py {tmp}/none", "no run in"), ("sample.py generate a --run {tmp}/none", "no run in"),
     ("sample.py edit blue", "--image"), ("sample.py generate", "needs words"), ("train.py --from {tmp}/none --out {tmp}/new", "no run in"),
