@@ -105,7 +105,8 @@ def test_a_width_of_72_is_held_in_80_channels_and_not_in_128():
     assert widths == {32: 32, 56: 64, 64: 64, 72: 80, 112: 128, 128: 128}
 
 
-@pytest.mark.parametrize("change, words", [(dict(INTERPRETED=False), "q is on cpu"), (dict(triton=None), "not installed")])
+@pytest.mark.parametrize("change, words",
+                         [(dict(INTERPRETED=False), "q is on cpu"), (dict(triton=None), "not installed")])
 def test_a_named_backend_that_cannot_run_says_why(change, words, monkeypatch):
     for name, value in change.items():
         monkeypatch.setattr(attention_triton, name, value)
@@ -133,7 +134,8 @@ def some_of_a_grid(n, e, dtype=torch.float32, apart=False):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("n, e, apart", [(1, 32, False), (17, 32, True), (64, 16, False), (256, 32, True), (150, 64, False)])
+@pytest.mark.parametrize("n, e, apart",
+                         [(1, 32, False), (17, 32, True), (64, 16, False), (256, 32, True), (150, 64, False)])
 def test_fused_linear_attention_equals_its_plain_twin_in_float64(n, e, apart, dtype):
     inputs = some_of_a_grid(n, e, dtype, apart)
     out = linear_attention(*inputs, backend="triton")
@@ -166,7 +168,8 @@ def test_linear_attention_names_what_it_cannot_do(backend, e, words):
 
 
 def test_every_kernel_compiles_for_an_h100_and_uses_its_tensor_cores():
-    done = subprocess.run([sys.executable, "-m", "tests.tools.compile_kernels", "90"], capture_output=True, text=True, cwd=ROOT,
+    command = [sys.executable, "-m", "tests.tools.compile_kernels", "90"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
                           env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"})
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()

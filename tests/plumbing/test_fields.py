@@ -19,19 +19,24 @@ from tests.tools.planted import everything, noise
 
 BASE = TINY | {"steps": (3,) * 9}
 SHAPES = {  # field -> another value, with which some parameter is of another shape, or there is another
-    "side": 24, "patch": 4, "vision_width": 32, "vision_layers": 3, "d": 64, "llm_layers": 5, "llm_kv_heads": 2, "llm_mlp": 64,
+    "side": 24, "patch": 4, "vision_width": 32, "vision_layers": 3, "d": 64, "llm_layers": 5, "llm_kv_heads": 2,
+    "llm_mlp": 64,
     "vocabulary": 500, "tied": False, "p": 4, "pixel_layers": 2, "stream_blocks": 2, "ae_widths": (8, 16, 16),
-    "ae_depths": (0, 1, 2), "ae_decoder_depths": (0, 1, 2), "ae_vit_stages": 0, "ae_resample": "conv", "k": 2, "queries": 25,
+    "ae_depths": (0, 1, 2), "ae_decoder_depths": (0, 1, 2), "ae_vit_stages": 0, "ae_resample": "conv", "k": 2,
+    "queries": 25,
     "connector_layers": 2, "condition_width": 16, "c": 64, "dit_layers": 3, "dit_mlp_ratio": 2.0, "align_hidden": 8,
     "tokenizer": "pixel-only", "symmetric": "with", "router": "concat", "reference": "tokens"}
 BITS = {  # field -> a stage that ends in other bits with another value
-    "seed": ("P1", 1), "vision_heads": ("P1", 1), "llm_heads": ("P1", 1), "steps": ("P1", (4,) * 9), "batch": ("P1", (6,) * 9),
+    "seed": ("P1", 1), "vision_heads": ("P1", 1), "llm_heads": ("P1", 1), "steps": ("P1", (4,) * 9),
+    "batch": ("P1", (6,) * 9),
     "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", 0.1),
-    "warmup": ("P1", 0.9), "final_lr": ("P1", 0.5), "clip": ("P1", 0.01), "ema": ("P1", 0.05), "attention": ("P1", "tiled"),
+    "warmup": ("P1", 0.9), "final_lr": ("P1", 0.5), "clip": ("P1", 0.01), "ema": ("P1", 0.05),
+    "attention": ("P1", "tiled"),
     "lambda_z": ("P2", 0.1), "dit_heads": ("P3", 2), "dit_cross_heads": ("P3", 1), "positions": ("P3", False),
     "connector_share": ("P3", 1.0), "shift": ("P3", 1.0), "noises_per_picture": ("P3", 1), "drop_words": ("P3", 1.0),
     "precision": ("P3", "bf16"), "pixel_heads": ("T1", 1), "lambda_lpips": ("T1", 1.0), "lambda_p": ("T1", 0.5),
-    "lambda_f": ("T1", 0.5), "lambda_s": ("T3", 1.0), "lambda_gan": ("T3", 0.1), "gan_start": ("T3", 0.9), "gan_width": ("T3", 4),
+    "lambda_f": ("T1", 0.5), "lambda_s": ("T3", 1.0), "lambda_gan": ("T3", 0.1), "gan_start": ("T3", 0.9),
+    "gan_width": ("T3", 4),
     "lecam": ("T3", 1.0), "encoder_rate": ("T3", 0.1), "anchor": ("T3", False), "freeze_encoder": ("T3", True),
     "lambda_a": ("U2", 0.1), "align_block": ("U2", 2), "align": ("U2", "none"), "edits": ("U2", 0.25)}
 
@@ -109,7 +114,8 @@ def data(end, tmp_path, monkeypatch):
 
 
 def tokens(end, tmp_path, monkeypatch):
-    few, more = (len(json.loads((on_disk(tmp_path, tokens=count) / "vocabulary.json").read_text())["merges"]) for count in (264, 268))
+    few, more = (len(json.loads((on_disk(tmp_path, tokens=count) / "vocabulary.json").read_text())["merges"])
+                 for count in (264, 268))
     assert few == 4 and more == 8
 
 
@@ -118,14 +124,14 @@ def samples(tmp_path, name, **changes):
     root = tmp_path / "data"
     everything(root) if not root.exists() else None
     config = make_config(**TINY | {"data": str(root)} | changes)
-    stage, words = train.stage_named(name), text_tokenizer(config, on_disk(tmp_path)) if name == "P1" else words_of(Config())
-    words.longest = config.longest
-    return train.Batches(config, name, stage.sample, stage.shares(config), words=words, found=scan(root))[0]
+    stage = train.stage_named(name)
+    return train.Batches(config, name, stage.sample, stage.shares(config), found=scan(root))[0]
 
 
 def longest(end, tmp_path, monkeypatch):
     run = on_disk(tmp_path)
-    lengths = [len(text_tokenizer(make_config(**TINY | {"data": "x", "longest": count}), run).encode("a" * 90)) for count in (4, 48)]
+    lengths = [len(text_tokenizer(make_config(**TINY | {"data": "x", "longest": count}), run).encode("a" * 90))
+               for count in (4, 48)]
     assert lengths == [4, 48]
 
 
@@ -154,7 +160,8 @@ def compile(end, tmp_path, monkeypatch):
 def checkpointing(end, tmp_path, monkeypatch):
     """The bits stay (test_precision.py); what is kept for backward does not."""
     for value in (False, True):
-        module = train.training_of(model_of(make_config(**TINY | {"checkpointing": value})), train.stage_named("P2")).module
+        module = train.training_of(model_of(make_config(**TINY | {"checkpointing": value})),
+                                   train.stage_named("P2")).module
         assert {layer.recompute for layer in layers(module)} == {value}
 
 
@@ -178,7 +185,8 @@ def save_minutes(end, tmp_path, monkeypatch):
         assert (tmp_path / str(minutes) / "resume").exists() == (minutes == 0)
 
 
-ELSEWHERE = {test.__name__: test for test in (preset, lpips_weights, teacher, skip_stage, data, tokens, longest, flip, max_bad,
+ELSEWHERE = {test.__name__: test
+             for test in (preset, lpips_weights, teacher, skip_stage, data, tokens, longest, flip, max_bad,
                                               compile, checkpointing, workers, shard, save_minutes)}
 
 

@@ -20,13 +20,14 @@ def verdicts(tmp_path_factory):
 
 
 def test_at_least_fifty_were_tried_and_each_came_back(verdicts):
-    assert len(verdicts) == SCRIPT.read_text().count(": lambda run, root:") >= 50
+    assert len(verdicts) == SCRIPT.read_text().count("lambda run, root:") >= 50
 
 
 @pytest.mark.parametrize("what, sound", [
     ("refused", lambda v: v["refused"]),
     ("one line", lambda v: v["told"] and "\n" not in v["told"] and "\x1b" not in v["told"] and len(v["told"]) < 500),
-    ("under 5 s", lambda v: v["seconds"] < 5), ("under 1 GB", lambda v: v["megabytes"] < 1024), ("nothing ran", lambda v: not v["harmed"])])
+    ("under 5 s", lambda v: v["seconds"] < 5), ("under 1 GB", lambda v: v["megabytes"] < 1024),
+    ("nothing ran", lambda v: not v["harmed"])])
 def test_every_hostile_file_is_harmless(what, sound, verdicts):
     wrong = {v["name"]: v for v in verdicts if not sound(v)}
     assert not wrong, json.dumps(wrong, indent=1)

@@ -1,5 +1,5 @@
-"""The house, read from its source: which files there are and how long, who imports whom, and that what the README points at
-exists."""
+"""The house, read from its source: which files there are and how long, who imports whom, and that what the README
+points at exists."""
 
 import ast
 import re
@@ -88,7 +88,8 @@ def test_a_folder_says_at_its_door_what_is_in_it(folder):
     body = tree(ROOT / folder / "__init__.py").body
     assert len(body) == 1 and ast.get_docstring(tree(ROOT / folder / "__init__.py"))
     for path in (ROOT / folder).glob("[a-z]*.py"):
-        assert re.search(rf"^    {path.stem} ", body[0].value.value, re.M), f"{folder}/__init__.py does not name {path.stem}"
+        assert re.search(rf"^    {path.stem} ", body[0].value.value,
+                         re.M), f"{folder}/__init__.py does not name {path.stem}"
 
 
 # ---------------------------------------------------------------- imports
@@ -147,7 +148,8 @@ def patterns(path: Path):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("rearrange", "repeat", "reduce", "einsum"):
                 for argument in node.args:
-                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and "->" in argument.value:
+                    if isinstance(argument, ast.Constant) and isinstance(argument.value,
+                                                                         str) and "->" in argument.value:
                         yield node.lineno, argument.value
 
 
@@ -167,7 +169,8 @@ def definitions(path: Path) -> set[str]:
     for node in tree(path).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
-            names |= {f"{node.name}.{part.name}" for part in getattr(node, "body", []) if isinstance(part, ast.FunctionDef)}
+            names |= {f"{node.name}.{part.name}" for part in getattr(node, "body", [])
+                      if isinstance(part, ast.FunctionDef)}
         elif isinstance(node, ast.If):  # kernels, where Triton is there
             names |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -178,7 +181,8 @@ def definitions(path: Path) -> set[str]:
 
 def claims() -> list[dict[str, str]]:
     """The README's table of claims: its columns have the names file, function and test."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()
+            if line.startswith("|")]
     head = next(i for i, row in enumerate(rows) if {"file", "function", "test"} <= set(row))
     count = len(rows[head])
     table = []
@@ -230,5 +234,6 @@ def test_a_file_alone_shows_its_shapes_in_under_20_seconds(name, processes):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_answers_help(name):
-    done = (subprocess_of if name == "attention" else call)(f"{name}.py", "--help")  # its `main` is not there to be called
+    done = (subprocess_of if name == "attention" else call)(f"{name}.py",
+                                                            "--help")  # its `main` is not there to be called
     assert done.returncode == 0 and "usage:" in done.stdout, done.stdout + done.stderr

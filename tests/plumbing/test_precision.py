@@ -12,8 +12,8 @@ from plumbing.command import UserError
 from spar import NAMES
 from tests.tools.models import model_of, run_stage, state
 
-# Largest difference of a loss, as a share of it (or of 1, where it is smaller). fp16 skips its first steps, until it has found
-# a scale at which no gradient overflows.
+# Largest difference of a loss, as a share of it (or of 1, where it is smaller). fp16 skips its first steps, until it
+# has found a scale at which no gradient overflows.
 BAND = {"bf16": 0.02, "fp16": 0.03}
 
 
@@ -21,7 +21,8 @@ def losses(precision, name, tiny, folder, **changes):
     torch.manual_seed(0)
     model = model_of(tiny(precision=precision, steps=(12,) * 9, lr=(1e-3,) * 9, **changes))
     lines = run_stage(model, name, folder)
-    return [{key: value for key, value in line.items() if key == "loss" or key.startswith("L_")} for line in lines], state(model)
+    return [{key: value for key, value in line.items() if key == "loss" or key.startswith("L_")}
+            for line in lines], state(model)
 
 
 @pytest.mark.parametrize("precision", list(BAND))
@@ -32,7 +33,8 @@ def test_every_stage_has_the_losses_of_float32_within_a_band(name, precision, ti
     for a, b in zip(full, half):
         assert a.keys() == b.keys()
         for symbol in a:
-            band = BAND[precision] * (2 if symbol == "L_gan" else 1)  # its adversary has learned from the other pictures
+            band = BAND[precision] * (2
+                                      if symbol == "L_gan" else 1)  # its adversary has learned from the other pictures
             assert abs(a[symbol] - b[symbol]) <= band * max(1, abs(a[symbol])), symbol
     assert full != half  # it did compute in another precision
     assert all(value.dtype == torch.float32 for value in rough.values())

@@ -28,8 +28,8 @@ def torchrun(folder: Path, *options: str, stages=NAMES, environment: dict | None
     """The stages of a tiny run by two processes; -> stage -> its losses."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, "-m",
                "tests.tools.tiny_run", str(folder), json.dumps(BASE | changes), ",".join(stages)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "SAVE_MINUTES": "0" if environment else "60"} | (environment or {}))
+    variables = {"OMP_NUM_THREADS": "1", "SAVE_MINUTES": "0" if environment else "60"} | (environment or {})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ | variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return losses(folder)
 
@@ -60,7 +60,8 @@ def begun(source: Path, folder: Path, name: str) -> Path:
 def losses(folder: Path) -> dict[str, list]:
     """The last line of each step counts: a step that was done again after a restart was logged again."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {name: list({line["step"]: line["loss"] for line in lines if line["stage"] == name}.values()) for name in NAMES}
+    return {name: list({line["step"]: line["loss"] for line in lines if line["stage"] == name}.values())
+            for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,8 @@ def test_what_some_processes_saved_others_go_on_with(first, shard, alone, tmp_pa
 
 def test_torchrun_starts_a_killed_process_again_and_the_losses_go_on(alone, tmp_path):
     marker, run = tmp_path / "killed", begun(alone[0], tmp_path / "run", "U2")
-    two = torchrun(run, "--max-restarts=1", stages=["U2", "U3"], environment={"KILL_AT": "U2 2", "KILL_MARKER": str(marker)})
+    two = torchrun(run, "--max-restarts=1", stages=["U2", "U3"],
+                   environment={"KILL_AT": "U2 2", "KILL_MARKER": str(marker)})
     assert marker.exists()
     for name in ("U2", "U3"):
         assert len(two[name]) == 2 and two[name] == pytest.approx(alone[1][name], abs=1e-5), name
@@ -119,7 +121,8 @@ def test_the_shares_of_several_processes_are_together_the_batch_of_one(name, tin
     shares = {"edits": 0.5, "captions": 0.5, "outcomes": 0.5}
     whole, *parts = (Batches(tiny(), name, stage.sample, shares, *who)[3] for who in ((0, 1), (0, 2), (1, 2)))
     assert {len(part["images"]) for part in parts} == {4}
-    assert sorted(x.sum().item() for x in whole["images"]) == sorted(x.sum().item() for part in parts for x in part["images"])
+    shared = [x.sum().item() for part in parts for x in part["images"]]
+    assert sorted(x.sum().item() for x in whole["images"]) == sorted(shared)
     if "noise" in whole:
         for i in range(2):
             drawn = [{tuple(row) for row in batch["noise"][i].unsqueeze(1).flatten(1).tolist()}

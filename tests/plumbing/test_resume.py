@@ -31,7 +31,8 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(kills, workers, tmp_pa
     seed, steps = (1, 4) if workers else (0, 6)
     script = ("import pathlib; from tests.tools.torture import torture; "
               f"print(torture({kills}, {workers}, {seed}, pathlib.Path({str(tmp_path)!r}), {steps}))")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT)  # no threads yet
+    command = [sys.executable, "-c", script]  # a process that has no threads yet
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     n, lost, runs, other = eval(done.stdout.splitlines()[-1])
     assert n >= kills and runs >= 1 and lost == 0 and other == 0
 
@@ -54,8 +55,9 @@ def test_the_first_signal_saves_and_leaves_and_the_same_command_goes_on(number, 
 
 
 def test_a_second_signal_leaves_at_once(tmp_path):
-    code = ("import os, signal\nfrom plumbing.processes import Stop\nwith Stop():\n    os.kill(os.getpid(), signal.SIGINT)\n"
-            "    print('going on', flush=True)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('never', flush=True)")
+    code = ("import os, signal\nfrom plumbing.processes import Stop\nwith Stop():\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n    print('going on', flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n    print('never', flush=True)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == -signal.SIGINT and done.stdout == "going on\n" and "Traceback" not in done.stderr
 
@@ -119,7 +121,8 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(kind, runs_of_p1
     told = capsys.readouterr().out
     assert str(saved[-1]) in told and "going on from the one before it" in told
     a, b = (torch.load(folder / "P1.pt", weights_only=True) for folder in (runs_of_p1 / "straight", run))
-    assert same({key: a[key] for key in ("weights", "ema", "optimizer")}, {key: b[key] for key in ("weights", "ema", "optimizer")})
+    assert same({key: a[key] for key in ("weights", "ema", "optimizer")},
+                {key: b[key] for key in ("weights", "ema", "optimizer")})
 
 
 def test_a_broken_stage_file_is_told_and_its_stage_trained_again_from_its_last_progress(tiny, tmp_path, capsys):
@@ -128,7 +131,8 @@ def test_a_broken_stage_file_is_told_and_its_stage_trained_again_from_its_last_p
     before = torch.load(tmp_path / "P2.pt", weights_only=True)
     content = bytearray((tmp_path / "P2.pt").read_bytes())
     middle = len(content) // 2
-    content[middle:middle + 300] = bytes(byte ^ 255 for byte in content[middle:middle + 300])  # one byte might be padding
+    part = slice(middle, middle + 300)  # one byte might be padding
+    content[part] = bytes(byte ^ 255 for byte in content[part])
     (tmp_path / "P2.pt").write_bytes(content)
     with_log = (tmp_path / "log.jsonl").read_text().count('"P2"')
     capsys.readouterr()
@@ -186,7 +190,7 @@ def test_a_log_is_cut_to_the_step_that_a_run_goes_on_from(tiny, tmp_path, monkey
     config = tiny(steps=(25,) * 9, save_minutes=0.0)
     stopped(config, tmp_path / "run", monkeypatch, 15)
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write('{"stage": "P1", "step": 20, "loss": 99}\n{"stage": "P1", "st')  # logged after the last save, then torn
+        log.write('{"stage": "P1", "step": 20, "loss": 99}\n{"stage": "P1", "st')  # after the last save, then torn
     train.train(config, tmp_path / "run", ["P1"], "cpu", None)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == [0, 10, 20, 24]

@@ -24,9 +24,10 @@ def sample(run: Path, *arguments: str) -> Ended:
     return call("sample.py", *arguments, "--run", run)
 
 
-@pytest.mark.parametrize("arguments", [("generate", "a red circle"), ("edit", "--image", "{exact}", "make the red circle blue"),
-                                       ("reconstruct", "--image", "{exact}"), ("route", "two green circles"),
-                                       ("generate", "a red circle", "--count", "3", "--sampler", "euler", "--steps", "4")])
+@pytest.mark.parametrize("arguments", [
+    ("generate", "a red circle"), ("edit", "--image", "{exact}", "make the red circle blue"),
+    ("reconstruct", "--image", "{exact}"), ("route", "two green circles"),
+    ("generate", "a red circle", "--count", "3", "--sampler", "euler", "--steps", "4")])
 def test_every_use_writes_its_picture(arguments, run, tmp_path):
     arguments = [a.format(exact=run / "exact.png") for a in arguments]
     done = sample(run, *arguments, "--out", str(tmp_path / "out.png"))
@@ -54,7 +55,8 @@ def plain_picture(run, tmp_path_factory):
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("flag", [("--seed", "1"), ("--guidance", "9"), ("--steps", "2"), ("--sampler", "euler"), ("--no-rewrite",)])
+@pytest.mark.parametrize("flag", [
+    ("--seed", "1"), ("--guidance", "9"), ("--steps", "2"), ("--sampler", "euler"), ("--no-rewrite",)])
 def test_every_option_changes_the_picture(flag, run, plain_picture, tmp_path):
     assert sample(run, "generate", "a red circle", "--out", str(tmp_path / "other.png"), *flag).returncode == 0
     assert (tmp_path / "other.png").read_bytes() != plain_picture

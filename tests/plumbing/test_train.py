@@ -92,9 +92,10 @@ def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tm
     assert (tmp_path / "run" / "P1.pt").stat().st_mtime_ns == stamp and (tmp_path / "run" / "P2.pt").exists()
 
 
-@pytest.mark.parametrize("change, first", [({"router": "last"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
-                                           ({"tokenizer": "pixel-only"}, "T1"), ({"skip_stage": "T2"}, "T2"),
-                                           ({"steps": (2,) * 7 + (3, 2)}, "U2"), ({"d": 64, "llm_mlp": 64}, "P1")])
+@pytest.mark.parametrize("change, first", [
+    ({"router": "last"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
+    ({"tokenizer": "pixel-only"}, "T1"),
+    ({"skip_stage": "T2"}, "T2"), ({"steps": (2,) * 7 + (3, 2)}, "U2"), ({"d": 64, "llm_mlp": 64}, "P1")])
 def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_path):
     source, run = tmp_path / "source", tmp_path / "run"
     check_same_run(tiny(), (source.mkdir(), source)[1])
@@ -133,8 +134,10 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
     ("train.py --stepps-scale 1", "did you mean --steps-scale"), ("train.py --router lst", "invalid choice"),
     ("train.py --stages P1,P9", "unknown stage 'P9'"), ("train.py --stages T1 --out {tmp}/run", "needs P1"),
     ("evaluate.py {tmp}/none", "no run in"), ("sample.py generate a --run {tmp}/none", "no run in"),
-    ("sample.py edit blue", "--image"), ("sample.py generate", "needs words"), ("train.py --from {tmp}/none --out {tmp}/new", "no run in"),
-    ("train.py --steps 1,2 --out {tmp}/new", "takes 9 numbers"), ("train.py --align external --out {tmp}/new", "--teacher RUN"),
+    ("sample.py edit blue", "--image"), ("sample.py generate", "needs words"),
+    ("train.py --from {tmp}/none --out {tmp}/new", "no run in"),
+    ("train.py --steps 1,2 --out {tmp}/new", "takes 9 numbers"),
+    ("train.py --align external --out {tmp}/new", "--teacher RUN"),
     ("sample.py generate two green circles", "in quotes"), ("evaluate.py {tmp}/none --count 1", "at least 2"),
     ("train.py --plan --queries 15", "square grid"), ("sample.py generate circle --image x.png", "edit --image")])
 def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, words, tmp_path):
@@ -143,9 +146,9 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, words, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("script, arguments, words", [("train.py", ["--stepps-scale", "1"], "did you mean --steps-scale"),
-                                                      ("evaluate.py", ["none"], "no run in"),
-                                                      ("sample.py", ["ask", "?", "--image", "x.png", "--run", "none"], "no run in")])
+@pytest.mark.parametrize("script, arguments, words", [
+    ("train.py", ["--stepps-scale", "1"], "did you mean --steps-scale"), ("evaluate.py", ["none"], "no run in"),
+    ("sample.py", ["ask", "?", "--image", "x.png", "--run", "none"], "no run in")])
 def test_a_commands_own_process_ends_in_that_one_line_too(script, arguments, words, tmp_path):
     done = subprocess_of(script, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

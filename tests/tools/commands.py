@@ -1,4 +1,4 @@
-"""Commands as a user starts them: in a process of their own, or in this one where the claim is about the words alone."""
+"""Commands as a user starts them: in a process of their own, or in this one where the claim is about words alone."""
 
 import contextlib
 import importlib

@@ -25,7 +25,8 @@ def run_stage(model: SPAR, stage: str | train.Stage, folder: Path) -> list[dict]
     stage = train.stage_named(stage) if isinstance(stage, str) else stage
     folder.mkdir(exist_ok=True)
     train.train_stage(model, stage, folder)
-    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["stage"] == stage.name]
+    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+            if line["stage"] == stage.name]
 
 
 def state(model: SPAR) -> dict[str, torch.Tensor]:

@@ -17,7 +17,8 @@ from tests.conftest import TINY
 
 def tiny_config(changes: dict):
     """TINY with `changes`, in which json has made lists of tuples."""
-    return make_config(**TINY | {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()})
+    return make_config(**TINY | {key: tuple(value) if isinstance(value, list) else value for key,
+                                 value in changes.items()})
 
 
 def main() -> None:
