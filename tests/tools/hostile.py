@@ -213,8 +213,8 @@ CASES = {
         lambda run, root: data(root, x__png=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch " +
                                str(MARK).encode() + b") (w) file\n"),
     "svg by a picture's name":
-        lambda run,
-    root: data(root, x__png=b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'),
+        lambda run, root: data(
+            root, x__png=b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'),
     "bomb given to sample.py":
         lambda run, root: (root.mkdir(), (root / "x.png").write_bytes(png_bomb()), read_picture(root / "x.png", 16)),
     "text given to sample.py":
@@ -247,8 +247,8 @@ CASES = {
             root,
             x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"})])),
     "tar with a device":
-        lambda run,
-    root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.CHRTYPE, "devmajor": 1})])),
+        lambda run, root: data(
+            root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.CHRTYPE, "devmajor": 1})])),
     "tar with a pipe":
         lambda run, root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.FIFOTYPE})])),
     "tar with a name of 4 GB":
@@ -259,8 +259,8 @@ CASES = {
         lambda run, root: data(root, x__tar=lambda path: long_name_tar(path, 4 << 30, tarfile.XGLTYPE)),
     "tar whose file says to be 8 EB": lambda run, root: data(root, x__tar=endless_member),
     "sparse tar":
-        lambda run,
-    root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.GNUTYPE_SPARSE})])),
+        lambda run, root: data(
+            root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.GNUTYPE_SPARSE})])),
 }
 
 
