@@ -25,11 +25,13 @@ from tests.conftest import TINY
 from tests.tools.commands import ROOT
 from tests.tools.torture import same
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.mark.parametrize("kills, workers", [(12, 0), (3, 2)])
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(kills, workers, tmp_path):
     seed, steps = (1, 4) if workers else (0, 6)
-    script = ("import pathlib; from tests.tools.torture import torture; "
+    script = ("import pathlib, train; from tests.tools.torture import torture; train.draw_report = lambda *_: ''; "
               f"print(torture({kills}, {workers}, {seed}, pathlib.Path({str(tmp_path)!r}), {steps}))")
     command = [sys.executable, "-c", script]  # a process that has no threads yet
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
