@@ -73,8 +73,8 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["DDP", "FSDP2"])
 def two(request, tmp_path_factory):
-    """A run by two processes, of which with DDP one is killed once; -> (folder, losses, sharded). T3's second checkpoint
-    is kept."""
+    """A run by two processes, of which with DDP one is killed once; -> (folder, losses, sharded). A checkpoint of T3 is
+    kept."""
     folder, environment = tmp_path_factory.mktemp("two") / "run", {"KEEP_AT": "T3 2"}
     if not request.param:
         environment |= {"KILL_AT": "U2 2", "KILL_MARKER": str(folder.parent / "killed")}
