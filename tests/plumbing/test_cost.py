@@ -14,6 +14,9 @@ from tests.tools.models import model_of
 from train import one_batch, some_steps, stage_named, step_module
 
 
+SHALLOW = dict(llm_layers=2, k=2, vision_layers=1, dit_layers=1)  # a forecast takes as long as there are layers
+
+
 def forecast(config, name) -> dict[str, float]:
     return cost.forecast(config, stage_named(name), one_batch, step_module)
 
@@ -37,13 +40,13 @@ def really_kept(config, which) -> int:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_forecast_of_activations_is_what_a_real_step_keeps(name, precision, tiny):
-    config = tiny(batch=(cost.PROBE,) * 9, precision=precision)
+    config = tiny(batch=(cost.PROBE,) * 9, precision=precision, **SHALLOW)
     kept = really_kept(config, stage_named(name))
     assert forecast(config, name)["activations"] == pytest.approx(kept, rel=0.02)
 
 
 def test_memory_grows_with_the_batch_and_recomputing_layers_saves_it(tiny):
-    deep = tiny(dit_layers=8, batch=(8,) * 9)
+    deep = tiny(**SHALLOW | {"dit_layers": 8}, batch=(8,) * 9)
     one, more, less = (forecast(config, "U2")["activations"] for config in (
         deep, replace(deep, batch=(16,) * 9), replace(deep, checkpointing=True)))
     assert more == 2 * one and less < 0.6 * one
@@ -69,7 +72,7 @@ def test_a_forecast_for_a_billion_parameters_takes_no_memory_for_them():
 
 def test_a_bench_times_steps_and_what_alignment_and_routing_cost(tiny, tmp_path):
     stages = [stage_named("P2"), stage_named("U2")]
-    result = cost.bench(tiny(), "cpu", tmp_path / "out", stages, one_batch, step_module,
+    result = cost.bench(tiny(**SHALLOW), "cpu", tmp_path / "out", stages, one_batch, step_module,
                         lambda *given: some_steps(*given, "cpu"), rounds=1)
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
     assert set(result["stages"]) == {"P2", "U2"} and result["L_align"] > 0 and result["DTR"] > 0

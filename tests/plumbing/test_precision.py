@@ -118,11 +118,11 @@ def test_a_stage_goes_on_in_another_precision(kinds, tiny, tmp_path, monkeypatch
 
     def until(run, stage, step, saved):
         save(run, stage, step, saved)
-        if step == 8:
+        if step == 4:
             raise Left
 
     save, begin, scales = train.save_progress, train.begin, []
-    configs = [tiny(precision=kind, steps=(12,) * 9, save_minutes=0.0) for kind in kinds]
+    configs = [tiny(precision=kind, steps=(6,) * 9, save_minutes=0.0) for kind in kinds]
     with monkeypatch.context() as patch, pytest.raises(Left):
         patch.setattr(train, "save_progress", until)
         patch.setattr(train, "begin", lambda module: scales.append(begin(module)) or scales[-1])
@@ -138,7 +138,7 @@ def test_a_stage_goes_on_in_another_precision(kinds, tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr(train, "load_newest", watched)
     train.train(configs[1], tmp_path, ["P1"], "cpu")
-    assert restored[0][0] == 8 and "going on from the one before" not in capsys.readouterr().out
+    assert restored[0][0] == 4 and "going on from the one before" not in capsys.readouterr().out
     fresh = torch.amp.GradScaler("cpu").state_dict()
     assert restored[0][1] == {"fp32": {}, "fp16": before or fresh}[kinds[1]]
     assert (tmp_path / "P1.pt").exists() and all(value.isfinite().all() for value in scales[0].weights.values())

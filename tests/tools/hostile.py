@@ -294,16 +294,20 @@ def main() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     for number, (name, case) in enumerate(CASES.items()):
+        if number >= 2:  # two at a time
+            os.wait()
         child = os.fork()
         if not child:
             folder = home / str(number)
             folder.mkdir()
             sys.stderr = open(os.devnull, "w")
             sys.stdout, real = open(os.devnull, "w"), sys.stdout
-            print(json.dumps(judge(name, case, sound, folder)), file=real, flush=True)
+            verdict = json.dumps(judge(name, case, sound, folder))
+            shutil.rmtree(folder, ignore_errors=True)
+            print(verdict, file=real, flush=True)
             os._exit(0)
-        os.waitpid(child, 0)
-        shutil.rmtree(home / str(number), ignore_errors=True)
+    for _ in range(min(2, len(CASES))):
+        os.wait()
 
 
 if __name__ == "__main__":
