@@ -14,7 +14,7 @@ from tests.tools.models import model_of
 from train import one_batch, some_steps, stage_named, step_module
 
 
-SHALLOW = dict(llm_layers=2, k=2, vision_layers=1, dit_layers=1)  # a forecast takes as long as there are layers
+SHALLOW = dict(llm_layers=2, k=2, vision_layers=1)  # a forecast takes as long as there are layers
 
 
 def forecast(config, name) -> dict[str, float]:

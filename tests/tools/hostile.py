@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch._dynamo  # here, so that no forked process has to
 import torch.distributed.checkpoint as checkpoints
 
 import train

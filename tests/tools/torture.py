@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # here, so that no forked process has to
 
 import train
 from spar import NAMES, make_config
