@@ -2,8 +2,8 @@
 
     S = Σ_j k_j v_jᵀ      t = Σ_j k_j      out_i = q_i S / (q_i · t)          q and k after their ReLU
 
-No token meets another one: all keys and values go into one matrix `e e` for each head, and each query is multiplied by it. With
-heads of 32 channels that is little arithmetic for what is read: about 4·32 products for each number that comes from memory,
+No token meets another one: all keys and values go into one matrix `e e` for each head, and each query is multiplied by it.
+With heads of 32 channels that is little arithmetic for what is read: about 4·32 products for each number that comes from memory,
 where a GPU could do several hundred. So what counts is to touch q, k and v once. `plain` is the formula; its sums, ReLUs and
 casts each pass over memory. The Triton kernels are the same with everything between kept on the chip; the default on CUDA.
 
@@ -15,27 +15,42 @@ Letters: b batch, a heads, n tokens, e width of a head.
 import torch
 from torch import Tensor
 
-from parts.attention_triton import product, triton, whose, why_not_triton
+from parts.attention_triton import fused_by_default, triton, why_not_triton
+from parts.backend import agrees, default_backend, small_inputs
 
 if triton is not None:
     import triton.language as tl
 
     from parts.attention_triton import product, whose
 
+WIDTHS = (16, 32, 64, 128)  # of a head, that the kernels know
 EPS = 1e-15  # under the sum, for a query without any positive channel: it gives zeros
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """`b a n e` three times -> `b a n e`, float32 inside. `backend`: auto, plain or triton (heads of 16, 32, 64 or 128).
-    Raises ValueError for a backend that it does not know or that cannot run here."""
-    reason = why_not_triton(q) or ("" if q.shape[-1] in (16, 32, 64, 128) else f"heads are {q.shape[-1]} wide")
+    """`b a n e` three times -> `b a n e`, float32 inside.
+
+    backend: "plain" | "triton", or "auto", which follows `parts.backend.use_backend`: the fused kernels under triton where
+    they can run, under auto on CUDA where they also agree with the plain formula; else that formula.
+    Raises ValueError for a backend that it does not know or that cannot run here.
+    """
     if backend not in ("auto", "plain", "triton"):
         raise ValueError(f"unknown backend {backend!r} of linear attention: auto, plain or triton")
+    reason = why_not_triton(q) or ("" if q.shape[-1] in WIDTHS else f"heads are {q.shape[-1]} wide, it takes {WIDTHS}")
     if backend == "triton" and reason:
-        raise ValueError(f"linear attention's backend triton cannot run here: {reason}")
-    if backend == "triton" or backend == "auto" and q.is_cuda and not reason:
-        return fused_linear(q, k, v)
-    return plain(q, k, v)
+        raise ValueError(f"linear attention's backend triton cannot run here: {reason}; use --attention auto")
+    if backend == "auto" and not reason:
+        default = default_backend()
+        if default == "triton" or default == "auto" and fused_by_default(q) and trusted(q.device, q.dtype, q.shape[-1]):
+            backend = "triton"
+    return fused_linear(q, k, v) if backend == "triton" else plain(q, k, v)
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while it traces, and does not look inside
+def trusted(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the fused kernels give on `device` what `plain` gives, on a small input; computed at the first call for a kind."""
+    kind = ("linear attention,", str(dtype).removeprefix("torch."), f"heads of {width}")
+    return agrees(kind, device, lambda *x: fused_linear(*x), plain, lambda: small_inputs(dtype, (2,) * 3, (150,) * 3, width))
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -63,6 +78,7 @@ if triton is not None:
 
     @triton.jit
     def start_of(X, strides, HEADS):
+        """Where this program's head of its sample begins in X `b a n e`."""
         head, b = whose(HEADS)
         return X + b * strides[0] + head * strides[1]
 
@@ -88,7 +104,8 @@ if triton is not None:
             write(OUT, product(q, values) / divisor[:, None], rows, os, n, E)
 
     @triton.jit
-    def linear_backward(Q, K, V, GRAD, DQ, DK, DV, qs, ks, vs, gs, dqs, dks, dvs, n, HEADS, E: tl.constexpr, ROWS: tl.constexpr):
+    def linear_backward(Q, K, V, GRAD, DQ, DK, DV, qs, ks, vs, gs, dqs, dks, dvs, n, HEADS, E: tl.constexpr,
+                        ROWS: tl.constexpr):
         """With d_i = q_i · t, a_i = grad_i / d_i and r_i = − a_i · out_i:
 
             dq_i = S a_i + t r_i      dS = Σ_i q_i a_iᵀ      dt = Σ_i q_i r_i      dk_j = dS v_j + dt      dv_j = dSᵀ k_j
