@@ -19,6 +19,7 @@ Letters: b batch, a heads of keys, g heads of queries that share one of them, n 
 
 import argparse
 import math
+from operator import index
 from pathlib import Path
 
 import torch
@@ -30,22 +31,24 @@ from parts.attention_triton import LOG2E, LOWEST, fused, fused_by_default, why_n
 from parts.backend import BACKENDS, agrees, default_backend, small_inputs, use_backend
 
 TILE = 64  # queries and keys per tile of `tiled`
+COMPARED = (150, 200)  # queries and keys of the small input on which the kernels must agree with sdpa
 
 __all__ = ["attention", "use_backend"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_mask: Tensor | None = None,
               backend: str = "auto") -> Tensor:
-    """q `b (a g) n e`, k and v `b a m e` -> `b (a g) n e`: g heads of queries share one of keys (grouped queries; often 1).
+    """q `b (a g) n e`, k and v `b a m e` -> `b (a g) n e`: g heads of queries share one of keys.
 
     causal: query i sees keys up to i + m − n, so that n new queries may follow m − n cached keys.
     key_mask `b m`, bool: true where a key may be seen. A query that may see nothing gives zeros.
     backend: "triton" | "tiled" | "sdpa", or "auto": what `use_backend` chose for the process.
     Raises ValueError for shapes that do not fit, for a backend that it does not know and for one that cannot run here.
     """
-    (b, query_heads, n, e), (heads, m) = q.shape, k.shape[1:3]
+    (b, query_heads, _, e), (heads, m) = q.shape, k.shape[1:3]
     if k.shape != (b, heads, m, e) or v.shape != k.shape or query_heads % heads:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: want b (a g) n e and twice b a m e")
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"{shapes}: want b (a g) n e and twice b a m e")
     if key_mask is not None and (key_mask.shape != (b, m) or key_mask.dtype != torch.bool):
         raise ValueError(f"key_mask {tuple(key_mask.shape)} {key_mask.dtype}: want bool of shape {(b, m)}")
     if backend not in BACKENDS:
@@ -53,7 +56,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_mask
     if backend == "auto":
         backend = default_backend()
     if backend == "auto":
-        kind = (q.device, q.dtype, e, key_mask is not None, causal, query_heads > heads)
+        width, group = index(e), index(query_heads // heads)  # while torch.compile traces, a size may be a symbol
+        kind = (q.device, q.dtype, width, key_mask is not None, causal, group > 1)
         backend = "triton" if fused_by_default(q) and trusted(*kind) else "sdpa"
     if backend == "triton":
         if reason := why_not_triton(q):
@@ -86,10 +90,10 @@ def visible(rows: Tensor, columns: Tensor, shift: int, causal: bool, key_mask: T
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while it traces, and does not look inside
 def trusted(device: torch.device, dtype: torch.dtype, width: int, masked: bool, causal: bool, grouped: bool) -> bool:
-    """Whether the fused kernels give on `device` what sdpa gives, on a small input of this kind; computed at its first call."""
-    kind = ("attention,", str(dtype).removeprefix("torch."), f"heads of {width}", *["masked"] * masked, *["causal"] * causal,
-            *["grouped"] * grouped)
-    n, m = 150, 200  # some tiles in full, some in part
+    """Whether the fused kernels give on `device` what sdpa gives, on a small input; found out at the first call of a kind."""
+    words = ["masked"] * masked + ["causal"] * causal + ["grouped"] * grouped
+    kind = ("attention,", str(dtype).removeprefix("torch."), f"heads of {width}", *words)
+    n, m = COMPARED  # on the GPU, tiles in full and tiles in part
     key_mask = torch.arange(m, device="cpu") >= torch.tensor([[0], [37]], device="cpu") if masked else None
     return agrees(kind, device,
                   lambda q, k, v: fused(q, k, v, key_mask.to(device) if masked else None, causal)[0],
@@ -103,7 +107,7 @@ def trusted(device: torch.device, dtype: torch.dtype, width: int, masked: bool, 
 class Tiled(torch.autograd.Function):
     """Online softmax. Per query it keeps only the running maximum, the running sum and the weighted values.
 
-    Scores are in units of log 2 from the start (`scale` holds log2 e), as the kernels have them: the same lines stand there.
+    Scores are in units of log 2 from the start (`scale` holds log2 e), as the kernels have them.
     """
 
     @staticmethod
@@ -144,7 +148,7 @@ class Tiled(torch.autograd.Function):
             for columns in tiles_of_keys(k, rows, shift, ctx.causal):
                 k_tile, v_tile = for_each_query_head(k, columns, q), for_each_query_head(v, columns, q)
                 score = hide(q_tile @ k_tile.mT, visible(rows, columns, shift, ctx.causal, key_mask))
-                p = (score * scale - base[..., None]).exp2()  # the weights again, from scores and lse: they were not kept
+                p = (score * scale - base[..., None]).exp2()  # the weights again: they were not kept
                 dp = grad_tile @ v_tile.mT
                 ds = p * (dp - delta[..., None])
                 dq[:, :, rows] += ds @ k_tile
@@ -191,7 +195,8 @@ def main() -> None:
     reference = attention(q, k, v, causal=True, key_mask=key_mask, backend="sdpa")
     for name in ("tiled",) if why_not_triton(q) else ("tiled", "triton"):
         out = attention(q, k, v, causal=True, key_mask=key_mask, backend=name)
-        print(f"{name:8} b (a g) n e", tuple(out.shape), f"largest difference from sdpa {(out - reference).abs().max():.1e}")
+        difference = (out - reference).abs().max()
+        print(f"{name:8} b (a g) n e", tuple(out.shape), f"largest difference from sdpa {difference:.1e}")
         assert out.shape == q.shape and torch.allclose(out, reference, atol=1e-4)
     if why_not_triton(q):
         print(f"triton   not here: {why_not_triton(q)}")

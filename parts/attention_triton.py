@@ -2,20 +2,20 @@
 
 Names and order are those of `Tiled`: q_tile, top, total, values, lse; p, dp, ds, delta. What differs:
 
-  - The outer loop is the grid: one program for each tile of rows (queries) or of columns (keys) of one head of one sample.
-  - Forward runs its inner loop twice: over the tiles of keys that every row sees in full, unchecked, then over the rest.
+  - The outer loop is the grid: a program for each tile of rows (queries) or of columns (keys) of a head of a sample.
+  - Forward runs its inner loop twice: over the tiles of keys that every row sees in full, unchecked, then the others.
   - Backward is two kernels, `rows_kernel` for dQ (and delta), `columns_kernel` for dK and dV: each program owns what it
     writes, so nothing is added up in an order left to chance, and the same input gives the same bits.
-  - The sides of a tile must be powers of two, so heads of 72 channels would be held, and multiplied, as 128. They are held as
-    64 + 16 instead: a tile is a *tuple* of one part or of two. W says which: (channels of a head, channels of the first
-    part, channels of the second or 0); (64, 64, 0) is one part, (72, 64, 16) two, of which the last 8 are zeros.
-    `load`, `store`, `zeros`, `times`, `across` and `plus` are all that know of parts; the kernels below only call them.
+  - The sides of a tile must be powers of two, so heads of 72 channels would be held, and multiplied, as 128. They are
+    held as 64 + 16 instead: a tile is a *tuple* of one part or of two. W says which: (channels of a head, channels of
+    the first part, channels of the second or 0); (64, 64, 0) is one part, (72, 64, 16) two, of which the last 8 are
+    zeros. `load`, `store`, `zeros`, `times`, `across` and `plus` know of parts; the kernels below them call these.
   - The products of half-precision tiles take half-precision weights, as the chip's units for them want it.
 
-`fused` is the door: an operator that autograd and torch.compile know. Capital letters are pointers into memory, small ones
-values on the chip; qs, ks, … are the strides of Q, K, …
+`fused` is the door: an operator that autograd and torch.compile know. Capital letters are pointers into memory, small
+ones values on the chip; qs, ks, … are the strides of Q, K, …
 
-Letters: b batch, a heads of keys (HK in all), g heads of queries that share one of them, n queries, m keys, e width of a head.
+Letters: b batch, a heads of keys, g heads of queries that share one of them, n queries, m keys, e width of a head.
 """
 
 import math
@@ -63,12 +63,12 @@ def fused_by_default(q: Tensor) -> bool:
 if triton is not None:
     WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's own product takes bfloat16 for integers
     FLOOR, LN2 = tl.constexpr(LOWEST), tl.constexpr(math.log(2))
-    BLOCKS = [(128, 128, 8, 2), (128, 64, 4, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 32, 4, 2)]  # tried once for a shape
+    BLOCKS = [(128, 128, 8, 2), (128, 64, 4, 3), (64, 128, 8, 2), (64, 64, 4, 2), (32, 32, 4, 2)]
     if INTERPRETED:
         BLOCKS = [(64, 32, 1, 1)]
 
     def autotune(kernel):
-        """Times each of BLOCKS at the first call for a width, a mask and a length (to the next power of two); keeps the best."""
+        """Times each of BLOCKS at the first call for a width and a length (to a power of two), keeps the best."""
         configs = [triton.Config({"ROWS": r, "COLUMNS": c}, num_warps=w, num_stages=s) for r, c, w, s in BLOCKS]
         return triton.autotune(configs, key=["SIZE", "W", "CAUSAL"])(triton.jit(kernel, do_not_specialize=["SIZE"]))
 
@@ -77,7 +77,7 @@ if triton is not None:
     @triton.jit
     def load(X, places, strides, limit, W: tl.constexpr):
         """Rows `places` of X `n e`, zeros outside: one part (n × W[1],), or two."""
-        # Triton compiles every branch that is not a constant's: `second` is made in any case, and dropped where W[2] is 0.
+        # `second` is made in any case, of some power of two, and dropped where W[2] is 0
         inside, X = places[:, None] < limit, X + places[:, None].to(tl.int64) * strides[2]
         first, second = tl.arange(0, W[1])[None, :], W[1] + tl.arange(0, W[2] if W[2] else W[1])[None, :]
         if W[2]:
@@ -187,11 +187,13 @@ if triton is not None:
             MASK += b * m
             free = 0  # a mask may hide any key: no tile goes unchecked
         for start in range(0, free, COLUMNS):
-            top, total, values = look(q_tile, top, total, values, K, V, MASK, ks, vs, rows, start + tl.arange(0, COLUMNS),
-                                      n, m, shift, scale, W, CAUSAL, MASKED, CHECKED=False)
+            columns = start + tl.arange(0, COLUMNS)
+            top, total, values = look(q_tile, top, total, values, K, V, MASK, ks, vs, rows, columns, n, m, shift, scale,
+                                      W, CAUSAL, MASKED, CHECKED=False)
         for start in range(free, end, COLUMNS):
-            top, total, values = look(q_tile, top, total, values, K, V, MASK, ks, vs, rows, start + tl.arange(0, COLUMNS),
-                                      n, m, shift, scale, W, CAUSAL, MASKED, CHECKED=True)
+            columns = start + tl.arange(0, COLUMNS)
+            top, total, values = look(q_tile, top, total, values, K, V, MASK, ks, vs, rows, columns, n, m, shift, scale,
+                                      W, CAUSAL, MASKED, CHECKED=True)
         store(OUT, times(values, 1 / tl.where(total > 0, total, 1.0)[:, None]), rows, os, n, W)
         tl.store(LSE + rows, top + tl.log2(total), rows < n)
 
@@ -213,7 +215,8 @@ if triton is not None:
         """delta and dQ of one tile of queries: all keys that it sees pass by."""
         head, b = whose(HQ)
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        Q, OUT, GRAD, DQ = place(Q, qs, b, head), place(OUT, os, b, head), place(GRAD, gs, b, head), place(DQ, dqs, b, head)
+        Q, DQ = place(Q, qs, b, head), place(DQ, dqs, b, head)
+        OUT, GRAD = place(OUT, os, b, head), place(GRAD, gs, b, head)
         K, V = place(K, ks, b, head // GROUPS), place(V, vs, b, head // GROUPS)
         LSE, DELTA = LSE + (b * HQ + head) * n, DELTA + (b * HQ + head) * n
         q_tile, grad_tile = load(Q, rows, qs, n, W), load(GRAD, rows, gs, n, W)
@@ -238,8 +241,8 @@ if triton is not None:
         store(DQ, times(dq, scale * LN2), rows, dqs, n, W)
 
     @autotune
-    def columns_kernel(Q, K, V, MASK, GRAD, LSE, DELTA, DK, DV, qs, ks, vs, gs, dks, dvs, n, m, shift, scale, HK, GROUPS,
-                       SIZE, W: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
+    def columns_kernel(Q, K, V, MASK, GRAD, LSE, DELTA, DK, DV, qs, ks, vs, gs, dks, dvs, n, m, shift, scale, HK,
+                       GROUPS, SIZE, W: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
                        COLUMNS: tl.constexpr):
         """dK and dV of one tile of keys: all queries that see it pass by, of each head that shares it."""
         head, b = whose(HK)
@@ -261,8 +264,8 @@ if triton is not None:
                 grad_tile = load(place(GRAD, gs, b, h), rows, gs, n, W)
                 base = tl.maximum(tl.load(LSE + at + rows, rows < n, 0.0), FLOOR)
                 delta = tl.load(DELTA + at + rows, rows < n, 0.0)
-                p, ds = gradients(q_tile, k_tile, v_tile, grad_tile, base, delta, MASK, rows, columns, n, m, shift, scale,
-                                  CAUSAL, MASKED)
+                p, ds = gradients(q_tile, k_tile, v_tile, grad_tile, base, delta, MASK, rows, columns, n, m, shift,
+                                  scale, CAUSAL, MASKED)
                 dk = plus(dk, tl.trans(ds), q_tile)
                 dv = plus(dv, tl.trans(p), grad_tile)
         store(DK, times(dk, scale * LN2), columns, dks, m, W)
@@ -274,13 +277,13 @@ if triton is not None:
 
 @torch.library.custom_op("spar::attention", mutates_args=())
 def fused(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """As `attention.attention`, which checks what comes in -> (out `b (a g) n e`, lse `b (a g) n`: log2 of the softmax's sum)."""
+    """As `attention.attention`, which checks its input -> (out `b (a g) n e`, lse `b (a g) n`: log2 of the sums)."""
     (q, k, v), key_mask = side_by_side(q, k, v), in_rows(key_mask)
     (b, hq, n, e), m = q.shape, k.shape[2]
     out, lse = torch.empty_like(q), q.new_empty(b, hq, n, dtype=torch.float32)
     forward_kernel[lambda block: (triton.cdiv(n, block["ROWS"]), b * hq)](
-        q, k, v, key_mask, out, lse, q.stride(), k.stride(), v.stride(), out.stride(), n, m, m - n, LOG2E / math.sqrt(e),
-        HQ=hq, **settings(q, k, key_mask, causal))
+        q, k, v, key_mask, out, lse, q.stride(), k.stride(), v.stride(), out.stride(), n, m, m - n,
+        LOG2E / math.sqrt(e), HQ=hq, **settings(q, k, key_mask, causal))
     return out, lse
 
 
@@ -327,14 +330,15 @@ def side_by_side(*tensors: Tensor) -> list[Tensor]:
 
 
 def in_rows(key_mask: Tensor | None) -> Tensor | None:
-    """The kernels find the mask of sample b at b · m: a slice, or one row that stands for all, is copied; it is small."""
+    """The kernels expect the mask of sample b at b · m: a slice, or one row for all samples, is copied."""
     return None if key_mask is None else key_mask.contiguous()
 
 
 def settings(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool) -> dict:
-    """What all kernels are compiled for. A width that would waste a quarter of its power of two is held in two parts."""
+    """What all kernels are compiled for. A width that would waste a quarter of a power of two is held in two parts."""
     e, longest = q.shape[-1], max(q.shape[2], k.shape[2])
-    e1 = max(16, triton.next_power_of_2(e))
-    e1, e2 = (e1 // 2, max(16, triton.next_power_of_2(e - e1 // 2))) if 32 < e < 0.75 * e1 else (e1, 0)  # 72: 64, and 8 in 16
+    e1, e2 = max(16, triton.next_power_of_2(e)), 0
+    if 32 < e < 0.75 * e1:
+        e1, e2 = e1 // 2, max(16, triton.next_power_of_2(e - e1 // 2))  # 72: 64, and 8 in 16
     return dict(GROUPS=q.shape[1] // k.shape[1], SIZE=triton.next_power_of_2(longest), W=(e, e1, e2), CAUSAL=causal,
                 MASKED=key_mask is not None)

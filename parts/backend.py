@@ -1,11 +1,11 @@
 """Which backend computes attention, and whether the fused kernels are right on this machine.
 
-`use_backend` sets the one piece of state that all models of a process share. It may be shared because it says how attention is
-computed and not what: the backends differ in rounding alone, and handing the choice through every layer's constructor would
-write a property of the machine into the model.
+`use_backend` sets the one piece of state that all models of a process share. It may be shared because it says how
+attention is computed and not what: the backends differ in rounding alone, and handing the choice through every layer's
+constructor would write a property of the machine into the model.
 
-`agrees` is why "auto" may use kernels that were written by hand: before they compute a kind of input for the first time, they
-compute a small one of that kind, and what they give is compared with torch's own, forward and backward.
+`agrees` is why "auto" may use kernels that were written by hand: before they compute a kind of input for the first
+time, they compute a small one of that kind, and what they give is compared with torch's own, forward and backward.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from torch import Tensor
 from parts.attention_triton import no_triton_here
 
 BACKENDS = ("auto", "triton", "tiled", "sdpa")
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value; right kernels: a third
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value
 
 _backend = "auto"
 _verdicts: dict[tuple, bool] = {}  # a kind of input -> whether the fused kernels computed a small one right
 
 
 def use_backend(name: str) -> None:
-    """What attention and linear attention use from now on, in this process, where a call does not name a backend itself.
+    """What attention and linear attention use from now on in this process, where a call does not name a backend itself.
 
     auto      the fused kernels on CUDA where they run and agree with torch's own (`agrees`), else sdpa
     triton    the fused kernels, unchecked; linear attention takes its plain formula for widths that they do not know
@@ -47,18 +47,18 @@ def default_backend() -> str:
     return _backend
 
 
-def agrees(kind: tuple, device: torch.device, fused: Callable, plain: Callable, inputs: Callable[[], list[Tensor]]) -> bool:
-    """Whether `fused(*tensors)` gives on `device` what `plain` gives in float64 on the CPU: the output and its gradients.
+def agrees(kind: tuple, device: torch.device, fused: Callable, plain: Callable, inputs: Callable) -> bool:
+    """Whether `fused(*tensors)` gives on `device` what `plain` gives in float64 on the CPU: output and gradients.
 
-    kind: what the answer holds for, in words; it is computed once for each `kind` and device. `inputs()`: the tensors, on the
-    CPU and in the precision that is checked. Where the answer is no, one line says why, and the caller uses another backend.
+    kind: what the answer holds for, in words; it is found out once for each kind and device. inputs(): the tensors, on
+    the CPU and in the precision that is checked. Where the answer is no, one line says why; the caller goes another way.
     False without a line on GPUs before Ampere, which lack the units that the kernels are written for.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False
     if (kind, device) not in _verdicts:
-        # A thread of its own starts with torch's settings as they come. The caller's may be anything: no gradients, autocast,
-        # a layer that is about to be computed twice and counts what is kept for backward, or a graph that is being traced.
+        # A thread of its own starts with torch's settings as they come. The caller's may be anything: no gradients,
+        # autocast, a layer that will be computed twice and counts what backward needs, or a graph that is being traced.
         with ThreadPoolExecutor(1) as thread:
             reason = thread.submit(disagreement, device, fused, plain, inputs).result()
         if reason:
@@ -67,11 +67,12 @@ def agrees(kind: tuple, device: torch.device, fused: Callable, plain: Callable, 
     return _verdicts[kind, device]
 
 
-def disagreement(device: torch.device, fused: Callable, plain: Callable, inputs: Callable[[], list[Tensor]]) -> str:
+def disagreement(device: torch.device, fused: Callable, plain: Callable, inputs: Callable) -> str:
     """What speaks against `fused`: its error, or how far it is from `plain`; empty where nothing does."""
     tensors = inputs()
+    right_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # a thread begins on GPU 0
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # a new thread begins on the first GPU
+        with right_gpu:
             ours = [x.cpu() for x in output_and_gradients(fused, [x.to(device) for x in tensors])]
     except Exception as error:  # the compiler's own errors share no class
         first_line = (str(error).strip().splitlines() or [""])[0]
@@ -91,7 +92,6 @@ def output_and_gradients(function: Callable, tensors: list[Tensor]) -> list[Tens
 
 
 def small_inputs(dtype: torch.dtype, heads: tuple[int, ...], lengths: tuple[int, ...], width: int) -> list[Tensor]:
-    """Normal numbers `b a n e` on the CPU, two samples, laid out as a projection leaves them; the run's own noise stays."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return [torch.randn(2, n, a, width, generator=generator, device="cpu", dtype=torch.float32).to(dtype).transpose(1, 2)
-            for a, n in zip(heads, lengths)]
+    """Normal numbers `b a n e` on the CPU, two samples, laid out as a projection leaves them; the run's noise stays."""
+    like = dict(generator=torch.Generator("cpu").manual_seed(0), device="cpu", dtype=torch.float32)
+    return [torch.randn(2, n, a, width, **like).to(dtype).transpose(1, 2) for a, n in zip(heads, lengths)]

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow):Runtim
 def fresh(monkeypatch):
     """No choice and no verdict is left over from another test, nor for another."""
     monkeypatch.setattr(backend, "_verdicts", {})
+    monkeypatch.setattr(softmax, "COMPARED", (40, 50))  # the interpreter is slow
     yield
     use_backend("auto")
 
@@ -36,8 +37,9 @@ def with_gradients(out, inputs):
 
 def masks():
     bits = torch.rand(3, 50, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.6
-    return {"columns cut off": bits[:2, 5:25], "every second row": bits[::2, :20], "every second column": bits[:2, :40:2],
-            "one row for all": bits[:1, :20].expand(2, -1), "turned": bits[:2, :20].T.contiguous().T}
+    return {"columns cut off": bits[:2, 5:25], "every second row": bits[::2, :20],
+            "every second column": bits[:2, :40:2], "one row for all": bits[:1, :20].expand(2, -1),
+            "turned": bits[:2, :20].T.contiguous().T}
 
 
 @needs_triton
@@ -65,15 +67,16 @@ def test_the_choice_of_the_process_is_what_a_call_without_a_name_uses(name):
         assert torch.equal(attention(q, k, v), attention(q, k, v, backend="sdpa"))
 
 
-@pytest.mark.parametrize("name, own", [("tiled", "plain"), pytest.param("triton", "triton", marks=needs_triton), ("sdpa", "plain")])
-def test_linear_attention_follows_the_same_choice(name, own, monkeypatch):
+@pytest.mark.parametrize("name, function", [
+    ("tiled", "plain"), pytest.param("triton", "fused_linear", marks=needs_triton), ("sdpa", "plain")])
+def test_linear_attention_follows_the_same_choice(name, function, monkeypatch):
     q, k, v = some()
     calls = []
-    for function in ("plain", "fused_linear"):
-        monkeypatch.setattr(linear, function, lambda *x, function=function: calls.append(function))
+    for each in ("plain", "fused_linear"):
+        monkeypatch.setattr(linear, each, lambda *x, each=each: calls.append(each))
     use_backend(name)
     linear_attention(q, k, v)
-    assert calls == [{"plain": "plain", "triton": "fused_linear"}[own]]
+    assert calls == [function]
 
 
 @needs_triton
@@ -141,16 +144,18 @@ def test_right_kernels_are_compared_once_and_used(masked, causal, heads, dtype, 
     (q, *_), (_, k, v) = some(heads, dtype=dtype), some(2, dtype=dtype)
     mask = torch.ones(2, 20, dtype=torch.bool, device=DEVICE) if masked else None
     outs = [attention(q, k, v, key_mask=mask, causal=causal) for _ in range(2)]
-    assert len(calls) == 3 and calls[0] != q.shape and calls[1] == calls[2] == q.shape  # one small input, then what was given
-    assert torch.equal(*outs) and torch.equal(outs[0], attention(q, k, v, key_mask=mask, causal=causal, backend="triton"))
+    assert len(calls) == 3 and calls[0] != q.shape and calls[1] == calls[2] == q.shape  # a small input, then q
+    fused = attention(q, k, v, key_mask=mask, causal=causal, backend="triton")
+    assert torch.equal(*outs) and torch.equal(outs[0], fused)
     assert capsys.readouterr().out == ""
 
 
 @needs_triton
 @pytest.mark.parametrize("change, words", [
-    (lambda out: (out[0] * 1.1, out[1]), "away from torch's"), (lambda out: (out[0] * torch.nan, out[1]), "away from torch's"),
-    (lambda out: ((out[0] - out[0].detach()) * 2 + out[0].detach(), out[1]), "away from torch's"),  # a wrong gradient alone
-    (fail, "RuntimeError: no such unit")])
+    (lambda out: (out[0] * 1.1, out[1]), "away from torch's"),
+    (lambda out: (out[0] * torch.nan, out[1]), "away from torch's"),
+    (lambda out: (2 * out[0] - out[0].detach(), out[1]), "away from torch's"),  # a wrong gradient alone
+    (fail, "RuntimeError: no such unit")], ids=["numbers", "nan", "gradient", "error"])
 def test_kernels_that_are_wrong_or_fail_are_named_once_and_left(change, words, as_on_a_gpu, monkeypatch, capsys):
     calls = count_calls(monkeypatch, softmax, "fused", change)
     q, k, v = some()
@@ -196,7 +201,7 @@ def test_the_comparison_is_the_same_wherever_the_first_call_stands(surroundings,
         out.sum().backward()
         assert len(calls) == 3  # the comparison, forward, forward again
     else:
-        out = torch.compile(lambda *x: attention(*x).sin().asin(), fullgraph=True, backend="aot_eager")(q, k, v)
+        out = torch.compile(lambda *x: 2 * attention(*x) / 2, fullgraph=True, backend="aot_eager")(q, k, v)
         out.sum().backward()
         assert len(backend._verdicts) == 1
     torch.testing.assert_close(out, expected)
