@@ -90,7 +90,7 @@ def visible(rows: Tensor, columns: Tensor, shift: int, causal: bool, key_mask: T
 
 @torch.compiler.assume_constant_result  # torch.compile calls it while it traces, and does not look inside
 def trusted(device: torch.device, dtype: torch.dtype, width: int, masked: bool, causal: bool, grouped: bool) -> bool:
-    """Whether the fused kernels give on `device` what sdpa gives, on a small input; found out at the first call of a kind."""
+    """Whether the fused kernels give on `device` what sdpa gives, on a small input; found out at its first call."""
     words = ["masked"] * masked + ["causal"] * causal + ["grouped"] * grouped
     kind = ("attention,", str(dtype).removeprefix("torch."), f"heads of {width}", *words)
     n, m = COMPARED  # on the GPU, tiles in full and tiles in part

@@ -51,7 +51,7 @@ def agrees(kind: tuple, device: torch.device, fused: Callable, plain: Callable, 
     """Whether `fused(*tensors)` gives on `device` what `plain` gives in float64 on the CPU: output and gradients.
 
     kind: what the answer holds for, in words; it is found out once for each kind and device. inputs(): the tensors, on
-    the CPU and in the precision that is checked. Where the answer is no, one line says why; the caller goes another way.
+    the CPU and in the precision that is checked. Where the answer is no, one line says why; the caller goes on without.
     False without a line on GPUs before Ampere, which lack the units that the kernels are written for.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
