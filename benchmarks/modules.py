@@ -3,9 +3,9 @@
     pip install "transformers>=5" "diffusers>=0.36"
     python benchmarks/modules.py [--rounds 15]
 
-Both run in one process, by turns and with the order changing each round; the ratio is the median over the rounds of their
-time ÷ ours, so above 1 ours is the faster. They use their fast attention (sdpa). Written to runs/bench/modules-cpu.json,
-or where `--out` says; the one that the README quotes is results/modules-cpu.json.
+Both run in one process, by turns and with the order changing each round; the ratio is the median over the rounds of
+their time ÷ ours, so above 1 ours is the faster. They use their fast attention (sdpa). Written to
+runs/bench/modules-cpu.json, or where `--out` says; the figures that are quoted are in results/modules-cpu.json.
 """
 
 import argparse
@@ -133,8 +133,8 @@ def main() -> None:
     given = parser.parse_args()
     rows = {name: compare(build, given.rounds) for name, build in tqdm(CASES.items(), desc="modules")}
     for name, row in rows.items():
-        print(f"{name:24} ours {row['ours_ms']:8.1f} ms   theirs {row['theirs_ms']:8.1f} ms   ratio {row['ratio']:.2f}  "
-              f"outputs differ by {row['difference']:.0e}")
+        print(f"{name:24} ours {row['ours_ms']:8.1f} ms   theirs {row['theirs_ms']:8.1f} ms   ratio {row['ratio']:.2f} "
+              f"  outputs differ by {row['difference']:.0e}")
         assert row["difference"] < 1e-4, name
     about = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
              "transformers": transformers.__version__, "diffusers": diffusers.__version__}

@@ -21,7 +21,7 @@ BACKENDS = ("auto", "triton", "tiled", "sdpa")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value
 
 _backend = "auto"
-_verdicts: dict[tuple, bool] = {}  # a kind of input -> whether the fused kernels computed a small one right
+verdicts: dict[tuple, bool] = {}  # a kind of input -> whether the fused kernels computed a small one right
 
 
 def use_backend(name: str) -> None:
@@ -56,15 +56,15 @@ def agrees(kind: tuple, device: torch.device, fused: Callable, plain: Callable, 
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    if (kind, device) not in _verdicts:
+    if (kind, device) not in verdicts:
         # A thread of its own starts with torch's settings as they come. The caller's may be anything: no gradients,
         # autocast, a layer that will be computed twice and counts what backward needs, or a graph that is being traced.
         with ThreadPoolExecutor(1) as thread:
             reason = thread.submit(disagreement, device, fused, plain, inputs).result()
         if reason:
             print(f"{' '.join(kind)}: the fused kernels are not used, {reason}; torch's own go on", flush=True)
-        _verdicts[kind, device] = not reason
-    return _verdicts[kind, device]
+        verdicts[kind, device] = not reason
+    return verdicts[kind, device]
 
 
 def disagreement(device: torch.device, fused: Callable, plain: Callable, inputs: Callable) -> str:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow):Runtim
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No choice and no verdict is left over from another test, nor for another."""
-    monkeypatch.setattr(backend, "_verdicts", {})
+    monkeypatch.setattr(backend, "verdicts", {})
     monkeypatch.setattr(softmax, "COMPARED", (40, 50))  # the interpreter is slow
     yield
     use_backend("auto")
@@ -172,7 +172,7 @@ def test_linear_attention_compares_its_kernels_too(as_on_a_gpu, monkeypatch, cap
     q, k, v = some()
     assert torch.equal(linear_attention(q, k, v), linear_attention(q, k, v, backend="triton"))
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(backend, "_verdicts", {})
+    monkeypatch.setattr(backend, "verdicts", {})
     calls = count_calls(monkeypatch, linear, "fused_linear", lambda out: out + 1)
     for _ in range(2):
         assert torch.equal(linear_attention(q, k, v), linear_attention(q, k, v, backend="plain"))
@@ -203,9 +203,9 @@ def test_the_comparison_is_the_same_wherever_the_first_call_stands(surroundings,
     else:
         out = torch.compile(lambda *x: 2 * attention(*x) / 2, fullgraph=True, backend="aot_eager")(q, k, v)
         out.sum().backward()
-        assert len(backend._verdicts) == 1
+        assert len(backend.verdicts) == 1
     torch.testing.assert_close(out, expected)
-    assert backend._verdicts and all(backend._verdicts.values()) and capsys.readouterr().out == ""
+    assert backend.verdicts and all(backend.verdicts.values()) and capsys.readouterr().out == ""
     assert torch.equal(noise, torch.get_rng_state())
 
 
