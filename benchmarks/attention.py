@@ -30,14 +30,14 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 
 
 def candidates(attention: Callable, causal: bool, grouped: bool) -> dict[str, Callable]:
-    def forced(backend: SDPBackend) -> Callable:
+    def through(backend: SDPBackend) -> Callable:
         def run(q, k, v):
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         return run
 
     return {"ours": lambda q, k, v: attention(q, k, v, causal=causal, backend="triton")} | {
-        name: forced(backend) for name, backend in BACKENDS.items()}
+        name: through(backend) for name, backend in BACKENDS.items()}
 
 
 def seconds(run: Callable, repeats: int, device: str) -> float:
@@ -130,7 +130,7 @@ def main(attention: Callable, out: Path | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: --bench compares kernels on a GPU, and torch finds none here")
     device, results = torch.cuda.get_device_name(), {}
-    versions = {"device": device, "torch": torch.__version__, "triton": triton.__version__,
+    versions = {"device": device, "torch": torch.__version__, "triton": getattr(triton, "__version__", None),
                 "cudnn": torch.backends.cudnn.version()}
     print(versions)
     for name, shape in tqdm(SHAPES.items(), desc="shapes"):

@@ -187,7 +187,7 @@ def one_step(config: Config, stage, figures: Figures, tiny: bool) -> dict:
     number = 3 if tiny else 51 if 51 * slow < 10 else 21 if 21 * slow < 20 else 11
     if figures.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    time_of = timed(config, stage, figures.device, number)
+    time_of = time_steps(config, stage, figures.device, number)
     batch, flops = config.batch[NAMES.index(stage.name)], cost["flops"] / time_of["step"]
     result = time_of | {"images_per_second": batch / time_of["step"], "flops": flops,
                         "mfu": flops / figures.peak if figures.peak else None, "batch": batch, "steps": number,
@@ -195,7 +195,7 @@ def one_step(config: Config, stage, figures: Figures, tiny: bool) -> dict:
     return result | ({"peak_bytes": torch.cuda.max_memory_allocated()} if figures.device == "cuda" else {})
 
 
-def timed(config: Config, stage, device: str, number: int) -> dict[str, float]:
+def time_steps(config: Config, stage, device: str, number: int) -> dict[str, float]:
     """-> seconds of a "step", share of it spent "waiting" for data, seconds of all else, "beside" steps. The first
     steps, which compile and choose kernels, do not count where the log has more than two lines."""
     start = time.monotonic()
@@ -216,7 +216,7 @@ def whole_run(figures: Figures, tiny: bool) -> None:
     config, part = configuration(preset, figures), f"{preset}, whole"
     speeds = []
     for stage in train.STAGES:
-        job = partial(timed, config, stage, figures.device, 3 if tiny else 21)
+        job = partial(time_steps, config, stage, figures.device, 3 if tiny else 21)
         speed = figures.measure(f"{part}: speed before", stage.name, job, 40)
         speeds.append(speed or {"step": 0.1, "beside": 10.0})  # a guess: a stage that fails alone will fail again
     seconds = WHOLE_RUN - AFTER_TRAINING - (time.monotonic() - start) - sum(speed["beside"] for speed in speeds)
@@ -226,13 +226,13 @@ def whole_run(figures: Figures, tiny: bool) -> None:
     figures.measure(part, "steps", lambda: {"scale": scale, "steps": dict(zip(NAMES, config.steps))})
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / preset
-        job = partial(trained, config, run, figures.device)
+        job = partial(train_all_stages, config, run, figures.device)
         figures.measure(part, "training", job, figures.left() - 0.5 * AFTER_TRAINING)
         figures.measure(part, "pictures", partial(pictures, run, figures), 0.5 * figures.left())
         figures.measure(part, "evaluation", lambda: evaluate(run, Protocol(count=2 if tiny else 100), figures.device))
 
 
-def trained(config: Config, run: Path, device: str) -> dict:
+def train_all_stages(config: Config, run: Path, device: str) -> dict:
     """The whole of `train.py` but for what comes after it; seconds and the last loss of each stage."""
     start = time.monotonic()
     train.train(config, run, list(NAMES), device)

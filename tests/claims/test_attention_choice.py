@@ -49,9 +49,10 @@ def test_the_kernels_read_a_mask_as_it_looks_however_it_lies(name):
     mask = masks()[name]
     assert mask.shape == (2, 20) and not mask.is_contiguous()
     ours = with_gradients(attention(q, k, v, key_mask=mask, backend="triton"), (q, k, v))
-    theirs = with_gradients(attention(q, k, v, key_mask=mask, backend="sdpa"), (q, k, v))
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    theirs = with_gradients(attention(*doubles, key_mask=mask, backend="sdpa"), doubles)
     for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
 
 
 # ---------------------------------------------------------------- the choice

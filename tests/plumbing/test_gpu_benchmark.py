@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py runs from end to end on a machine without a GPU: one with a GPU is for measuring, not for debugging."""
+"""benchmarks/gpu.py runs from end to end without a GPU: a machine that has one is for measuring, not for debugging."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import attention as attention_benchmark
 from benchmarks import gpu
 from parts.attention_triton import triton
 from spar import NAMES
@@ -77,7 +78,26 @@ def test_tests_that_fail_are_counted_and_named(tmp_path, monkeypatch):
     assert any("assert 'a b' == 2" in line for line in result["reasons"])
 
 
+def test_the_attention_bench_prints_what_ran_and_what_refused_and_writes_where_it_should(tmp_path, monkeypatch, capsys):
+    row = {"forward": 1e-3, "both": 4e-3, "forward_tflops": 300.0, "both_tflops": 250.0, "peak_bytes": 2**20, "error": 1e-3}
+    refused = {"refused": "no kernel for this width"}
+    tables = [{"ours": row, "flash": row | {"both": 6e-3}, "math": refused}, {"ours": refused, "flash": row}]
+    monkeypatch.setattr(attention_benchmark, "SHAPES", {"encoder": (), "LLM": ()})
+    monkeypatch.setattr(attention_benchmark, "compare", lambda *rest: tables.pop(0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    attention_benchmark.main(lambda q, k, v: q)
+    written = json.loads((tmp_path / "runs" / "bench" / "attention-Some-GPU.json").read_text())
+    assert written["summary"] == {"encoder": {"forward": 1.0, "both": 1.5, "error": 1.0, "memory": 1.0}, "LLM": {}}
+    text = capsys.readouterr().out
+    assert "no kernel for this width" in text and "against the best: forward 1.00, with backward 1.50" in text
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_a_line(tmp_path):
     with pytest.raises(SystemExit, match="^error: there is no GPU here; --tiny"):
         gpu.main(["--part", "1", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^error: --bench compares kernels on a GPU"):
+        attention_benchmark.main(lambda q, k, v: q)
