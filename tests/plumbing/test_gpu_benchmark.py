@@ -79,7 +79,7 @@ def test_tests_that_fail_are_counted_and_named(tmp_path, monkeypatch):
 
 
 def test_the_attention_bench_prints_what_ran_and_what_refused_and_writes_where_it_should(tmp_path, monkeypatch, capsys):
-    row = {"forward": 1e-3, "both": 4e-3, "forward_tflops": 300.0, "both_tflops": 250.0, "peak_bytes": 2**20, "error": 1e-3}
+    row = dict(forward=1e-3, both=4e-3, forward_tflops=300.0, both_tflops=250.0, peak_bytes=2**20, error=1e-3)
     refused = {"refused": "no kernel for this width"}
     tables = [{"ours": row, "flash": row | {"both": 6e-3}, "math": refused}, {"ours": refused, "flash": row}]
     monkeypatch.setattr(attention_benchmark, "SHAPES", {"encoder": (), "LLM": ()})
@@ -87,6 +87,7 @@ def test_the_attention_bench_prints_what_ran_and_what_refused_and_writes_where_i
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 9)
     monkeypatch.chdir(tmp_path)
     attention_benchmark.main(lambda q, k, v: q)
     written = json.loads((tmp_path / "runs" / "bench" / "attention-Some-GPU.json").read_text())
