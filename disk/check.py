@@ -13,7 +13,7 @@ from disk import openmoji
 from disk.bytepair import FIRST, learn_merges, save_vocabulary
 from disk.layouts import scan
 from disk.reading import as_tensor
-from disk.files import BadFile, read_picture, shown
+from disk.files import BadFile, printable, read_picture
 from plumbing.command import Parser, UserError, run_command
 
 
@@ -48,7 +48,7 @@ def check(path: Path, side: int = 32) -> tuple[str, bool]:
                 said = job()
                 texts += [said] if said else []
             except BadFile as bad:
-                faults.append((next(iter(has.values())).name.partition(":")[0], shown(sample.key), str(bad)))
+                faults.append((next(iter(has.values())).name.partition(":")[0], printable(sample.key), str(bad)))
     lines = [f"{path}: " + (", ".join(f"{count} {layout}" for layout, count in found.layouts.items()) or "no samples")]
     for kind, samples in found.kinds.items():
         if samples:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from disk.files import BadFile, read_picture
-from disk.layouts import DESCRIBE, Found, Sample
+from disk.layouts import DESCRIBE, DataFolder, Sample
 from disk.reading import DiskData, as_tensor
 from parts.metrics import frechet_distance, psnr, share, ssim
 
@@ -120,7 +120,7 @@ def few(items, count: int = 8) -> list:
     return list(items)[::max(1, len(items) // count)][:count]
 
 
-def measure(model, before, found: Found, how) -> tuple[dict[str, dict], list[tuple[str, list[Cell]]]]:
+def measure(model, before, found: DataFolder, how) -> tuple[dict[str, dict], list[tuple[str, list[Cell]]]]:
     """-> (tables of all that the finished stages allow, sections of pictures). `before`: the model as P1 left it."""
     config, done = model.config, set(model.finished_stages)
     test, train = (DiskData(found, config.side, config.seed, 0, split, flip=False) for split in ("test", "train"))
