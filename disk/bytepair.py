@@ -1,7 +1,7 @@
 """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), over bytes so that no text is unknown (GPT-2).
 
-Where data comes from disk it takes the word tokenizer's place. A text is cut into words, each with the space before it; a
-word is its bytes; and again and again the most frequent neighbours become one token.
+Where data comes from disk it takes the word tokenizer's place. A text is cut into words, each with the space before it;
+a word is its bytes; and again and again the most frequent neighbours become one token.
 
     python -m disk.bytepair        a small vocabulary, made and used
 """
@@ -30,8 +30,8 @@ def words_of(text: str) -> list[bytes]:
 
 
 class BytePairTokenizer(TextTokenizer):
-    """`merges`: pairs of ids, the first learned first; the i-th makes id FIRST + i. `longest`: tokens of a text that are
-    kept. Raises ValueError for merges that do not fit together."""
+    """`merges`: pairs of ids, the first learned first; the i-th makes id FIRST + i. `longest`: tokens of a text that
+    are kept. Raises ValueError for merges that do not fit together."""
 
     def __init__(self, merges: list[tuple[int, int]], longest: int = 64):
         self.merges, self.longest = [tuple(pair) for pair in merges], longest
@@ -78,7 +78,7 @@ class BytePairTokenizer(TextTokenizer):
 
 
 def learn_merges(texts, size: int) -> list[tuple[int, int]]:
-    """The merges that make `size` tokens of these texts, fewer where no pair occurs twice. Ties go to the smaller ids."""
+    """The merges that make `size` tokens of these texts, fewer where no pair occurs twice. Ties go to smaller ids."""
     counts = Counter(word for text in texts for word in words_of(text))
     rows = [([4 + byte for byte in word], count) for word, count in sorted(counts.items())]
     pairs, where = Counter(), defaultdict(set)
@@ -97,17 +97,23 @@ def learn_merges(texts, size: int) -> list[tuple[int, int]]:
             ids, count = rows[r]
             for pair in zip(ids, ids[1:]):
                 pairs[pair] -= count
-            new, i = [], 0
-            while i < len(ids):
-                joined = ids[i:i + 2] == list(best)
-                new.append(token if joined else ids[i])
-                i += 2 if joined else 1
+            new = join(ids, best, token)
             rows[r] = new, count
             for pair in zip(new, new[1:]):
                 pairs[pair] += count
                 where[pair].add(r)
         pairs = +pairs
     return merges
+
+
+def join(ids: list[int], pair: tuple[int, int], token: int) -> list[int]:
+    """`ids` with `token` wherever the pair stands, from the left."""
+    new, i = [], 0
+    while i < len(ids):
+        match = ids[i:i + 2] == list(pair)
+        new.append(token if match else ids[i])
+        i += 2 if match else 1
+    return new
 
 
 def save_vocabulary(path: Path, merges: list[tuple[int, int]]) -> None:

@@ -1,8 +1,8 @@
-"""Reading what a stranger made: pictures, words, records and tar shards, of which nothing may run code, leave its folder
-or fill the memory.
+"""Reading what a stranger made: pictures, words, records and tar shards, of which nothing may run code, leave its
+folder or fill the memory.
 
-A `Blob` is a range of bytes of a plain file, with a name for people: a whole file, a member of a tar shard, or one record
-of a JSON list. Nothing is ever unpacked. Whatever is wrong raises `BadFile`, in one line that says the mend.
+A `Blob` is a range of bytes of a plain file, with a name for people: a whole file, a member of a tar shard, or one
+record of a JSON list. Nothing is ever unpacked. Whatever is wrong raises `BadFile`, in one line that says the mend.
 """
 
 import io

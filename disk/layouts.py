@@ -1,12 +1,12 @@
 """Data on disk: what a folder holds, found out by looking at names, headers and records.
 
-    x.jpg|png|webp + x.txt       a caption; x.json may hold {"conversations": …} or {"caption": …}
+    x.jpg|png|webp + x.txt   a caption; x.json may hold {"conversations": …} or {"caption": …}
     x.source.png + x.target.png + x.instruction.txt      an edit
-    000.tar 001.tar …            the same names inside (WebDataset: key = name up to the first dot)
-    *.json|jsonl                 LLaVA: [{"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}]
-    *.json|jsonl                 edits: [{"source": …, "target": …, "instruction": …}, …]
+    000.tar 001.tar …        the same names inside (WebDataset: key = name up to the first dot)
+    *.json|jsonl             LLaVA: [{"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}]
+    *.json|jsonl             edits: [{"source": …, "target": …, "instruction": …}, …]
 
-All of it may stand in one folder, and in folders inside. A folder `test` is held out; without one, one key in twenty is.
+All of it may stand in one folder, and in folders inside. A folder `test` is held out; without one, one key in twenty.
 """
 
 import hashlib
@@ -56,13 +56,15 @@ class Sample:
         return turns(self.record(), self.has["record"].name, "image" in self.has)
 
     def turns_and_caption(self) -> list[tuple[str, str]]:
-        """All questions and answers about the picture; the last one asks for the caption, where there is one. The record
-        is read once."""
+        """All questions and answers about the picture; the last one asks for the caption, where there is one. The
+        record is read once."""
         record = self.record()
         pairs = turns(record, self.has["record"].name, "image" in self.has) if "conversations" in record else []
         if "words" in self.has:
             return [*pairs, (DESCRIBE, read_text(self.has["words"]))]
-        return [*pairs, (DESCRIBE, text_field(record, "caption", self.has["record"].name))] if "caption" in record else pairs
+        if "caption" in record:
+            return [*pairs, (DESCRIBE, text_field(record, "caption", self.has["record"].name))]
+        return pairs
 
 
 @dataclass
@@ -217,7 +219,7 @@ def scan_tar(folder: DataFolder, path: Path, name: str, unit: int) -> None:
 
 
 def scan_list(folder: DataFolder, samples: dict[str, Sample], path: Path, name: str, unit: int) -> None:
-    """The records of a JSON list or of JSON lines. A picture that a record names leaves `samples`, those of the folder."""
+    """The records of a JSON list or of JSON lines. A picture that a record names leaves the folder's own `samples`."""
     try:
         blobs = list(records(path, printable(name)))
         if not blobs:
@@ -236,8 +238,8 @@ def scan_list(folder: DataFolder, samples: dict[str, Sample], path: Path, name: 
 
 
 def find_pictures(folder: DataFolder, samples: dict[str, Sample], parent: Path, sample: Sample) -> str:
-    """Gives a record's sample the pictures that it names, by their paths from the list's own folder `parent` on, and reads
-    its words once; -> which layout it has. Raises BadFile."""
+    """Gives a record's sample the pictures that it names, by their paths from the list's own folder `parent` on, and
+    reads its words once; -> which layout it has. Raises BadFile."""
     blob = sample.has["record"]
     record = read_record(blob)
     is_edit = "instruction" in record

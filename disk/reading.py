@@ -18,8 +18,9 @@ SUBSTITUTES = 20  # tried in a bad sample's place
 
 # ---------------------------------------------------------------- order and reading
 
-NEEDS = {"P1": ("captions", "talks"), "P2": ("pictures",), "P3": ("captions",), "T1": ("pictures",), "T2": ("pictures",),
-         "T3": ("pictures",), "U1": ("captions",), "U2": ("captions", "edits"), "U3": ("captions", "edits")}
+NEEDS = {"P1": ("captions", "talks"), "P2": ("pictures",), "P3": ("captions",),
+         "T1": ("pictures",), "T2": ("pictures",), "T3": ("pictures",),
+         "U1": ("captions",), "U2": ("captions", "edits"), "U3": ("captions", "edits")}
 EXAMPLES = {"captions": "pictures with captions: cat.png, and cat.txt with: a cat on a mat",
             "edits": "edits: 1.source.png and 1.target.png, and 1.instruction.txt with: make it red "
                      "(or go without, --edits 0)",
@@ -41,7 +42,8 @@ def check_kinds(folder: DataFolder, stages: list[str], edits: float) -> None:
 class DiskData:
     """What training asks of `world.language.DrawnWorld`, from samples on disk. Pictures are `b 3 side side` in [-1, 1].
 
-    `batch`, `edits`: of each `batch` numbers the last `edits` ask for edits, so that numbers of each kind follow closely.
+    `batch`, `edits`: of each `batch` numbers the last `edits` ask for edits, so that the numbers of each kind, counted
+    alone, have no gaps.
     `bad`: (key, what is wrong) of the samples that were replaced since it was last emptied.
     """
 
@@ -77,8 +79,8 @@ class DiskData:
         return self.orders[kind][1]
 
     def read(self, kind: str, number: int, make: Callable):
-        """make(sample, rng) for the sample whose turn it is; where that is bad, for one that stands in, always the same.
-        Raises BadFile where there is none of the kind, and where `SUBSTITUTES` in a row are bad."""
+        """make(sample, rng) for the sample whose turn it is; where that is bad, for one that stands in, always the
+        same. Raises BadFile where there is none of the kind, and where `SUBSTITUTES` in a row are bad."""
         samples = self.kinds[kind]
         if not samples:
             raise BadFile(f"needs {EXAMPLES[kind]}; there are none")
@@ -123,7 +125,7 @@ class DiskData:
         return torch.stack(pictures), list(talks), list(captions)
 
     def texts(self, indices) -> list[tuple[str, str]]:
-        """(given, to learn) without a picture: conversations without one, else captions, so that P3's words are known."""
+        """(given, to learn) without a picture: conversations without one, else captions: P3's words, in P1."""
         if self.kinds["texts"]:
             return [self.read("texts", i, lambda sample, rng: rng.choice(sample.turns())) for i in indices]
         if self.kinds["captions"]:
@@ -150,8 +152,8 @@ class DiskData:
             return [], *torch.empty(2, 0, 3, self.side, self.side)
 
         def make(sample, rng):  # never mirrored: both pictures and the words belong together
-            before, after = (as_tensor(read_picture(sample.has[role]), self.side, None) for role in ("source", "target"))
-            return sample.instruction(), before, after
+            pair = [as_tensor(read_picture(sample.has[role]), self.side, None) for role in ("source", "target")]
+            return sample.instruction(), *pair
         words, before, after = zip(*(self.read("edits", self.number_of_edit(i), make) for i in indices))
         return list(words), torch.stack(before), torch.stack(after)
 
@@ -166,7 +168,9 @@ def as_tensor(image: Image.Image, side: int, rng: random.Random | None, flip: bo
     mirrored half of the time with `flip`. Without `rng` the middle, as it is."""
     scale = side / min(image.size)
     w, h = (max(side, round(x * scale)) for x in image.size)
-    left, top = (rng.randint(0, w - side), rng.randint(0, h - side)) if rng and crop else ((w - side) // 2, (h - side) // 2)
+    left, top = (w - side) // 2, (h - side) // 2
+    if rng and crop:
+        left, top = rng.randint(0, w - side), rng.randint(0, h - side)
     box = (left / scale, top / scale, min(image.width, (left + side) / scale), min(image.height, (top + side) / scale))
     image = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     if rng and flip and rng.random() < 0.5:

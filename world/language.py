@@ -2,8 +2,8 @@
 
 It stands in for the paper's data (Sec. 4.1), and makes each claim of the paper testable: from one scene (drawing.py)
 come a caption, questions with answers, requests to draw, and edits with their exact target (edits.py). Some facts are
-told in words alone ("grass is green"). Sample `index` is a pure function of (seed, split, epoch, index), so the order of
-data is too.
+told in words alone ("grass is green"). Sample `index` is a pure function of (seed, split, epoch, index), so the order
+of data is too.
 
     python -m world.language [data.png]      a few samples in words (and a sheet of pictures)
 """
