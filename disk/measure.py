@@ -81,9 +81,9 @@ def reconstruction(model, before, pictures: Tensor, train: DiskData) -> Table:
     with torch.no_grad():
         features, of_copies = (before.tokenizer.features(x).mean(1) for x in (pictures, copies))
     mean = train.pictures(range(512)).mean(0).to(pictures.device).expand_as(pictures)
-    return {"psnr": psnr(pictures, copies).mean().item(), "psnr_baseline": psnr(pictures, mean).mean().item(),
-            "ssim": ssim(pictures, copies).mean().item(), "ssim_baseline": ssim(pictures, mean).mean().item(),
-            "rfd": frechet_distance(features, of_copies)}
+    table = {"psnr": psnr(pictures, copies).mean().item(), "psnr_baseline": psnr(pictures, mean).mean().item(),
+             "ssim": ssim(pictures, copies).mean().item(), "ssim_baseline": ssim(pictures, mean).mean().item()}
+    return table | {"rfd": frechet_distance(features, of_copies)} if len(pictures) > 1 else table  # one has no spread
 
 
 def reconstruction_section(model, pictures: Tensor) -> Section:
