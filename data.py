@@ -9,8 +9,8 @@ Two things give the same five kinds of sample: the drawn world (world/) and data
     text_to_image_samples  request, picture  captions, GenEval's six kinds     captions                   P3, U1 to U3
     edit_samples           before, after     ImgEdit's nine kinds              instruction triples        U2, U3
 
-A batch is a pure function of (seed, stage, step): nothing is kept from one to the next. So it is the same whichever process
-makes it, ahead of time or not, before a restart or after it, and several processes can share one.
+A batch is a pure function of (seed, stage, step): nothing is kept from one to the next. So it is the same whichever
+process makes it, ahead of time or not, before a restart or after it, and several processes can share one.
 
     python data.py [data.png]              the shapes of each stage's batch, samples in words (and a sheet of pictures)
     python data.py --check PATH            what data on disk holds, and for every fault the file, the key and the mend
@@ -58,7 +58,8 @@ class Batches(torch.utils.data.Dataset):
         self.batch = self.config.batch[index]
         self.world = open_world(self.config, index, self.found, self.edits_among(self.batch))
         if self.batch % self.ranks:
-            raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: see --batch")
+            raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: "
+                             "see --batch")
 
     def __getitem__(self, step: int) -> Batch:
         """"bad": (key, what is wrong) of the samples that others stand in for; "stop": why there is no batch at all."""
@@ -100,8 +101,8 @@ class Batches(torch.utils.data.Dataset):
 
 
 def language_batch(source: Batches, numbers: range) -> Batch:
-    """P1: pictures; questions about them, short and long ones apart so that the short are not padded to the length of the
-    long; captions; words without a picture; and what stands where, for L_name."""
+    """P1: pictures; questions about them, short and long ones apart so that the short are not padded to the length of
+    the long; captions; words without a picture; and what stands where, for L_name."""
     numbers, world, words = source.share_of(numbers), source.world, source.words
     images, talks, captions = world.dialogue_samples(numbers)
     batch = {"images": images, "prefix": source.prompts([""] * len(images), has_image=True)[0]}
@@ -180,10 +181,12 @@ def read(batches: Iterator, device: torch.device) -> tuple[Batch, list, float]:
 
 def show(path: str = "") -> None:
     """Prints the shapes of each stage's batch and a few samples in words; with a path, writes a sheet of pictures."""
-    for name, make in (("P1", language_batch), ("T1", picture_batch), ("P3", text_to_image_batch), ("U2", unified_batch)):
+    kinds = {"P1": language_batch, "T1": picture_batch, "P3": text_to_image_batch, "U2": unified_batch}
+    for name, make in kinds.items():
         batch = Batches(Config(), name, make, {"edits": 0.5, "captions": 0.5, "outcomes": 0.5})[0]
         for key, value in batch.items():
-            print(f"{name}  {key:13}", *(tuple(part.shape) for part in torch.utils._pytree.tree_leaves(value)))
+            parts = [value] if isinstance(value, Tensor) else value
+            print(f"{name}  {key:13}", *(tuple(part.shape) for part in parts if part is not None))
         assert batch["images"].shape[1:] == (3, 32, 32)
     show_samples(path)
 

@@ -1,17 +1,17 @@
-"""Generation: a SANA-style diffusion transformer, flow matching, self-alignment, two samplers (paper, Sec. 3.3 and 3.4).
+"""Generation: a SANA-style diffusion transformer, flow matching, self-alignment, samplers (paper, Sec. 3.3 and 3.4).
 
     x_t = (1 − σ) z + σ ε              z: fused latent z_f · scale, ε: Gaussian noise, σ from 1 (noise) to 0 (picture)
     v = ε − z                          what the DiT predicts from x_t, σ and the condition
     L_fm = ‖DiT(x_t, σ, condition) − v‖²
-    L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)        f_dit: tokens inside the DiT, f'_v: the tokenizer's own f_v
+    L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)        f_dit: tokens inside the DiT, f'_v: f_v of the picture wanted
 
 In: noisy latents `b p h w`, σ `b`, condition tokens `b l u` with their mask `b l`. Out: velocities `b p h w`.
 Reference for the DiT: SANA, arXiv 2410.10629 (linear attention, Mix-FFN, AdaLN-single, no positions).
 
     python diffusion.py            shape trace, and both samplers on a known flow
 
-Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, c width of the DiT, l length and u width of the
-condition, d width of visual tokens, a heads, e width of a head.
+Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, c width of the DiT, l length and u
+width of the condition, d width of visual tokens, a heads, e width of a head.
 """
 
 import math
@@ -32,9 +32,9 @@ from parts.positions import sine_positions
 
 
 def logit_normal_times(b: int, generator: torch.Generator | None = None, shift: float = 1.0) -> Tensor:
-    """σ `b` in (0, 1): the sigmoid of a standard normal, moved by `shift` as in `sample`: above 1, more of them lie near the
-    noise, where it is decided what goes where (SANA: 3). One from each of b equally likely slices, in random order: a batch
-    sees the whole path, and its loss varies less."""
+    """σ `b` in (0, 1): the sigmoid of a standard normal, moved by `shift` as in `sample`: above 1, more of them lie
+    near the noise, where it is decided what goes where (SANA: 3). One from each of b equally likely slices, in random
+    order: a batch sees the whole path, and its loss varies less."""
     share = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
     return (torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)) + math.log(shift)).sigmoid()
 
@@ -50,7 +50,8 @@ def flow_matching_loss(velocity: Tensor, z: Tensor, noise: Tensor) -> Tensor:
 
 def alignment_loss(projected: Tensor, f_v: Tensor) -> Tensor:
     """`projected` = φ_a(f_dit) and the teacher's f'_v are `b n d`, token by token of one grid. In [−1, 1], best −1."""
-    return -F.cosine_similarity(projected.float(), f_v.detach().float(), dim=-1).mean()  # Sec. 3.4: − mean cos(φ_a(f_dit), f'_v)
+    cosine = F.cosine_similarity(projected.float(), f_v.detach().float(), dim=-1)
+    return -cosine.mean()  # Sec. 3.4: L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)
 
 
 # ---------------------------------------------------------------- diffusion transformer
@@ -113,7 +114,8 @@ class TimeEmbedding(nn.Module):
 
 
 class DiT(nn.Module):
-    """(x_t `b p h w`, σ `b`, condition `b l u`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after `align_block`).
+    """(x_t `b p h w`, σ `b`, condition `b l u`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after
+    `align_block`).
 
     `positions`: add sines of row and column to the latent tokens.
     # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner.
@@ -170,9 +172,9 @@ class DiT(nn.Module):
 
 def change_from_reference(dit: Callable, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None,
                           reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`dit` with a reference's clean latent z_r `b p h w` (None: without) as the origin of the flow, and on channels of its own
-    (InstructPix2Pix, arXiv 2211.09800): x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z − z_r, of velocity
-    v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
+    """`dit` with a reference's clean latent z_r `b p h w` (None: without) as the origin of the flow, and on channels of
+    its own (InstructPix2Pix, arXiv 2211.09800): x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z −
+    z_r, of velocity v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
     # differs from paper: there the reference reaches the DiT through the condition alone (`--reference tokens`).
     """
     if reference is None:
@@ -194,16 +196,16 @@ class AlignmentHead(nn.Sequential):
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x `b p h w`, σ `b`) -> v
 
 
-def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tensor, Tensor], guidance: float) -> Velocity:
+def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tensor, Tensor],
+           guidance: float) -> Velocity:
     """Classifier-free guidance: v = v_nothing + guidance · (v_condition − v_nothing).
 
     `dit(x, σ, tokens, mask) -> v`; `condition` and `nothing` are (tokens `b l u`, mask `b l`). Guidance 1 asks once.
     """
     if guidance == 1:
         return lambda x, sigma: dit(x, sigma, *condition)
-    tokens, nothing_tokens = equally_long(condition[0], nothing[0])
-    mask, nothing_mask = equally_long(condition[1], nothing[1])
-    tokens, mask = torch.cat([tokens, nothing_tokens]), torch.cat([mask, nothing_mask])
+    tokens = torch.cat(equally_long(condition[0], nothing[0]))
+    mask = torch.cat(equally_long(condition[1], nothing[1]))
 
     def velocity(x, sigma):
         with_words, without = dit(torch.cat([x, x]), torch.cat([sigma, sigma]), tokens, mask).chunk(2)
@@ -214,8 +216,8 @@ def guided(dit: Callable, condition: tuple[Tensor, Tensor], nothing: tuple[Tenso
 
 def equally_long(*parts: Tensor) -> list[Tensor]:
     """Pads `b l …` with zeros (a mask: false) to the longest l."""
-    width = max(part.shape[1] for part in parts)
-    return [torch.cat([part, part.new_zeros(part.shape[0], width - part.shape[1], *part.shape[2:])], 1) for part in parts]
+    longest = max(part.shape[1] for part in parts)
+    return [F.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts]
 
 
 def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "dpm", shift: float = 1.0):
@@ -240,7 +242,7 @@ def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "d
             if previous is not None and math.isfinite(gap) and math.isfinite(gap_before):
                 estimate = clean + gap / (2 * gap_before) * (clean - previous)
             previous, gap_before = clean, gap
-        x = after / now * x + (1 - after / now) * estimate  # exact for a constant clean latent; with `clean`, an Euler step
+        x = after / now * x + (1 - after / now) * estimate  # exact for a constant clean latent; with `clean`, Euler's
         path.append(x)
     return x, path
 
@@ -257,19 +259,19 @@ class Noise(NamedTuple):
     """A batch's times and noises, several of each picture, one round of the whole batch after the other."""
 
     sigma: Tensor  # σ `(draws b)`
-    noise: Tensor  # ε `(draws b) p h w`
+    epsilon: Tensor  # ε `(draws b) p h w`
 
 
 def flow_losses(dit: DiT, z: Tensor, tokens: Tensor, mask: Tensor, noise: Noise,
                 reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """-> (L_fm, f_dit `(draws b) n c`) for clean latents z `b p h w`, each at as many random times as `noise` holds: what is
-    dear, the condition, is computed once for all of them."""
+    """-> (L_fm, f_dit `(draws b) n c`) for clean latents z `b p h w`, each at as many random times as `noise` holds:
+    what is dear, the condition, is computed once for all of them."""
     draws = len(noise.sigma) // len(z)
     z, tokens, mask, reference = (None if x is None else repeat(x, "b ... -> (draws b) ...", draws=draws)
                                   for x in (z, tokens, mask, reference))
-    x_t = add_noise(z, noise.noise, noise.sigma)
+    x_t = add_noise(z, noise.epsilon, noise.sigma)
     velocity, f_dit = change_from_reference(dit, x_t, noise.sigma, tokens, mask, reference)
-    return flow_matching_loss(velocity, z, noise.noise), f_dit
+    return flow_matching_loss(velocity, z, noise.epsilon), f_dit
 
 
 def text_to_image_losses(dit: DiT, z: Tensor, condition, noise: Noise) -> dict[str, Tensor]:
@@ -281,8 +283,8 @@ def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callabl
                    align_head: AlignmentHead, external_teacher: nn.Module | None = None) -> dict[str, Tensor]:
     """U1 to U3 (Sec. 3.3, 3.4): draw and edit z_f through queries, router and connector; the tokenizer teaches the DiT.
 
-    `condition`: `MLLM.condition`. `clean_latent(images)` -> (z_f · scale `b p h w`, f_v `b n d`). A batch holds requests
-    ("words"), edits ("instructions", "references"), or both, in this order, and the pictures wanted ("images").
+    `condition`: `MLLM.condition`. `clean_latent(images)` -> (z_f · scale `b p h w`, f_v `b n d`). A batch holds
+    requests ("words"), edits ("instructions", "references"), or both, in this order; "images": the pictures wanted.
     """
     conditions, reference = [], None
     if "words" in batch:
@@ -295,22 +297,15 @@ def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callabl
     mask = torch.cat(equally_long(*(part.mask for part in conditions)))
     with torch.no_grad():
         z, f_v = clean_latent(batch["images"])
-        teacher = f_v if external_teacher is None else external_teacher(batch["images"])  # f'_v of the clean target
-    if reference is not None:
-        reference = origin_of_flow(dit, reference, z)
+        teacher = f_v if external_teacher is None else external_teacher(batch["images"])  # Sec. 3.4: f'_v
+    if reference is not None:  # zeros for the requests, then the edits' references
+        reference = torch.cat([torch.zeros_like(z[:len(z) - len(reference)]), reference]) if dit.reference else None
     L_fm, f_dit = flow_losses(dit, z, tokens, mask, batch["noise"], reference)
     losses = {"L_fm": L_fm}
     if "L_align" in weights:
         teacher = repeat(teacher, "b n d -> (draws b) n d", draws=len(f_dit) // len(teacher))
         losses["L_align"] = alignment_loss(align_head(f_dit), teacher)
     return losses
-
-
-def origin_of_flow(dit: DiT, reference: Tensor, z: Tensor) -> Tensor | None:
-    """The edits' reference latents behind a zero for each picture that is drawn from words alone; None without that departure."""
-    if dit.reference is None:
-        return None
-    return torch.cat([torch.zeros_like(z[:len(z) - len(reference)]), reference])
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
 from world.language import PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
 
-TABLES = ("reconstruction", "understanding", "retrieval", "generation", "generation_direct", "editing", "editing_direct")
+TABLES = ("reconstruction", "understanding", "retrieval", "generation", "generation_direct", "editing",
+          "editing_direct")
 GENERATED = (*PROMPT_KINDS, "held_out", "knowledge")
 
 
@@ -73,8 +74,8 @@ def understanding(model: SPAR, world: DrawnWorld, how: Protocol) -> dict:
 
 def generation(model: SPAR, world: DrawnWorld, how: Protocol, kinds=GENERATED, rewrite: bool = True,
                **options) -> dict:
-    """GenEval's six kinds, combinations held out of training, prompts that need a fact told in words. `rewrite`: the LLM
-    first writes the prompt out as a whole caption (a departure); without, the paper's path."""
+    """GenEval's six kinds, combinations held out of training, prompts that need a fact told in words. `rewrite`: the
+    LLM first writes the prompt out as a whole caption (a departure); without, the paper's path."""
     table = {}
     for kind in kinds:
         pairs = {"pairs": sorted(HELD_OUT_PAIRS)} if kind == "held_out" else {}
@@ -89,8 +90,8 @@ def generation(model: SPAR, world: DrawnWorld, how: Protocol, kinds=GENERATED, r
 
 
 def editing(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True) -> dict:
-    """ImgEdit's nine kinds. `rewrite`: the LLM first says what the instruction changes, and into what; without, the paper's
-    path. `preservation_psnr`: against the source, where the instruction changes nothing."""
+    """ImgEdit's nine kinds. `rewrite`: the LLM first says what the instruction changes, and into what; without, the
+    paper's path. `preservation_psnr`: against the source, where the instruction changes nothing."""
     table, kept = {}, []
     for kind in EDIT_KINDS:
         edits = world.edits(range(how.count // 2), kind)
@@ -147,15 +148,15 @@ def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: st
         jobs["editing_direct"] = lambda: editing(model, world, how, rewrite=False)
     if "P3" in done:
         p3 = load_run(run, device, upto="P3")
-        jobs["knowledge_p3"] = lambda: generation(p3, world, how, ("knowledge",), rewrite=False, text_only=True)["knowledge"]
-    found = {}
+        jobs["p3"] = lambda: generation(p3, world, how, ("knowledge",), rewrite=False, text_only=True)
+    results = {}
     for name, job in (bar := tqdm(jobs.items(), desc="evaluation", dynamic_ncols=True)):
         bar.set_postfix_str(name)
-        found[name] = job()
-    tables = {name: found[name] for name in TABLES if name in found}
-    tables["understanding"]["before_t3"] = found["before_t3"]
+        results[name] = job()
+    tables = {name: results[name] for name in TABLES if name in results}
+    tables["understanding"]["before_t3"] = results["before_t3"]
     if "P3" in done:  # P3 alone: no queries, no U stages
-        tables.setdefault("generation_direct", {})["knowledge_p3"] = found["knowledge_p3"]
+        tables.setdefault("generation_direct", {})["knowledge_p3"] = results["p3"]["knowledge"]
     return tables
 
 

@@ -4,13 +4,13 @@ To answer:   <bos> f_v of the picture, question ─ LLM ─ answer, word by word
 To draw:     <bos> [f_v of a reference], words, queries ─ LLM (frozen, causal) ─ K hidden states ─ router ─ Ĥ
              Ĥ, at reference positions f_v again ─ connector (bidirectional) ─ condition of the DiT `b l u`
 
-The language model computes what Qwen2.5 does (arXiv 2412.15115): RMSNorm, rotary positions, grouped queries, SwiGLU.
-On a first reading skip to `Connector`.
+The language model is Qwen2.5's (arXiv 2412.15115): RMSNorm, rotary positions, grouped queries, SwiGLU. On a first
+reading skip to `Connector`.
 
     python mllm.py                 shape trace
 
-Letters: b batch, n visual tokens, t words of a prompt, q queries, l = t + q, d width of the LLM, k routed layers, u width of
-the condition, a heads, e width of a head.
+Letters: b batch, n visual tokens, t words of a prompt, q queries, l = t + q, d width of the LLM, k routed layers, u
+width of the condition, a heads, e width of a head.
 """
 
 import copy
@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from attention import attention
 from parts.layer import Layer, RMSNorm
 from parts.positions import grid_positions, rotary, rotate, word_positions
+from parts.shared_batch import share_of_mean
 from parts.words import TextTokenizer, Turns, WordTokenizer
-from router import FUSIONS, layer_choice
+from router import ROUTERS, layer_choice
 
 # ---------------------------------------------------------------- language model
 
@@ -109,8 +109,8 @@ class Connector(nn.Module):
     """Layers of the LLM's own kind with bidirectional attention, a norm, and the Linear to the condition's width `u`.
 
     `share`: how much of each layer's change of the states counts at first; it is learned.
-    # differs from paper: there the copied layers work in full from the beginning (share 1). Made to predict the next word,
-    # a small LLM's last layers drop what the DiT needs; the toy lets them in gently (0.1).
+    # differs from paper: there the copied layers work in full from the beginning (share 1). Made to predict the next
+    # word, a small LLM's last layers drop what the DiT needs; the toy lets them in gently (0.1).
     """
 
     def __init__(self, llm: LanguageModel, layers: int, condition_width: int, share: float = 1.0):
@@ -141,9 +141,7 @@ class Condition(NamedTuple):
     weights: Tensor | None = None  # `b l k`, DTR's choice of layers for each token
 
 
-class Prefix(NamedTuple):
-    """How a sequence begins, once read."""
-
+class Prefix(NamedTuple):  # how a sequence begins, once read
     cache: list  # each layer's keys and values, `b a l e`
     last: Tensor  # `b 1 d`, the state that the next word follows
 
@@ -152,21 +150,23 @@ class Prefix(NamedTuple):
 
 
 class MLLM(nn.Module):
-    """LLM + router + queries + connector. `k` layers are routed, `fusion` is one of router.FUSIONS.
+    """LLM + router + queries + connector. `k` layers are routed, `router` is one of router.ROUTERS.
 
-    `positions`: the connector's reference tokens and queries carry the sines of row and column that the DiT's tokens carry.
-    # differs from paper: there none has; on a small budget they are what lets the DiT find a token's place in the reference.
+    `positions`: the connector's reference tokens and queries carry the sines of row and column that the DiT's tokens
+    carry.
+    # differs from paper: there none has; on a small budget they are what lets the DiT find a token's place in the
+    # reference.
     """
 
     def __init__(self, words: TextTokenizer, llm: LanguageModel, k: int, queries: int, connector_layers: int,
-                 condition_width: int, fusion: str = "dtr", connector_share: float = 1.0, positions: bool = False):
+                 condition_width: int, router: str = "dtr", connector_share: float = 1.0, positions: bool = False):
         super().__init__()
         d = llm.norm.weight.shape[0]
         if positions and math.isqrt(queries) ** 2 != queries:
             raise ValueError(f"queries {queries}: with positions they are a square grid, so take 4, 9, 16, …")
         self.words, self.llm, self.positions = words, llm, positions
         self.choice = layer_choice(len(llm.layers), k)
-        self.router = FUSIONS[fusion](d, k)
+        self.router = ROUTERS[router](d, k)
         nn.init.eye_(self.router.W_p.weight)  # paper leaves open: W_p starts as the identity, so that the connector,
         nn.init.zeros_(self.router.W_p.bias)  # a copy of LLM layers, first reads states much like those it was made for
         self.queries = nn.Parameter(torch.randn(queries, d) * 0.02)
@@ -179,11 +179,8 @@ class MLLM(nn.Module):
             return x
         return x.masked_scatter((ids == self.words.image_id)[..., None], f_v.to(x.dtype))
 
-    # ------------------------------------------------------------ understanding
-
     def read_prefix(self, ids: Tensor, f_v: Tensor | None = None) -> Prefix:
-        """Reads how a sequence begins, <bos> and perhaps a picture. Many questions about one picture then follow it, none of
-        which sees another, and the picture is read once."""
+        """<bos> and perhaps a picture, read once: many questions then follow it, none of which sees another."""
         hidden, cache = self.llm(self.embed(ids, f_v))
         return Prefix(cache, hidden[-1][:, -1:])
 
@@ -193,19 +190,22 @@ class MLLM(nn.Module):
         if turns.owner is not None:
             cache, last = [(k[turns.owner], v[turns.owner]) for k, v in cache], last[turns.owner]
         hidden, _ = self.llm(self.embed(turns.ids), cache=cache)
-        before = torch.cat([last.expand(len(turns.ids), -1, -1), hidden[-1]], 1)  # column i: the state that word i follows
-        return F.cross_entropy(self.llm.logits(before[turns.rows, turns.columns]).float(), turns.ids[turns.rows, turns.columns])
+        states = torch.cat([last.expand(len(turns.ids), -1, -1), hidden[-1]], 1)  # column i: what word i follows
+        logits = self.llm.logits(states[turns.rows, turns.columns]).float()
+        return F.cross_entropy(logits, turns.ids[turns.rows, turns.columns])
 
     @torch.no_grad()
     def answer(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None, max_new: int = 24, temperature: float = 0.0,
                generator: torch.Generator | None = None) -> list[list[int]]:
-        """Goes on from left-padded ids `b l`, at most `max_new` words each, until <eos>. Temperature 0: the likeliest word."""
+        """Goes on from left-padded ids `b l`, at most `max_new` words, until <eos>. Temperature 0: the likeliest
+        word."""
         hidden, cache = self.llm(self.embed(ids, f_v), mask)
         replies, done = [[] for _ in ids], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new):
             logits = self.llm.logits(hidden[-1][:, -1]).float()
             if temperature > 0:
-                word = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator)[:, 0].to(ids.device)
+                chances = (logits / temperature).softmax(-1).cpu()  # the generator is a CPU's on every device
+                word = torch.multinomial(chances, 1, generator=generator)[:, 0].to(ids.device)
             else:
                 word = logits.argmax(-1)
             done |= word == self.words.eos_id
@@ -217,34 +217,32 @@ class MLLM(nn.Module):
             hidden, cache = self.llm(self.embed(word[:, None]), mask, cache)
         return replies
 
-    # ------------------------------------------------------------ the way to the DiT
-
     def condition(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None) -> Condition:
-        """Words `b t` (left-padded), with `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l u`,
-        l = t + q (Sec. 3.3)."""
+        """Words `b t` (left-padded), `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l
+        u`."""
         H, mask = self.routed_states(ids, mask, f_v)  # Sec. 3.3: K hidden states of the frozen LLM, `b l k d`
-        mixed, weights = self.router(H)  # Sec. 3.3: Ĥ, every token's own mixture of the layers
-        mixed = self.with_reference(mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v itself, past the LLM
-        tokens = self.connector(mixed, mask)  # Sec. 3.3: bidirectional, to the width of the DiT's condition
+        H_mixed, weights = self.router(H)  # Sec. 3.3: Ĥ, every token's own mixture of the layers
+        H_mixed = self.with_reference(H_mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v itself, past the LLM
+        tokens = self.connector(H_mixed, mask)  # Sec. 3.3: bidirectional, to the width of the DiT's condition
         return Condition(tokens, mask, weights)
 
     def routed_states(self, ids: Tensor, mask: Tensor, f_v: Tensor | None) -> tuple[Tensor, Tensor]:
         """The LLM reads the words, then the queries; -> (states of the K chosen layers `b l k d`, mask `b l`).
 
-        # differs from paper: there the reference follows the words; here it stands before them, as in a question about a
-        # picture, so that the frozen LLM finds what an instruction names as it finds what a question names.
-        The LLM is frozen here and causal, so what stands before the queries does not depend on anything that trains: it is
-        computed without gradient, and only the queries are followed through the LLM's layers, behind a cache.
+        # differs from paper: there the reference follows the words; here it stands before them, as in a question about
+        # a picture, so that the frozen LLM finds what an instruction names as it finds what a question names.
+        The LLM is frozen here and causal, so what stands before the queries does not depend on anything that trains: it
+        is computed without gradient, and only the queries are followed through the LLM's layers, behind a cache.
         """
         with torch.no_grad():
-            words, cache = self.llm(self.embed(ids, f_v), mask)
+            at_words, cache = self.llm(self.embed(ids, f_v), mask)
         mask = torch.cat([mask, mask.new_ones(len(mask), len(self.queries))], 1)
-        queries, _ = self.llm(repeat(self.queries, "q d -> b q d", b=len(ids)), mask, cache)
-        return torch.stack([torch.cat([words[i], queries[i]], 1) for i in self.choice], 2), mask
+        at_queries, _ = self.llm(repeat(self.queries, "q d -> b q d", b=len(ids)), mask, cache)
+        return torch.stack([torch.cat([at_words[i], at_queries[i]], 1) for i in self.choice], 2), mask
 
-    def with_reference(self, mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
-        """Ĥ `b l d` with the encoder's own tokens at the reference's positions, so that detail reaches the DiT past the LLM."""
-        words, queries = mixed.split([ids.shape[1], len(self.queries)], 1)
+    def with_reference(self, H_mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
+        """Ĥ `b l d` with the encoder's own tokens at the reference's places: detail that the LLM would not pass on."""
+        words, queries = H_mixed.split([ids.shape[1], len(self.queries)], 1)
         if f_v is not None:
             reference = f_v + grid_positions(f_v) if self.positions else f_v
             words = words.masked_scatter((ids == self.words.image_id)[..., None], reference.to(words.dtype))
@@ -253,81 +251,74 @@ class MLLM(nn.Module):
         return torch.cat([words, queries], 1)
 
     def text_condition(self, ids: Tensor, mask: Tensor) -> Condition:
-        """What a plain text-to-image model reads (stage P3, in SANA's place): the LLM's states, without queries or routing.
-        # paper leaves open: which states; here the plain mean of the K layers through the copied layers of the connector,
-        so that DTR, which starts as the mean, goes on where P3 ends."""
+        """What a plain text-to-image model reads (P3, in SANA's place): the LLM's states, without queries or routing.
+        # paper leaves open: which states; here the mean of the K layers, as which DTR starts, through the connector.
+        """
         with torch.no_grad():
             hidden, _ = self.llm(self.llm.embedding(ids), mask)
-            mixed = torch.stack([hidden[i] for i in self.choice], 2).mean(2)
-        return Condition(self.connector(F.layer_norm(mixed, mixed.shape[-1:]), mask), mask)
+            H_mean = torch.stack([hidden[i] for i in self.choice], 2).mean(2)
+        return Condition(self.connector(F.layer_norm(H_mean, H_mean.shape[-1:]), mask), mask)
 
 
 # ---------------------------------------------------------------- what P1 learns from
 
 
 def language_losses(mllm: MLLM, vision: nn.Module, batch: dict, weights: dict[str, float]) -> dict[str, Tensor]:
-    """P1, in place of InternVL3: the next word of answers (L_lm) and captions (L_caption) about pictures, and of words without a
-    picture: facts, and requests written out (L_text); and names for what each visual token shows (L_name)."""
+    """P1, in place of InternVL3: the next word of answers (L_lm) and captions (L_caption) about pictures, and of words
+    without a picture: facts, and requests written out (L_text); and names for what each visual token shows (L_name)."""
     f_v = vision(batch["images"])
-    picture = mllm.read_prefix(batch["prefix"], f_v)
-    nothing = 0 * f_v.sum()  # where a batch lacks a kind of text its loss is 0, and no process waits for another's gradient
+    picture, losses = mllm.read_prefix(batch["prefix"], f_v), {}
+    nothing = 0 * f_v.sum()  # a kind of text that a batch lacks: loss 0, and a gradient that no process waits for
+
+    def next_word(turns: Turns | None, prefix: Prefix) -> Tensor:
+        mean, count = (nothing, 0) if turns is None else (mllm.text_loss(turns, prefix), len(turns.rows))
+        return share_of_mean(mean, count)
 
     answers = [batch[name] for name in ("short", "long") if name in batch]  # two widths, so that less is padding
     count = sum(len(turns.rows) for turns in answers)
-    L_lm = sum((mllm.text_loss(turns, picture) * len(turns.rows) / count for turns in answers), nothing)
-    losses, counts = {"L_lm": L_lm}, {"L_lm": count}
-
-    captions = batch.get("caption")
-    losses["L_caption"] = nothing if captions is None else mllm.text_loss(captions, picture)
-    counts["L_caption"] = 0 if captions is None else len(captions.rows)
+    mean = sum((mllm.text_loss(turns, picture) * len(turns.rows) / count for turns in answers), nothing)
+    losses["L_lm"] = share_of_mean(mean, count)
+    losses["L_caption"] = next_word(batch.get("caption"), picture)
     if "L_name" in weights and "things" in batch:
-        losses["L_name"] = naming_loss(f_v, mllm.llm.embedding.weight, batch["things"], batch["names"])
-        counts["L_name"] = len(batch["things"][0])
+        named = naming_loss(f_v, mllm.llm.embedding.weight, batch["things"], batch["names"])
+        losses["L_name"] = share_of_mean(named, len(batch["things"][0]))
     if "L_text" in weights:
-        texts, alone = batch.get("text"), mllm.read_prefix(batch["prefix"][:, :1])  # <bos> alone
-        losses["L_text"] = nothing if texts is None else mllm.text_loss(texts, alone)
-        counts["L_text"] = 0 if texts is None else len(texts.rows)
-    return {symbol: share_of_mean(mean, counts[symbol]) for symbol, mean in losses.items()}
+        losses["L_text"] = next_word(batch.get("text"), mllm.read_prefix(batch["prefix"][:, :1]))  # behind <bos> alone
+    return losses
 
 
-def share_of_mean(mean: Tensor, count: int) -> Tensor:
-    """A mean over this process's `count` words as its part of the mean over all processes' words: their average is that."""
-    if not dist.is_initialized():
-        return mean
-    total = torch.tensor(float(count), device=mean.device)
-    dist.all_reduce(total)
-    return mean * count / (total / dist.get_world_size()).clamp(min=1e-6)
+def naming_loss(f_v: Tensor, embedding: Tensor, things: tuple[Tensor, Tensor, Tensor],
+                names: tuple[Tensor, ...]) -> Tensor:
+    """L_name: each visual token `b n d` of a thing's quarter of the picture, held against the embeddings of words, is
+    nearest to the thing's size, colour, shape and place. Grounding, densely: a question then finds what it names by
+    likeness.
 
-
-def naming_loss(f_v: Tensor, embedding: Tensor, things: tuple[Tensor, Tensor, Tensor], names: tuple[Tensor, ...]) -> Tensor:
-    """L_name: each visual token `b n d` of a thing's quarter of the picture, held against the embeddings of words, is nearest
-    to the thing's size, colour, shape and place. Grounding, densely: a question then finds what it names by likeness.
-
-    `things`: (which picture, which quarter, which name of each fact is right, `things facts`). `names`: of each fact, the ids
-    of the words to choose from.
+    `things`: (which picture, which quarter, which name of each fact is right, `things facts`). `names`: of each fact,
+    the ids of the words to choose from.
     # differs from paper: InternVL3 comes trained; P1 has 900 steps.
     """
     picture, quarter, right = things
     half = math.isqrt(f_v.shape[1]) // 2
     quarters = rearrange(f_v, "b (row y col x) d -> b (row col) (y x) d", row=2, col=2, y=half, x=half)
-    tokens = quarters[picture, quarter]  # things, tokens of each, d
+    tokens = quarters[picture, quarter]  # `t n d`: of each thing its quarter's tokens
     losses = []
     for fact, ids in enumerate(names):
-        likeness = tokens @ embedding[ids].T
-        losses.append(F.cross_entropy(likeness.flatten(0, 1).float(), right[:, fact].repeat_interleave(tokens.shape[1])))
+        likeness = rearrange(tokens @ embedding[ids].T, "t n words -> (t n) words")
+        answers = repeat(right[:, fact], "t -> (t n)", n=tokens.shape[1])
+        losses.append(F.cross_entropy(likeness.float(), answers))
     return torch.stack(losses).mean()
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     words = WordTokenizer("a red circle what is it".split())
-    mllm = MLLM(words, LanguageModel(len(words), 128, 4, 4, 2, 352), k=4, queries=16, connector_layers=2, condition_width=96)
+    llm = LanguageModel(len(words), d=128, layers=4, heads=4, kv_heads=2, mlp=352)
+    mllm = MLLM(words, llm, k=4, queries=16, connector_layers=2, condition_width=96)
     f_v = torch.randn(2, 16, 128)
-    question = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("what is it?")] * 2)
-    prompt = torch.tensor([[words.bos_id] + [words.image_id] * 16 + words.encode("a red circle")] * 2)
+    question, prompt = (words.prompts([text] * 2, visual_tokens=16)[0] for text in ("what is it?", "a red circle"))
     print("question   b l   ", tuple(question.shape), " with f_v b n d", tuple(f_v.shape))
     print("answers          ", [words.decode(r) for r in mllm.answer(question, question > 0, f_v, max_new=3)])
-    tokens, mask, weights = mllm.condition(prompt, prompt > 0, f_v)
+    tokens, _, weights = mllm.condition(prompt, prompt > 0, f_v)
     print("condition  b l u ", tuple(tokens.shape), " of 4 words, 16 visual tokens, 16 queries")
     print("weights    b l k ", tuple(weights.shape))
     assert tokens.shape == (2, 4 + 16 + 16, 96) and weights.shape == (2, 36, 4)

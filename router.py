@@ -3,13 +3,15 @@
 In: K hidden states of the frozen LLM, `b l k d`, shallow to deep. Out: one state per token, `b l d`, and the weights
 `b l k` that it was mixed with; the weights are a picture of which depth each token listens to.
 
-    DTR      weights per token, asked of the deepest state           Ĥ_i = W_p Σ_k w_i^(k) α^(k) H_i^(k)
+    DTR      weights per token, asked of the token's deepest state   Ĥ_i = W_p Σ_k w_i^(k) α^(k) H_i^(k)
     Last     the deepest layer alone, as most unified models do
     Mean     the plain average
     Concat   all K side by side, one Linear(K·d, d)
     Static   one learned weight per layer, shared by all tokens
 
     python router.py               shape trace
+
+Letters: b batch, l sequence, k layers to choose from, d width of the LLM.
 """
 
 import torch
@@ -18,22 +20,27 @@ from torch import Tensor, nn
 
 
 def layer_choice(layers: int, k: int) -> list[int]:
-    """Which of the L hidden states (0 is the embedding) the K routed ones are: s, 2s, … with s = ⌊L/K⌋, the last one L."""
+    """Sec. 3.3: which of the L hidden states the K routed ones are: s, 2s, … with s = ⌊L/K⌋, the last one L. The
+    embedding, state 0, is not among them (configuration).
+
+    The rule is made for L far above K: 24 layers give 6, 12, 18, 24. The toy's 6 give 1, 2, 3, 6. Three of these four
+    lie in the lower half: read a picture of the toy's routing with that in mind.
+    """
     if not 1 <= k <= layers:
         raise ValueError(f"cannot route {k} of {layers} layers: k must be between 1 and the LLM's layers")
     step = layers // k
     return [step * i for i in range(1, k)] + [layers]
 
 
-class Fusion(nn.Module):
+class Router(nn.Module):
     """What all five share: `forward(H: b l k d) -> (Ĥ: b l d, weights: b l k)`, with the same norm and projection W_p.
 
-    # differs from paper: the equation has no norm before W_p; the authors' configuration has a LayerNorm (method's config)
+    # differs from paper: the equation has no norm before W_p; the authors' configuration has a LayerNorm
     """
 
     def __init__(self, d: int, k: int):
         super().__init__()
-        self.d, self.k = d, k
+        self.k = k
         self.norm = nn.LayerNorm(d)
         self.W_p = nn.Linear(d, d)
 
@@ -49,7 +56,7 @@ class Fusion(nn.Module):
         return self.W_p(self.norm(self.mix(H, w))), w
 
 
-class DTR(Fusion):
+class DTR(Router):
     """w_i = softmax(g(H_i^(K)) / τ), g: Linear(d, d/2) → SiLU → Linear(d/2, K); α ∈ R^K learned, starts at 1."""
 
     def __init__(self, d: int, k: int, temperature: float = 1.0):
@@ -61,26 +68,26 @@ class DTR(Fusion):
         self.temperature = temperature  # τ
 
     def weights(self, H):
-        deepest = H[:, :, -1]
-        return (self.gate(deepest) / self.temperature).softmax(-1)
+        deepest = H[:, :, -1]  # it has read the most, so it is asked which depths to listen to
+        return (self.gate(deepest) / self.temperature).softmax(-1)  # Sec. 3.3: w_i = softmax(g(H_i^(K)) / τ)
 
     def mix(self, H, w):
-        return super().mix(H, w * self.alpha)
+        return super().mix(H, w * self.alpha)  # Sec. 3.3: Ĥ_i = W_p(Σ_k w_i^(k) α^(k) H_i^(k)), W_p in `forward`
 
 
-class Last(Fusion):
+class Last(Router):
     def weights(self, H):
         one = torch.zeros(self.k, device=H.device, dtype=H.dtype)
         one[-1] = 1
         return repeat(one, "k -> b l k", b=H.shape[0], l=H.shape[1])
 
 
-class Mean(Fusion):
+class Mean(Router):
     def weights(self, H):
         return H.new_full(H.shape[:3], 1 / self.k)
 
 
-class Concat(Fusion):
+class Concat(Router):
     """Its weights say how much of the result each layer's block of the matrix brings (share of the norms)."""
 
     def __init__(self, d: int, k: int):
@@ -98,7 +105,7 @@ class Concat(Fusion):
         return self.blocks(rearrange(H, "b l k d -> b l (k d)"))
 
 
-class Static(Fusion):
+class Static(Router):
     def __init__(self, d: int, k: int):
         super().__init__(d, k)
         self.logits = nn.Parameter(torch.zeros(k))
@@ -107,7 +114,7 @@ class Static(Fusion):
         return repeat(self.logits.softmax(0), "k -> b l k", b=H.shape[0], l=H.shape[1])
 
 
-FUSIONS = {"dtr": DTR, "last": Last, "mean": Mean, "concat": Concat, "static": Static}
+ROUTERS = {"dtr": DTR, "last": Last, "mean": Mean, "concat": Concat, "static": Static}
 
 
 if __name__ == "__main__":
@@ -115,7 +122,7 @@ if __name__ == "__main__":
     H = torch.randn(b, l, k, d)
     print(f"layers       {layer_choice(24, k)} of 24,  {layer_choice(6, k)} of 6")
     print("H            b l k d", tuple(H.shape))
-    for name, fusion in FUSIONS.items():
-        out, w = fusion(d, k)(H)
+    for name, router in ROUTERS.items():
+        out, w = router(d, k)(H)
         assert out.shape == (b, l, d) and w.shape == (b, l, k) and torch.allclose(w.sum(-1), torch.ones(b, l))
         print(f"{name:12} Ĥ b l d {tuple(out.shape)}   w b l k {tuple(w.shape)}   first token {w[0, 0].tolist()}")

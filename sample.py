@@ -7,8 +7,8 @@
     python sample.py route "two green circles"
     python sample.py export --out exported/model.safetensors      weights and config.json, for other programs
 
-What to draw or to change is first written out by the LLM, and printed; with `--no-rewrite` the words are drawn as they stand.
-Pictures are written to --out (default: generate.png and so on) and the path is printed. Pictures of another size
+What to draw or to change is first written out by the LLM, and printed; with `--no-rewrite` the words are drawn as they
+stand. Pictures are written to --out (default: generate.png and so on) and the path is printed. Pictures of another size
 are cut to a square and resized, and that is said. Wrong input ends in one line and exit code 2.
 """
 
@@ -41,7 +41,8 @@ def read_picture(path: Path, side: int) -> Tensor:
     except files.BadFile as bad:
         raise UserError(str(bad)) from None
     if image.size != (side, side):
-        print(f"{path}: resized from {image.width}×{image.height} to {side}×{side}, the size that this run was trained on")
+        print(f"{path}: resized from {image.width}×{image.height} to {side}×{side}, "
+              "the size that this run was trained on")
     return as_tensor(image, side, None)[None]
 
 
@@ -52,7 +53,8 @@ def export(model: SPAR, out: Path) -> None:
     except ImportError:
         raise UserError("export needs an extra: pip install safetensors") from None
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_beside(out, lambda beside: save_file(tensors, str(beside), metadata={"stages": ",".join(model.finished_stages)}))
+    metadata = {"stages": ",".join(model.finished_stages)}
+    write_beside(out, lambda beside: save_file(tensors, str(beside), metadata=metadata))
     write_text(out.with_name("config.json"), json.dumps(asdict(model.config), indent=1) + "\n")
     print(out)
 
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=SAMPLING["guidance"])
     parser.add_argument("--sampler", choices=("euler", "dpm"), default=SAMPLING["sampler"])
     parser.add_argument("--rewrite", action=argparse.BooleanOptionalAction, default=True,
-                        help="let the LLM write the prompt or the edit's outcome out first (--no-rewrite: the paper's path)")
+                        help="let the LLM write the prompt or the edit's outcome out first; the paper does not")
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = parser.read()
@@ -101,14 +103,17 @@ def main() -> None:
     if given.use in ("edit", "ask", "reconstruct") and given.image is None:
         raise UserError(f"{given.use} needs a picture: add --image FILE")
     if given.use == "generate" and given.image is not None:
-        raise UserError("generate draws from words alone: to change a picture, python sample.py edit --image FILE \"…\"")
+        raise UserError("generate draws from words alone: to change a picture, "
+                        "python sample.py edit --image FILE \"…\"")
     if given.count < 1 or given.steps < 1:
         raise UserError("--count and --steps must be at least 1")
     out = given.out or Path("exported/model.safetensors" if given.use == "export" else f"{given.use}.png")
     if out.suffix.lower() not in ((".safetensors",) if given.use == "export" else FORMATS):
-        raise UserError(f"--out {out}: end the name in {'.safetensors' if given.use == 'export' else '.png, .jpg or .webp'}")
+        endings = ".safetensors" if given.use == "export" else ".png, .jpg or .webp"
+        raise UserError(f"--out {out}: end the name in {endings}")
     model = load_run(given.run, best_device(given.device))
-    if NEEDS[given.use] not in model.finished_stages and not (given.use == "reconstruct" and "T2" in model.finished_stages):
+    done = set(model.finished_stages)
+    if NEEDS[given.use] not in done and not (given.use == "reconstruct" and "T2" in done):
         raise UserError(f"{given.use} needs stage {NEEDS[given.use]}, which {given.run} does not have: "
                         f"go on with `python train.py --out {given.run}`")
     if given.use == "export":

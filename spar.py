@@ -5,10 +5,11 @@
                                       └─ mllm.llm ─ answer
     words, f_v of a reference, queries ─ mllm.llm ─ router ─ connector ─ condition ─ dit ─ z_f ─ decoder ─ picture
 
-`Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; `plumbing.run_folder.load_run` reads one.
+`Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; `plumbing.run_folder.load_run`
+reads one.
 
-Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, d width of visual tokens, l length and u width
-of the condition, k routed layers.
+Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, d width of visual tokens, l length and
+u width of the condition, k routed layers.
 """
 
 from dataclasses import dataclass
@@ -30,9 +31,10 @@ SAMPLING = {"steps": 12, "guidance": 1.5, "sampler": "dpm"}  # drawing's default
 
 @dataclass
 class Config:
-    """Every number of a run; each field is a flag of train.py, and its comment that flag's help. The letters are the paper's
-    (README, dimension key); defaults are the toy preset."""
+    """Every number of a run; each field is a flag of train.py, and its comment that flag's help. The letters are the
+    paper's (README, dimension key); defaults are the toy preset."""
 
+    # the run
     preset: str = "toy"  # which set of numbers the others start from
     seed: int = 0  # of weights, data and noise
 
@@ -61,7 +63,7 @@ class Config:
     ae_depths: tuple = (0, 1, 1, 1)  # blocks of the encoder's stages; a first 0: one strided convolution
     ae_decoder_depths: tuple = (0, 1, 1, 1)  # blocks of the decoder's stages
     ae_vit_stages: int = 1  # how many of the deepest stages are EfficientViT blocks
-    ae_resample: str = "shuffle"  # shuffle: pixels to channels and back | conv: strided, and each pixel four times (SANA's)
+    ae_resample: str = "shuffle"  # shuffle: pixels to channels and back | conv: strided, and pixels four times (SANA)
 
     # unified model
     k: int = 4  # layers that DTR chooses from
@@ -113,7 +115,7 @@ class Config:
     # ablations
     tokenizer: str = "dual"  # which streams: dual | semantic-only | pixel-only
     symmetric: str = ""  # both streams with, or both without, a Transformer: "" | with | without
-    fusion: str = "dtr"  # what mixes the LLM's layers: dtr | last | mean | concat | static
+    router: str = "dtr"  # what mixes the LLM's layers: dtr | last | mean | concat | static
     align: str = "self"  # the DiT's teacher: self | external | none
     teacher: str = ""  # run folder whose P1 encoder is the external teacher
     anchor: bool = True  # L_s in T3
@@ -130,8 +132,8 @@ class Config:
 
     # how it is computed, not what: may change while a run goes on
     precision: str = "fp32"  # of products and activations; weights, sums and losses are fp32: fp32 | bf16 | fp16
-    attention: str = "auto"  # auto: the fused kernels on a GPU, else torch's | triton | tiled (by hand, to read) | sdpa (torch's)
-    compile: bool = False  # torch.compile for encoder, streams, autoencoder and DiT
+    attention: str = "auto"  # auto: fused kernels on a GPU, else sdpa | triton | tiled: by hand | sdpa: torch's
+    compile: bool = False  # torch.compile for what always sees one shape: encoder, streams, autoencoder, inside the DiT
     checkpointing: bool = False  # forget activations inside layers, compute them again in backward
     workers: int = 0  # processes that make batches ahead of time
     shard: bool = False  # FSDP2: spread weights and optimizer over the processes (default: a copy on each, DDP)
@@ -144,7 +146,7 @@ class Config:
 
 
 CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
-           "symmetric": ("", "with", "without"), "fusion": ("dtr", "last", "mean", "concat", "static"),
+           "symmetric": ("", "with", "without"), "router": ("dtr", "last", "mean", "concat", "static"),
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
            "reference": ("tokens", "latent"), "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16"),
            "attention": ("auto", "triton", "tiled", "sdpa")}
@@ -154,7 +156,8 @@ SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     precision="bf16",
     side=64, vision_width=192, vision_layers=8, vision_heads=6,
     d=256, llm_layers=8, llm_heads=8, llm_kv_heads=4, llm_mlp=768,
-    pixel_layers=4, pixel_heads=8, ae_widths=(64, 128, 256, 256), ae_depths=(0, 2, 2, 2), ae_decoder_depths=(0, 2, 2, 2),
+    pixel_layers=4, pixel_heads=8,
+    ae_widths=(64, 128, 256, 256), ae_depths=(0, 2, 2, 2), ae_decoder_depths=(0, 2, 2, 2),
     queries=64, connector_layers=3, condition_width=256,
     c=384, dit_layers=8, dit_heads=12, dit_cross_heads=6, align_block=3, align_hidden=512, gan_width=32,
     steps=(1200, 800, 900, 300, 120, 800, 100, 1500, 300), batch=(32, 32, 64, 32, 32, 32, 64, 64, 64),
@@ -170,11 +173,11 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, shift=1.0,
     noises_per_picture=1,
     precision="bf16", checkpointing=True, tokens=32768, longest=512,
-    # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives each of
-    # its 64 GPUs 32 pictures of 224 px, then 4 of 448 px; 16 are what 80 GB hold.
-    # paper leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well.
-    # differs from paper: T1 to T3 begin there at 224 px; weight_decay, warmup and final_lr are 1e-4, 0.1, 1/3 in T1 to T3
-    # and 0, 0.003, 0.1 in U1 to U3, here the same in all stages.
+    # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives
+    # each of its 64 GPUs 32 pictures of 224 px, then 4 of 448 px; 16 are what 80 GB hold. paper leaves open: how often
+    # U1 to U3 pass over their data; here five times, on 64 GPUs as well. differs from paper: T1 to T3 begin there at
+    # 224 px; weight_decay, warmup and final_lr are 1e-4, 0.1, 1/3 in T1 to T3 and 0, 0.003, 0.1 in U1 to U3, here the
+    # same in all stages.
     steps=(100_000, 100_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
     batch=(32, 16, 64, 16, 16, 16, 128, 128, 128), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
     optimizer="adamw", warmup=0.1, final_lr=0.1, ema=0.9999,
@@ -198,16 +201,18 @@ class SPAR(nn.Module):
     """Tokenizer, multimodal language model and diffusion transformer, with what a user does with them."""
 
     def __init__(self, config: Config, words: TextTokenizer):
-        """`words`: what the LLM reads and writes, `plumbing.run_folder.text_tokenizer(config)` for the drawn world's."""
+        """`words`: what the LLM reads and writes, `plumbing.run_folder.text_tokenizer(config)` for the drawn
+        world's."""
         super().__init__()
         self.config, self.words = config, words
         semantic_layers, pixel_layers = {"": (0, config.pixel_layers), "with": (config.pixel_layers,) * 2,
                                          "without": (0, 0)}[config.symmetric]
         autoencoder = config.ae_vit_stages, config.ae_resample
-        vision = VisionEncoder(config.side, config.patch, config.vision_width, config.vision_layers, config.vision_heads,
-                               4, config.d)  # E_s
+        vision = VisionEncoder(config.side, config.patch, config.vision_width, config.vision_layers,
+                               config.vision_heads, 4, config.d)  # E_s
         decoder = PixelDecoder(config.p, config.ae_widths, config.ae_decoder_depths, *autoencoder)  # D_p
-        self.pixel_encoder = PixelEncoder(config.p, config.ae_widths, config.ae_depths, *autoencoder)  # E_p, then E_p'
+        # E_p, after P2 frozen: E_p'
+        self.pixel_encoder = PixelEncoder(config.p, config.ae_widths, config.ae_depths, *autoencoder)
         self.tokenizer = Tokenizer(vision, decoder, config.d, config.p, pixel_layers, config.pixel_heads,
                                    config.stream_blocks, config.tokenizer, semantic_layers)
         rows = config.vocabulary or len(words)
@@ -216,7 +221,7 @@ class SPAR(nn.Module):
         llm = LanguageModel(rows, config.d, config.llm_layers, config.llm_heads, config.llm_kv_heads, config.llm_mlp,
                             config.tied)
         self.mllm = MLLM(words, llm, config.k, config.queries, config.connector_layers, config.condition_width,
-                         config.fusion, config.connector_share, config.positions)
+                         config.router, config.connector_share, config.positions)
         self.dit = DiT(config.p, config.c, config.dit_layers, config.dit_heads, config.dit_cross_heads,
                        config.condition_width, config.dit_mlp_ratio, config.align_block, config.positions,
                        config.reference == "latent")
@@ -264,11 +269,12 @@ class SPAR(nn.Module):
 
     def rewrite(self, prompts: list[str], references: Tensor | None = None, seed: int = 0,
                 temperature: float = 0.5) -> list[str]:
-        """Each prompt as the LLM writes it out before it is drawn. To draw: one whole caption that fulfils it, what the words
-        leave open chosen at `temperature`. To edit a reference `b 3 H W`: the instruction and its likeliest outcome.
+        """Each prompt as the LLM writes it out before it is drawn. To draw: one whole caption that fulfils it, what the
+        words leave open chosen at `temperature`. To edit a reference `b 3 H W`: the instruction and its likeliest
+        outcome.
 
-        # differs from paper: there the words go to the generator as they stand, which has to settle colours and places for
-        # the whole picture at once; the LLM settles them one after the other. `generate` alone is the paper's path.
+        # differs from paper: there the words go to the generator as they stand, which has to settle colours and places
+        # for the whole picture at once; the LLM settles them one after the other. `generate` alone is the paper's path.
         """
         if self.config.data:  # only the drawn world teaches to write out
             return prompts
@@ -278,8 +284,9 @@ class SPAR(nn.Module):
         return self.answer(None, [f"describe {text}" for text in prompts], temperature=temperature, generator=generator)
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, steps: int = SAMPLING["steps"],
-                 guidance: float = SAMPLING["guidance"], sampler: str = SAMPLING["sampler"], text_only: bool = False):
+    def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0,
+                 steps: int = SAMPLING["steps"], guidance: float = SAMPLING["guidance"],
+                 sampler: str = SAMPLING["sampler"], text_only: bool = False):
         """Draw each prompt, or edit its reference picture `b 3 H W` as it says.
 
         Returns (pictures `b 3 H W`, path: list of latents `b p h w` from noise to picture, DTR weights `b l k`).
@@ -298,7 +305,9 @@ class SPAR(nn.Module):
         noise = torch.randn(b, config.p, config.grid, config.grid, generator=torch.Generator().manual_seed(seed))
 
         def velocity(x, sigma, tokens, mask):
-            reference = None if latent is None else latent.repeat(len(x) // b, 1, 1, 1)  # guided: with words and without
+            reference = None  # guided, x holds each picture twice: with words and without
+            if latent is not None:
+                reference = latent.repeat(len(x) // b, 1, 1, 1)
             return change_from_reference(self.dit, x, sigma, tokens, mask, reference)[0]
 
         flow = guided(velocity, condition[:2], nothing[:2], guidance)

@@ -1,4 +1,5 @@
-"""The tokenizer: one encoder that understands, two streams that make its features a picture again (paper, Sec. 3.1, 3.2).
+"""The tokenizer: one encoder that understands, two streams that make its features a picture again (paper, Sec. 3.1,
+3.2).
 
     I ─ vision encoder E_s + projector ─ f_v ─┬─ semantic stream: no attention, few blocks ─ z_s ─┐
                                               └─ pixel stream: a Transformer, then the same ─ z_p ─┴─ F ─ z_f ─ D_p ─ Î
@@ -63,7 +64,8 @@ class VisionEncoder(nn.Module):
     def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, mlp_ratio: float, d: int):
         super().__init__()
         if side % (2 * patch):
-            raise ValueError(f"side {side} is no multiple of a token's {2 * patch} pixels: choose another side or patch")
+            raise ValueError(f"side {side} is no multiple of a token's {2 * patch} pixels: "
+                             "choose another side or patch")
         self.side, self.grid = side, side // patch
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.cls = nn.Parameter(torch.randn(1, 1, width) * 0.02)
@@ -82,8 +84,8 @@ class VisionEncoder(nn.Module):
 
 
 def fold(x: Tensor) -> Tensor:
-    """`b n v` of a square grid -> `b n/4 4v`: 2×2 neighbours become the channels of one token (InternVL's pixel unshuffle),
-    so that the LLM reads a quarter of the tokens and no number is lost."""
+    """`b n v` of a square grid -> `b n/4 4v`: 2×2 neighbours become the channels of one token (InternVL's pixel
+    unshuffle), so that the LLM reads a quarter of the tokens and no number is lost."""
     side = math.isqrt(x.shape[1])
     return rearrange(x, "b (h s1 w s2) v -> b (h w) (s1 s2 v)", s1=2, s2=2, h=side // 2)
 
@@ -105,9 +107,9 @@ class ResidualMLP(nn.Module):
 class Stream(nn.Sequential):
     """f_v `b n d` -> latent `b n p`: Transformer layers, residual blocks, projection.
 
-    The one number `layers` is what makes the pair asymmetric (Sec. 3.1). With 0, the semantic stream's, each token is changed
-    by itself, so meaning stays where the LLM learned to read it. With more, the pixel stream's (T_p; paper: 6), tokens
-    exchange the detail that a picture needs and a description does not.
+    The one number `layers` is what makes the pair asymmetric (Sec. 3.1). With 0, the semantic stream's, each token is
+    changed by itself, so meaning stays where the LLM learned to read it. With more, the pixel stream's (T_p; paper: 6),
+    tokens exchange the detail that a picture needs and a description does not.
     """
 
     def __init__(self, d: int, p: int, layers: int, heads: int, residual_blocks: int):
@@ -139,8 +141,11 @@ class Tokenizer(nn.Module):
         if variant not in ("dual", "semantic-only", "pixel-only"):
             raise ValueError(f"unknown tokenizer {variant!r}: dual, semantic-only or pixel-only")
         self.vision, self.decoder = vision, decoder
-        self.semantic_stream = None if variant == "pixel-only" else Stream(d, p, semantic_layers, heads, residual_blocks)
-        self.pixel_stream = None if variant == "semantic-only" else Stream(d, p, pixel_layers, heads, residual_blocks)
+        self.semantic_stream = self.pixel_stream = None
+        if variant != "pixel-only":
+            self.semantic_stream = Stream(d, p, semantic_layers, heads, residual_blocks)  # P_s: no attention
+        if variant != "semantic-only":
+            self.pixel_stream = Stream(d, p, pixel_layers, heads, residual_blocks)  # P_p after T_p
         width = p * (2 if variant == "dual" else 1)
         self.fusion = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, p))
         self.fusion.apply(init_new_layer)
@@ -169,7 +174,7 @@ class Tokenizer(nn.Module):
 
 # ---------------------------------------------------------------- what P2 and T1 to T3 learn from
 
-Losses = dict[str, Tensor]  # symbol -> value, float32; which are asked for, and their weights, say the stages of train.py
+Losses = dict[str, Tensor]  # symbol -> value, float32; train.py's stages say which are asked for, with which weights
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
@@ -178,8 +183,8 @@ def squared(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pixel_latent(pixel_encoder: PixelEncoder, images: Tensor, grid: int) -> Tensor:
-    """E_p(I): pictures `b 3 H W` -> the pixel autoencoder's latents `b n p`, n = grid². Where its factor differs from a token's
-    pixels (paper: 32 and 28) it sees the picture resized, as `Tokenizer.decode` resizes what D_p draws."""
+    """E_p(I): pictures `b 3 H W` -> the pixel autoencoder's latents `b n p`, n = grid². Where its factor differs from a
+    token's pixels (paper: 32 and 28) it sees the picture resized, as `Tokenizer.decode` resizes what D_p draws."""
     return pixel_encoder(resize(images, grid * pixel_encoder.factor))
 
 
@@ -195,13 +200,15 @@ def autoencoder_losses(pixel_encoder: PixelEncoder, tokenizer: Tokenizer, images
 
 
 def self_distillation(f_v: Tensor, f_v_before: Tensor) -> Tensor:
-    """L_s binds the *encoder's tokens*, not a latent: f_v `b n d` of the encoder that moves, to those of the copy of itself
-    that was made when T3 began. So the LLM, which never trains again, goes on reading what it learned to read."""
-    return squared(f_v, f_v_before.detach())  # Sec. 3.2: L_s = ‖f_v − f'_v‖²
+    """L_s binds the *encoder's tokens*, not a latent: f_v `b n d` of the encoder that moves, to those of the copy of
+    itself that was made when T3 began. So the LLM, which never trains again, goes on reading what it learned to
+    read."""
+    return squared(f_v, f_v_before.detach())  # Sec. 3.2: L_s = ‖E_s(I) − E_s'(I)‖²
 
 
-def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, float], target_latent: Callable[[], Tensor],
-                     perceptual: Perceptual | None = None, encoder_before: nn.Module | None = None,
+def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, float],
+                     target_latent: Callable[[], Tensor], perceptual: Perceptual | None = None,
+                     encoder_before: nn.Module | None = None,
                      discriminator: Discriminator | None = None) -> tuple[Losses, Tensor]:
     """T1 to T3 (Sec. 3.2) -> (the losses that `weights` asks for, the reconstruction `b 3 H W`).
 
@@ -217,7 +224,7 @@ def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, fl
             z_target = target_latent()
     if "L_p" in weights and latents.pixel is not None:
         losses["L_p"] = squared(latents.pixel, z_target)  # Sec. 3.2: L_p = ‖z_p − E_p'(I)‖²
-    if "L_f" in weights:  # differs from paper: P3's DiT knows E_p's latents, and still knows z_f when U1 freezes it
+    if "L_f" in weights:  # differs from paper: U1 keeps P3's DiT frozen, and that knows E_p's latents alone
         losses["L_f"] = squared(latents.fused, z_target)
     if "L_s" in weights:
         with torch.no_grad():

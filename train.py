@@ -3,12 +3,12 @@
     python train.py                          the toy preset on two CPU cores, all nine stages, then the evaluation
     python train.py --steps-scale 0.01 --out runs/smoke      the same in a minute, pictures of noise
     python train.py --plan                   what would be trained, with how many parameters, steps and pictures
-    python train.py --fusion last --from runs/toy --out runs/last      an ablation, on the stages it does not touch
-    torchrun --standalone --nproc-per-node 8 train.py --preset full    on eight GPUs; --shard to share out the weights too
+    python train.py --router last --from runs/toy --out runs/last      an ablation, on the stages it does not touch
+    torchrun --standalone --nproc-per-node 8 train.py --preset full    on eight GPUs; --shard spreads the weights too
 
 P1 to P3 make the three public models that the paper starts from; T1 to T3 are its tokenizer stages (Sec. 3.2), U1 to U3
-its unified ones (Sec. 3.3). A stage is data (`STAGES`): what trains, on which batches, with which losses. `one_step` is what
-all of them do. The same command goes on with a stopped run (plumbing/README.md).
+its unified ones (Sec. 3.3). A stage is data (`STAGES`): what trains, on which batches, with which losses. `one_step` is
+what all of them do. The same command goes on with a stopped run (plumbing/README.md).
 """
 
 import copy
@@ -40,7 +40,7 @@ from plumbing.devices import check_precision
 from plumbing.flags import parse
 from plumbing.pictures import draw_report
 from plumbing.processes import (Stop, decided_by_first, first_process, gather, join_processes, leave_processes,
-                                mean_of_metrics, mean_over_processes, process_rank, unsharded, wait_for_all)
+                                mean_of_metrics, process_rank, unsharded, wait_for_all)
 from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
 from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
@@ -53,30 +53,29 @@ from world.language import DrawnWorld
 Computed = tuple[Losses, Tensor | None]  # the losses; of T1 to T3 also the reconstruction, for the adversary
 
 
-
-def language(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def language_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     return language_losses(model.mllm, model.tokenizer.vision, batch, weights), None
 
 
-def autoencoder(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def autoencoder_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     return autoencoder_losses(model.pixel_encoder, model.tokenizer, batch["images"], model.config.grid, weights), None
 
 
-def text_to_image(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def text_to_image_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     with torch.no_grad():
         z = model.as_grid(model.pixel_latent(batch["images"])).float() * model.latent_scale
     return text_to_image_losses(model.dit, z, model.mllm.text_condition(*batch["words"]), batch["noise"]), None
 
 
-def tokenizer(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def tokenizer_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     images = batch["images"]
     return tokenizer_losses(model.tokenizer, images, weights, lambda: model.pixel_latent(images), extras.perceptual,
-                            extras.teacher, extras.discriminator)
+                            extras.encoder_before, extras.discriminator)
 
 
-def unified(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
-    return unified_losses(batch, weights, condition=model.mllm.condition, clean_latent=model.clean_latent, dit=model.dit,
-                          align_head=model.align_head, external_teacher=extras.teacher), None
+def unified_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+    return unified_losses(batch, weights, condition=model.mllm.condition, clean_latent=model.clean_latent,
+                          dit=model.dit, align_head=model.align_head, external_teacher=extras.external_teacher), None
 
 
 # ---------------------------------------------------------------- the nine stages
@@ -84,8 +83,8 @@ def unified(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Compu
 
 @dataclass(frozen=True)
 class Stage:
-    """A number may be given as the name of a field of Config. `trains`: name prefix of the parameters -> their share of the
-    stage's learning rate. `losses`: symbol -> weight; a weight of 0 leaves the term out."""
+    """A number may be given as the name of a field of Config. `trains`: name prefix of the parameters -> their share of
+    the stage's learning rate. `losses`: symbol -> weight; a weight of 0 leaves the term out."""
 
     name: str
     about: str
@@ -94,9 +93,9 @@ class Stage:
     compute: Callable[..., Computed]  # one of the functions above
     losses: dict[str, float | str]
     edits: float | str = 0.0  # share of the batch that edits
-    captions: float = 0.5  # share of whole captions among what is drawn: nothing left unsaid; the rest are short requests
+    captions: float = 0.5  # share of whole captions among the requests; the rest leave something unsaid
     outcomes: float = 0.5  # share of edits whose outcome is said as well, as `SPAR.rewrite` says it
-    cost: float = 1.0  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
+    cost: float = 6.5  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
 
     def shares(self, config: Config) -> dict[str, float]:
         """What its batches are made of."""
@@ -129,23 +128,24 @@ GENERATION = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
     Stage("P1", "in place of InternVL3: see and speak", {"tokenizer.vision": 1.0, "mllm.llm": 1.0}, language_batch,
-          language, {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.3}, cost=9),
+          language_step, {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.3}, cost=9),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
-          picture_batch, autoencoder, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
+          picture_batch, autoencoder_step, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
-          text_to_image_batch, text_to_image, {"L_fm": 1.0}, captions=0.85, cost=4),
+          text_to_image_batch, text_to_image_step, {"L_fm": 1.0}, captions=0.85, cost=4),
     # Sec. 3.2: the streams first, on a frozen encoder and decoder; then the decoder too; then the encoder, held by L_s
-    Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer,
+    Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer_step,
           RECONSTRUCTION | {"L_p": "lambda_p"}, cost=5.5),
-    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, picture_batch, tokenizer,
+    Stage("T2", "joint decoder training", STREAMS | {"tokenizer.decoder": 1.0}, picture_batch, tokenizer_step,
           RECONSTRUCTION, cost=7),
     Stage("T3", "encoder fine-tuning with self-distillation",
-          STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, picture_batch, tokenizer,
+          STREAMS | {"tokenizer.decoder": 1.0, "tokenizer.vision": "encoder_rate"}, picture_batch, tokenizer_step,
           RECONSTRUCTION | {"L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=9),
-    # Sec. 3.3: what leads to the DiT first, the DiT frozen; then the DiT too, taught by the tokenizer (Sec. 3.4)
-    Stage("U1", "connector pre-training", CONNECTOR, unified_batch, unified, {"L_fm": 1.0}, cost=4),
-    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified, GENERATION, "edits", captions=0.15, cost=6.5),
-    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified, GENERATION, "edits", captions=0.15, cost=6.5),
+    # Sec. 3.3: first what leads to the DiT, which is frozen, on drawing alone; then the DiT too, taught by the
+    # tokenizer (Sec. 3.4), on drawing and editing
+    Stage("U1", "connector pre-training", CONNECTOR, unified_batch, unified_step, {"L_fm": 1.0}, cost=4),
+    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, "edits", captions=0.15),
+    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, "edits", captions=0.15),
 ]
 
 
@@ -161,7 +161,8 @@ class Extras:
     """What a stage's losses need beside the model. None of it is part of the trained model."""
 
     perceptual: Perceptual | None = None  # frozen E_p': features for L_lpips
-    teacher: nn.Module | None = None  # frozen E_s': the encoder as it was (T3), or the external teacher (U2, U3)
+    encoder_before: nn.Module | None = None  # E_s', the frozen copy of the encoder as T3 found it, for L_s
+    external_teacher: nn.Module | None = None  # of L_align, in the place of the tokenizer itself (--align external)
     discriminator: Discriminator | None = None
     adversary: torch.optim.Optimizer | None = None  # the discriminator's
 
@@ -188,24 +189,24 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
         network = read_vgg16(config.lpips_weights) if config.lpips_weights else model.pixel_encoder
         extras.perceptual = Perceptual(network).to(model.device)
     if stage.name == "T3":
-        extras.teacher = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)  # E_s', frozen as it is now
+        extras.encoder_before = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)
     if "L_gan" in terms:
         with model.device:
             extras.discriminator = Discriminator(config.gan_width)
         rate = config.lr[NAMES.index(stage.name)] / 2
         extras.adversary = torch.optim.AdamW(extras.discriminator.parameters(), lr=rate, betas=(0.5, 0.9))
     if stage.name == "P3":
-        model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained them since the model was made
+        model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained the LLM since the model was made
     if "L_align" in stage.losses and config.align == "external":
         with model.device:
             external = SPAR(config, model.words)
         load_stage(external, Path(config.teacher), "P1")
-        extras.teacher = external.tokenizer.vision.requires_grad_(False)
+        extras.external_teacher = external.tokenizer.vision.requires_grad_(False)
     return extras
 
 
 def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> None:
-    """Sets the scale at which the latents that the DiT is to draw have variance 1, on the pictures of the stage's `world`."""
+    """Sets the scale at which what the DiT is to draw has variance 1, on pictures of the stage's `world`."""
     if stage.name not in ("P3", "U1"):
         return
     z = []
@@ -227,9 +228,9 @@ def training_of(model: SPAR, stage: Stage, found: DataFolder | None = None) -> T
 
 
 def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopping: bool = False) -> dict:
-    """The same nine things in every stage. -> the losses by symbol, their weighted sum "loss", the norm of the "gradient", the
-    share of processes that are asked to be "stopping"; the learning "rate", the seconds of "waiting" for data, and the "bad"
-    samples of this process. `check(now, step, metrics, batch)` raises where a number is not finite."""
+    """The same nine things in every stage. -> the losses by symbol, their weighted sum "loss", the norm of the
+    "gradient", the learning "rate", the seconds of "waiting" for data, the "bad" samples of all processes, and whether
+    one of them wants to stop. `check(now, step, metrics, batch)` raises where a number is not finite."""
     config, steps = now.config, now.config.steps[NAMES.index(now.stage.name)]
     batch, bad, waiting = read(batches, now.device)  # 1. read
     rate = now.set_rate(step, steps)  # 2. rate
@@ -245,7 +246,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
     now.scaler.update()
     if "L_gan" in losses:
         adversary_step(now.extras.discriminator, now.extras.adversary, batch["images"],  # 8. adversary
-                       reconstruction.detach().float(), config.lecam, mean_over_processes)
+                       reconstruction.detach().float(), config.lecam)
     now.move_average(step)  # 9. average
     return metrics | {"rate": rate, "waiting": waiting, "bad": gather(bad) if metrics["bad"] else []}
 
@@ -255,7 +256,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
 
 def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = lambda speed: 0.0, keep: bool = True,
                 found: DataFolder | None = None) -> None:
-    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)` estimates what the stages after it will take.
+    """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)`: estimate for the stages after it.
     `found`: the data on disk, None: the drawn world."""
     config, index, device = model.config, NAMES.index(stage.name), model.device
     steps, batch = config.steps[index], config.batch[index]
@@ -290,9 +291,10 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
                 last_save = time.time()
                 if metrics["stopping"]:
                     bar.close()
-                    stop.leave(f"{stage.name} is saved after step {step + 1} of {steps}: the same command goes on from there")
+                    stop.leave(f"{stage.name} is saved after step {step + 1} of {steps}: "
+                               "the same command goes on from there")
         if keep:
-            keep_stage(now, run, model.latent_scale, {"position": steps * batch, "seconds": spent + time.time() - start})
+            keep_stage(now, run, model.latent_scale, steps * batch, spent + time.time() - start)
             if decided_by_first(stop.signal > 0, device):
                 stop.leave(f"{stage.name} is finished and saved: the same command goes on with the next stage")
 
@@ -302,8 +304,8 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
 
 def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None = None,
           resume: bool = True) -> None:
-    """Trains the named stages that `run` has not finished. `source`: a run whose stages are taken over where no changed field
-    touches them. Raises UserError where a predecessor is missing."""
+    """Trains the named stages that `run` has not finished. `source`: a run whose stages are taken over where no changed
+    field touches them. Raises UserError where a predecessor is missing."""
     names, found = stage_names(config), scan(Path(config.data)) if config.data else None
     if found:
         check_kinds(found, [name for name in names if name in stages], config.edits)
@@ -319,7 +321,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
         elif name in stages:
             model = build(config, device, words, run, names[:position])
             train_stage(model, stage_named(name), run, partial(seconds_after, config, name, later[1:]), found=found)
-            if name in ("P1", "P2", "T3", "U1") and first_process():  # the first after some minutes; the rest at the end
+            if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
                 print(draw_report(run, device))
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
@@ -334,13 +336,11 @@ def seconds_after(config: Config, name: str, later: list[str], speed: float) -> 
     return sum(slower * stage_named(other).cost * count / 1000 for other, count in pictures.items())
 
 
-def one_batch(config: Config, stage: Stage) -> Batch:
-    """For a forecast."""
+def one_batch(config: Config, stage: Stage) -> Batch:  # for a forecast
     return Batches(config, stage.name, stage.sample, stage.shares(config))[0]
 
 
-def step_module(model: SPAR, stage: Stage) -> StepModule:
-    """For a forecast: what a step computes, what the stage trains asking for gradients."""
+def step_module(model: SPAR, stage: Stage) -> StepModule:  # for a forecast
     module = StepModule(model, stage, prepare(model, stage))
     freeze_the_rest(model, stage)
     return module

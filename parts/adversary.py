@@ -4,12 +4,13 @@ Public methods; SPAR uses them in T1 to T3 (Sec. 3.2). Pictures are `b 3 H W` in
 """
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from parts.shared_batch import mean_over_processes
 
 
 def perceptual_distance(maps: list[Tensor], others: list[Tensor], heads: list[Tensor] | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def perceptual_distance(maps: list[Tensor], others: list[Tensor], heads: list[Te
 
 
 class Perceptual(nn.Module):
-    """The feature network of the perceptual loss, frozen. Offline: a copy of the pixel encoder E_p and its stages.
+    """The feature network of the perceptual loss, frozen. Offline: the pixel encoder, as P2 left it.
 
     # differs from paper: there it is LPIPS on VGG16 (`VGG16`, with a weight file) plus a ConvNeXt-S distance.
     """
@@ -64,7 +65,8 @@ class VGG16(nn.Module):
         for name, conv in wanted.items():
             conv.load_state_dict({key: weights[f"{name}.{key}"] for key in ("weight", "bias")})
         self.heads = nn.ParameterList(weights[f"lin{i}.model.1.weight"] for i in range(5))
-        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])  # LPIPS's scaling of [-1, 1]
+        # LPIPS's scaling of pictures in [-1, 1]
+        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -94,10 +96,8 @@ class Discriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.body(images)
 
-    def loss(self, real: Tensor, fake: Tensor, lecam: float = 0.001,
-             mean_over_processes: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-        """Hinge loss, plus LeCam (arXiv 2104.03310): logits stay near the running mean of the other kind.
-        `mean_over_processes`: where several share a batch, the running means are those of all of it."""
+    def loss(self, real: Tensor, fake: Tensor, lecam: float = 0.001) -> Tensor:
+        """Hinge loss, plus LeCam (arXiv 2104.03310): logits stay near the running mean of the other kind."""
         on_real, on_fake = self(real), self(fake.detach())
         if self.training:
             now = mean_over_processes(torch.stack([on_real.detach().mean(), on_fake.detach().mean()]))
@@ -118,11 +118,12 @@ def read_vgg16(path: str) -> VGG16:
         raise ValueError(f"--lpips-weights {path}: {error}".splitlines()[0]) from None
 
 
-def adversary_step(discriminator: Discriminator, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor, lecam: float,
-                   mean_over_processes: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-    """The discriminator's own step, on pictures and on what was made of them. Raises ValueError where its loss is not finite."""
+def adversary_step(discriminator: Discriminator, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor,
+                   lecam: float) -> None:
+    """The discriminator's own step, on pictures and on what was made of them. Raises ValueError where its loss is not
+    finite."""
     optimizer.zero_grad()  # also what the generator's loss left there
-    loss = discriminator.loss(real, fake, lecam, mean_over_processes)
+    loss = discriminator.loss(real, fake, lecam)
     if not mean_over_processes(loss.detach().clone()).isfinite():
         raise ValueError("T3: the discriminator's loss is not finite; lower --lr or --lambda-gan")
     loss.backward()

@@ -1,7 +1,8 @@
-"""DC-AE, the pixel autoencoder (arXiv 2410.10733): E_p makes a picture a small grid of latents, D_p makes it a picture again.
+"""DC-AE, the pixel autoencoder (arXiv 2410.10733): E_p makes a picture a small grid of latents, D_p makes it a picture
+again.
 
-A public model that SPAR starts from; nothing here is a claim of the paper. In: pictures `b 3 H W` in [-1, 1]. Out: latents
-`b n p`, one for `factor`² pixels, and back. Parity with the public implementation: tests/claims/test_parity.py.
+A public model that SPAR starts from; nothing here is a claim of the paper. In: pictures `b 3 H W` in [-1, 1]. Out:
+latents `b n p`, one for `factor`² pixels, and back. Parity with the public implementation: tests/claims/test_parity.py.
 
 Letters: the README's key; c channels.
 """
@@ -70,12 +71,14 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.pixel_unshuffle(self.conv(x), 2) if self.shuffle else self.conv(x)
-        return y + reduce(F.pixel_unshuffle(x, 2), "b (c g) h w -> b c h w", "mean", c=self.c_out) if self.shortcut else y
+        if not self.shortcut:
+            return y
+        return y + reduce(F.pixel_unshuffle(x, 2), "b (c g) h w -> b c h w", "mean", c=self.c_out)
 
 
 class Up(nn.Module):
-    """Twice the side: conv + pixel shuffle (`resample` shuffle) or each pixel four times + conv (conv), plus (shortcut) the
-    input's channels repeated and shuffled."""
+    """Twice the side: conv + pixel shuffle (`resample` shuffle) or each pixel four times + conv (conv), plus (shortcut)
+    the input's channels repeated and shuffled."""
 
     def __init__(self, c_in: int, c_out: int, shortcut: bool = True, resample: str = "shuffle"):
         super().__init__()
@@ -102,9 +105,9 @@ def blocks(c: int, depth: int, is_vit: bool) -> list[nn.Module]:
 
 
 class PixelEncoder(nn.Module):
-    """E_p: `b 3 H W` -> latents `b n p`, one for `factor`² pixels. Each stage after the first halves the side; the deepest
-    `vit_stages` hold EfficientViT blocks. A first depth of 0 means: the first stage is one strided convolution, as in the
-    first DC-AE f32; `resample` conv is the later one's, SANA's."""
+    """E_p: `b 3 H W` -> latents `b n p`, one for `factor`² pixels. Each stage after the first halves the side; the
+    deepest `vit_stages` hold EfficientViT blocks. A first depth of 0 means: the first stage is one strided convolution,
+    as in the first DC-AE f32; `resample` conv is the later one's, SANA's."""
 
     def __init__(self, p: int, widths: tuple, depths: tuple, vit_stages: int, resample: str = "shuffle"):
         super().__init__()

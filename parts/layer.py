@@ -1,14 +1,11 @@
-"""What the networks of all files are made of: a layer that may forget its insides, a norm that stays in float32, and SANA's
-feed-forward.
+"""What the networks of all files are made of: a layer that may forget its insides, a norm that stays in float32, and
+SANA's feed-forward.
 
-Computing a layer's insides again in backward trades a third more arithmetic for most of the memory (`--checkpointing`); a
-layer is also the unit in which `--shard` spreads a model over processes.
+Computing a layer's insides again in backward trades a third more arithmetic for most of the memory (`--checkpointing`);
+a layer is also the unit in which `--shard` spreads a model over processes.
 """
 
 import torch.nn.functional as F
-import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
 

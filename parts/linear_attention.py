@@ -15,7 +15,7 @@ Letters: b batch, a heads, n tokens, e width of a head.
 import torch
 from torch import Tensor
 
-from parts.attention_triton import product, triton, whose, why_not_triton
+from parts.attention_triton import triton, why_not_triton
 
 if triton is not None:
     import triton.language as tl

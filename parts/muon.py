@@ -2,7 +2,8 @@
 
 # differs from paper: it trains with AdamW alone (`--optimizer adamw`). On two CPU cores steps are dear, and Muon needs
 # fewer of them; torch.optim.Muon runs its Newton–Schulz steps in bf16, which such CPUs cannot do at speed.
-Reference: K. Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), kellerjordan.github.io/posts/muon.
+Reference: K. Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024),
+kellerjordan.github.io/posts/muon.
 """
 
 import math
@@ -39,7 +40,8 @@ class Muon(torch.optim.Optimizer):
     """For matrices (groups with `matrices: True`, lr a share of the unit step) and for the rest AdamW's update."""
 
     def __init__(self, groups: list[dict], weight_decay: float = 0.0, momentum: float = 0.95, betas=(0.9, 0.99)):
-        super().__init__(groups, dict(lr=1e-3, weight_decay=weight_decay, momentum=momentum, betas=betas, matrices=False))
+        defaults = dict(lr=1e-3, weight_decay=weight_decay, momentum=momentum, betas=betas, matrices=False)
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -79,5 +81,6 @@ class Muon(torch.optim.Optimizer):
 
 def is_inner_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether Muon moves it: matrices inside a network; embeddings and first or last layers are AdamW's."""
-    outer = ("embedding", "llm.output", "positions", "queries", "cls", "patches", "stem", "table", "dit.out", "decoder.out")
+    outer = ("embedding", "llm.output", "positions", "queries", "cls", "patches", "stem", "table", "dit.out",
+             "decoder.out")
     return parameter.ndim > 1 and math.prod(parameter.shape[1:]) > 25 and not any(word in name for word in outer)

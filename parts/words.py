@@ -1,6 +1,7 @@
 """Text to ids and back: what both text tokenizers share, and the word-level one of the drawn world.
 
-The byte-pair one for data on disk is disk/bytepair.py. Four ids are signs: padding, begin, end, and the place of a picture.
+The byte-pair one for data on disk is disk/bytepair.py. Four ids are signs: padding, begin, end, and the place of a
+picture.
 """
 
 import difflib
@@ -15,7 +16,8 @@ class UnknownWords(ValueError):
 
 
 class TextTokenizer:
-    """Text <-> ids: what the word-level one below and the byte-pair one (bytepair.py) share. They add `len`, `encode`, `decode`."""
+    """Text <-> ids: what the word-level one below and the byte-pair one (bytepair.py) share. They add `len`, `encode`,
+    `decode`."""
 
     pad_id, bos_id, eos_id, image_id = range(4)  # image_id stands where a visual token goes
 
@@ -27,7 +29,8 @@ class TextTokenizer:
         return ids, ids != self.pad_id
 
     def prompts(self, texts: list[str], visual_tokens: int = 0) -> tuple[Tensor, Tensor]:
-        """What stands before an answer or before the queries: <bos>, the place of a picture, the words (`pad` on the left)."""
+        """What stands before an answer or before the queries: <bos>, the place of a picture, the words (`pad` on the
+        left)."""
         return self.pad([[self.bos_id, *[self.image_id] * visual_tokens, *self.encode(text)] for text in texts])
 
     def pieces(self, text: str) -> list[str]:
@@ -46,8 +49,8 @@ class WordTokenizer(TextTokenizer):
         return len(self.words)
 
     def encode(self, text: str) -> list[int]:
-        """Raises UnknownWords. Case and space around commas do not matter; . and ? are dropped, so that a question ends in
-        its noun, and finding that thing in the picture is one skill for every kind of question."""
+        """Raises UnknownWords. Case and space around commas do not matter; . and ? are dropped, so that a question ends
+        in its noun, and finding that thing in the picture is one skill for every kind of question."""
         words = text.lower().replace(",", " , ").replace(".", " ").replace("?", " ").split()
         unknown = [word for word in dict.fromkeys(words) if word not in self.ids or word.startswith("<")]
         if unknown:

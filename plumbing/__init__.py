@@ -1,5 +1,5 @@
-"""You need not read this to understand the method. Open it when a run does not do what you want; README.md beside this file says
-how runs go on, where they run, and what a run folder holds.
+"""You need not read this to understand the method. Open it when a run does not do what you want; README.md beside this
+file says how runs go on, where they run, and what a run folder holds.
 
     command      mistakes that end in one line, files that are never half      to add a command
     flags        the configuration as flags                                    to add a flag

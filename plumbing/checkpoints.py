@@ -1,4 +1,5 @@
-"""What a stage leaves on disk, finished or in progress: written whole or not at all, read without executing anything."""
+"""What a stage leaves on disk, finished or in progress: written whole or not at all, read without executing
+anything."""
 
 import hashlib
 import json
@@ -28,7 +29,8 @@ def read_stage(model: SPAR, path: Path, checksums: bool = False) -> dict:
     try:
         with zipfile.ZipFile(path) as packed:
             entries = packed.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise BrokenCheckpoint("is packed as train.py packs none")
             if checksums and packed.testzip():
                 raise BrokenCheckpoint("is broken (a checksum differs)")
@@ -44,9 +46,13 @@ def read_stage(model: SPAR, path: Path, checksums: bool = False) -> dict:
             if not value.isfinite().all():
                 raise BrokenCheckpoint(f"is broken ({key!r} is not finite)")
         return content
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, AttributeError, TypeError, ValueError, EOFError, OSError,
-            NotImplementedError, RecursionError) as error:
-        raise BrokenCheckpoint(f"is broken ({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})") from None
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, KeyError, AttributeError, TypeError, ValueError,
+            EOFError, OSError, NotImplementedError, RecursionError) as error:
+        raise BrokenCheckpoint(f"is broken ({in_short(error)})") from None
+
+
+def in_short(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1][:120]
 
 
 def load_stage(model: SPAR, run: Path, name: str) -> None:
@@ -68,14 +74,16 @@ def save(path: Path, content: dict) -> None:
     try:
         write_beside(path, lambda beside: torch.save(content, beside))
     except (RuntimeError, OSError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; free some space and run the same command") from None
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}; "
+                        "free some space and run the same command") from None
 
 
 # ---------------------------------------------------------------- a stage in progress
 
 
 def save_progress(run: Path, stage: str, step: int, state: dict, where: str = "resume") -> None:
-    """All processes write their parts into resume/<stage>-<step>, which gets its name once it is whole; two are kept."""
+    """All processes write their parts into resume/<stage>-<step>, which gets its name once it is whole; two are
+    kept."""
     folder = run / where / f"{stage}-{step:07}"
     part = folder.with_suffix(".part")
     if first_process():
@@ -97,17 +105,18 @@ def save_progress(run: Path, stage: str, step: int, state: dict, where: str = "r
             for old in saved_progress(run, stage)[:-2] if where == "resume" else ():
                 shutil.rmtree(old)
     except (checkpoints.api.CheckpointException, RuntimeError, OSError) as error:
-        raise UserError(f"cannot write {part}: {str(error).splitlines()[0]}; free some space and run the same command") from None
+        raise UserError(f"cannot write {part}: {str(error).splitlines()[0]}; "
+                        "free some space and run the same command") from None
     wait_for_all()
 
 
 def sums(folder: Path) -> dict[str, str]:
-    found = {}
+    digests = {}
     for path in sorted(folder.iterdir()):
         if path.name != "sums.json":
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def saved_progress(run: Path, stage: str) -> list[Path]:
@@ -115,14 +124,17 @@ def saved_progress(run: Path, stage: str) -> list[Path]:
     return sorted(path for path in (run / "resume").glob(f"{stage}-*") if path.suffix != ".part")
 
 
+HARMLESS = {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("collections", "OrderedDict"),
+            ("pathlib", "Path"), ("pathlib", "PosixPath"), ("builtins", "getattr")}
+
+
 class Harmless(pickle.Unpickler):
-    """Reads a checkpoint's own description; any other class in it than these is refused, unread."""
+    """Reads a checkpoint's own description; any class in it but those that torch writes there is refused, unread."""
 
     def find_class(self, module: str, name: str):
-        if module == "torch.distributed.checkpoint.metadata" or (module, name) in (
-                ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-                ("pathlib", "PosixPath"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("pathlib", "Path"), ("builtins", "getattr")) or (
-                module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module == "torch.distributed.checkpoint.metadata" or (module, name) in HARMLESS or is_dtype:
             return super().find_class(module, name)
         raise BrokenCheckpoint(f"is not from this train.py (it asks for {module}.{name})"[:200])
 
@@ -147,12 +159,12 @@ def load_progress(folder: Path, state: dict) -> None:
     except BrokenCheckpoint:
         raise
     except (Exception, checkpoints.api.CheckpointException) as error:  # torch raises a dozen kinds for broken files
-        raise BrokenCheckpoint(f"is broken or another model's ({(str(error).strip() or type(error).__name__).splitlines()[-1][:120]})") from None
+        raise BrokenCheckpoint(f"is broken or another model's ({in_short(error)})") from None
 
 
 def load_newest(now, run: Path) -> tuple[int, float]:
-    """Loads the newest sound checkpoint of a stage in progress, `now` a training.Training; -> (the step to go on with, seconds
-    spent before)."""
+    """Loads the newest sound checkpoint of a stage in progress, `now` a training.Training; -> (the step to go on with,
+    seconds spent before)."""
     for folder in reversed(saved_progress(run, now.stage.name)):
         try:
             return load_training(now, folder)

@@ -1,8 +1,8 @@
 """What a stage costs: parameters, memory and arithmetic, told before it runs (`train.py --plan`), and speed, measured
 (`train.py --bench`).
 
-The forecast runs one step of each stage, forward and backward, on tensors that have shapes and no content: it adds up what
-autograd keeps for backward and counts the multiplications.
+The forecast runs one step of each stage, forward and backward, on tensors that have shapes and no content: it adds up
+what autograd keeps for backward and counts the multiplications.
 """
 
 import json
@@ -30,24 +30,25 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 40
 
 
 def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) -> dict[str, float]:
-    """One stage on one device: parameters (`all`, `trained`), bytes (`weights`, `optimizer`, `activations`, `total`) and the
-    arithmetic of one step, forward and backward, in FLOP (`flops`, of which `dit_flops` inside the DiT). `one_batch`
-    and `step_module` are train.py's."""
+    """One stage on one device: parameters (`all`, `trained`), bytes (`weights`, `optimizer`, `activations`, `total`)
+    and the arithmetic of one step, forward and backward, in FLOP (`flops`, of which `dit_flops` inside the DiT).
+    `one_batch` and `step_module` are train.py's."""
     index = NAMES.index(stage.name)
     small = replace(config, batch=(PROBE,) * len(NAMES), align="none" if config.align == "none" else "self", teacher="")
     batch = one_batch(small, stage)
     with torch.device("meta"):
         model = SPAR(small, text_tokenizer(replace(small, data="")))
-    with warnings.catch_warnings(action="ignore"), FakeTensorMode(allow_non_fake_inputs=True) as fake:  # it is fake on purpose
+    with warnings.catch_warnings(action="ignore"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.to_empty(device="cpu")
         module = step_module(model, stage)
         batch, weights = tree_map_only(torch.Tensor, fake.from_tensor, batch), stage.loss_weights(config)
-        with FlopCounterMode(display=False) as counter:  # before any layer is made to compute twice: that is no progress
+        with FlopCounterMode(display=False) as counter:  # before layers are made to compute twice: that is no progress
             sum(module(batch, weights)[0].values()).backward()
         kept, one_layer = activations(module, lambda: module(batch, weights), config.checkpointing)
-    whole, ours = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    teacher = module.extras.teacher
-    frozen_copies = sum(p.numel() for p in teacher.parameters()) if teacher else 0
+    whole = sum(p.numel() for p in model.parameters())
+    ours = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies = module.extras.encoder_before, module.extras.external_teacher
+    frozen_copies = sum(p.numel() for copy in copies if copy for p in copy.parameters())
     moments = 1 if config.optimizer == "muon" else 2  # of matrices; the few other parameters have two in any case
     share = config.batch[index] / PROBE
     cost = {"all": whole, "trained": ours, "weights": 4 * (whole + frozen_copies),
@@ -58,7 +59,8 @@ def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) 
 
 
 def activations(module: torch.nn.Module, step: Callable, recompute: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of one forward; and, where layers are recomputed, the most that one of them keeps then."""
+    """Bytes that autograd keeps of one forward; and, where layers are recomputed, the most that one of them keeps
+    then."""
     own = {p.untyped_storage()._cdata for p in module.parameters()}
 
     def kept(layer_sizes: list) -> int:
@@ -98,12 +100,15 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
     for stage in tqdm(chosen, desc="forecast", leave=False):
         i, cost = NAMES.index(stage.name), forecast(config, stage, one_batch, step_module)
         if not lines:
-            lines.append(f"preset {config.preset}: {cost['all'] / 1e6:.1f} M parameters, {config.side} px, {config.grid**2} tokens a "
-                         f"picture, {config.precision}{', layers recomputed' if config.checkpointing else ''}; memory of one device:")
-        lines.append(f"{stage.name}  {stage.about:42} trains {cost['trained'] / 1e6:8.2f} M  {config.steps[i]:6} steps of "
-                     f"{config.batch[i]:3} pictures ({config.batch[i] * config.grid**2} tokens)  {cost['flops'] / 1e12:8.2f} TFLOP a "
-                     f"step  {cost['total'] / gib:6.2f} GiB = {cost['weights'] / gib:.2f} weights + {cost['optimizer'] / gib:.2f} "
-                     f"gradients, moments, average + {cost['activations'] / gib:.2f} activations")
+            recomputed = ", layers recomputed" if config.checkpointing else ""
+            lines.append(f"preset {config.preset}: {cost['all'] / 1e6:.1f} M parameters, {config.side} px, "
+                         f"{config.grid**2} tokens a picture, {config.precision}{recomputed}; memory of one device:")
+        lines.append(f"{stage.name}  {stage.about:42} trains {cost['trained'] / 1e6:8.2f} M  "
+                     f"{config.steps[i]:6} steps of {config.batch[i]:3} pictures "
+                     f"({config.batch[i] * config.grid**2} tokens)  "
+                     f"{cost['flops'] / 1e12:8.2f} TFLOP a step  {cost['total'] / gib:6.2f} GiB = "
+                     f"{cost['weights'] / gib:.2f} weights + {cost['optimizer'] / gib:.2f} gradients, moments, average "
+                     f"+ {cost['activations'] / gib:.2f} activations")
     return "\n".join(lines)
 
 
@@ -112,12 +117,12 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
 
 def bench(config: Config, device: str, out: Path, stages: list, one_batch: Callable, step_module: Callable,
           run_stage: Callable[..., list[dict]], rounds: int = 3) -> dict:
-    """Times the steps of each stage as they are trained, `run_stage(config, stage, folder)` -> the lines of their log; prints a table
-    and writes `out`/bench.json.
+    """Times the steps of each stage as they are trained, `run_stage(config, stage, folder)` -> the lines of their log;
+    prints a table and writes `out`/bench.json.
 
-    Per stage: seconds of a step, pictures per second, share of the time spent waiting for data, FLOP per second and, where
-    the device's peak is known, the share of it; on CUDA the peak memory beside the forecast. Of U2 also what L_align and DTR
-    cost: its step with ÷ its step without, taken by turns."""
+    Per stage: seconds of a step, pictures per second, share of the time spent waiting for data, FLOP per second and,
+    where the device's peak is known, the share of it; on CUDA the peak memory beside the forecast. Of U2 also what
+    L_align and DTR cost: its step with ÷ its step without, taken by turns."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
     peak = next((value for key, value in PEAKS.items() if key in name), None)
     config = replace(config, steps=(31,) * len(NAMES))
@@ -129,16 +134,20 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
             torch.cuda.reset_peak_memory_stats()
         cost = forecast(config, stage, one_batch, step_module)
         step, waiting = timed(config, stage, run_stage)
-        found = {"step": step, "images_per_second": config.batch[NAMES.index(stage.name)] / step, "waiting": waiting,
-                 "flops": cost["flops"] / step, "utilisation": cost["flops"] / step / peak if peak else None}
+        row = {"step": step, "images_per_second": config.batch[NAMES.index(stage.name)] / step, "waiting": waiting,
+               "flops": cost["flops"] / step, "utilisation": cost["flops"] / step / peak if peak else None}
         if device.startswith("cuda"):
-            found |= {"peak_bytes": torch.cuda.max_memory_allocated(), "forecast_bytes": cost["total"]}
-        result["stages"][stage.name] = found
-        print(f"{stage.name}  {step * 1e3:8.1f} ms a step  {found['images_per_second']:8.1f} images/s  waiting {waiting:6.1%}  "
-              f"{found['flops'] / 1e12:8.3f} TFLOP/s" + (f" = {found['utilisation']:.1%} of the peak" if peak else "") +
-              (f"  {found['peak_bytes'] / 2**30:.2f} GiB, forecast {cost['total'] / 2**30:.2f}" if "peak_bytes" in found else ""))
+            row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "forecast_bytes": cost["total"]}
+        result["stages"][stage.name] = row
+        line = (f"{stage.name}  {step * 1e3:8.1f} ms a step  {row['images_per_second']:8.1f} images/s  "
+                f"waiting {waiting:6.1%}  {row['flops'] / 1e12:8.3f} TFLOP/s")
+        if peak:
+            line += f" = {row['utilisation']:.1%} of the peak"
+        if "peak_bytes" in row:
+            line += f"  {row['peak_bytes'] / 2**30:.2f} GiB, forecast {cost['total'] / 2**30:.2f}"
+        print(line)
     u2 = next(stage for stage in stages if stage.name == "U2")
-    variants = {"all": config, "L_align": replace(config, align="none"), "DTR": replace(config, fusion="last")}
+    variants = {"all": config, "L_align": replace(config, align="none"), "DTR": replace(config, router="last")}
     steps = {key: [] for key in variants}
     for _ in range(rounds):
         for key, changed in variants.items():

@@ -4,6 +4,7 @@ import argparse
 import inspect
 import re
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from disk import openmoji
@@ -11,25 +12,26 @@ from plumbing.command import Parser, UserError
 from plumbing.devices import best_device, default_precision
 from spar import CHOICES, NAMES, PRESETS, Config, make_config
 
-FIRST_DAY = ("seed", "steps", "batch", "lr", "fusion", "tokenizer", "align", "anchor", "skip_stage", "data", "edits",
-             "precision", "attention", "workers")  # what --help shows; --help-all shows every field
+FIRST_DAY = ("seed", "steps", "batch", "lr", "router", "tokenizer", "align", "teacher", "anchor", "skip_stage", "data",
+             "edits", "precision", "attention", "workers")  # what --help shows; --help-all shows every field
 
 
 def field_help() -> dict[str, tuple[str, str]]:
     """field -> (its group, its comment), read from the source of Config."""
-    group, found = "", {}
+    group, helps = "", {}
     for line in inspect.getsource(Config).splitlines():
         if heading := re.match(r"    # (.*)", line):
             group = heading[1]
         if field := re.match(r"    (\w+):.*?  # (.*)", line):
-            found[field[1]] = group, field[2]
-    return found
+            helps[field[1]] = group, field[2]
+    return helps
 
 
 def parser_of_train(description: str, every_field: bool) -> Parser:
     parser = Parser(description=description, argument_default=argparse.SUPPRESS,
                     epilog=None if every_field else "python train.py --help-all shows every number of a run, by groups")
-    parser.add_argument("--help-all", action="store_true", default=False, help="show every field of the configuration and stop")
+    parser.add_argument("--help-all", action="store_true", default=False,
+                        help="show every field of the configuration and stop")
     parser.add_argument("--preset", choices=list(PRESETS), default="toy", help="which set of numbers to start from")
     parser.add_argument("--stages", default=",".join(NAMES), help="P1,P2,…: which to train (default: all not finished)")
     parser.add_argument("--out", type=Path, default=None, help="run folder (default runs/<preset>)")
@@ -51,17 +53,22 @@ def parser_of_train(description: str, every_field: bool) -> Parser:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         like, flag = field.default, "--" + field.name.replace("_", "-")
-        shown = ",".join(map(str, like)) if isinstance(like, tuple) else like
-        text = f"{comment} (toy: {shown})".replace("%", "%%") if every_field or field.name in FIRST_DAY else argparse.SUPPRESS
+        default = ",".join(map(str, like)) if isinstance(like, tuple) else like
+        text = f"{comment} (toy: {default})".replace("%", "%%")
+        text = text if every_field or field.name in FIRST_DAY else argparse.SUPPRESS
         if isinstance(like, bool):
             groups[group].add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif isinstance(like, tuple):
-            groups[group].add_argument(flag, type=lambda text, kind=type(like[0]): tuple(kind(x) for x in text.split(",")),
-                                       metavar="A,B,…", help=text)
+            groups[group].add_argument(flag, type=partial(numbers, type(like[0])), metavar="A,B,…", help=text)
         else:
             groups[group].add_argument(flag, type=type(like), choices=CHOICES.get(field.name), help=text,
                                        metavar=None if field.name in CHOICES else type(like).__name__.upper())
     return parser
+
+
+def numbers(kind: type, text: str) -> tuple:
+    """"1,2,3" -> (1, 2, 3)"""
+    return tuple(kind(number) for number in text.split(","))
 
 
 def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:

@@ -1,6 +1,7 @@
 """Pictures for the eye, drawn with Pillow alone: what a run can do, how it learned, what each stream and layer carries.
 
-`draw_report` writes report/summary.png, losses.png, streams.png and routing.png into a run folder, as far as its stages allow.
+`draw_report` writes report/summary.png, losses.png, streams.png and routing.png into a run folder, as far as its stages
+allow.
 """
 
 import json
@@ -107,7 +108,8 @@ def query_grids(weights: Tensor, columns: list[str]) -> Image.Image:
         for q in range(len(weights)):
             shade = tuple(int(255 - float(weights[q, c]) * (255 - k)) for k in (20, 70, 150))
             row, column = divmod(q, side)
-            pen.rectangle((x + column * cell, 44 + row * cell, x + (column + 1) * cell - 2, 44 + (row + 1) * cell - 2), shade)
+            left, top = x + column * cell, 44 + row * cell
+            pen.rectangle((left, top, left + cell - 2, top + cell - 2), shade)
     return image
 
 
@@ -118,10 +120,10 @@ def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) 
     queries = model.config.queries
     layers = [f"layer {i}" for i in model.mllm.choice]
     rows = ["<bos>", *(["picture (mean)"] if reference is not None else []), *words[1:], "queries (mean)"]
-    seen = len(weights) - len(words) - queries  # visual tokens of the reference, between <bos> and the words
-    shown = [weights[:1], *([weights[1:1 + seen].mean(0, keepdim=True)] if seen else []), weights[1 + seen:-queries],
-             weights[-queries:].mean(0, keepdim=True)]
-    return [heat_map(torch.cat(shown), rows, layers, f"routing: “{prompt}”"), query_grids(weights[-queries:], layers)]
+    visual = len(weights) - len(words) - queries  # visual tokens of the reference, between <bos> and the words
+    picture = [weights[1:1 + visual].mean(0, keepdim=True)] if visual else []
+    table = torch.cat([weights[:1], *picture, weights[1 + visual:-queries], weights[-queries:].mean(0, keepdim=True)])
+    return [heat_map(table, rows, layers, f"routing: “{prompt}”"), query_grids(weights[-queries:], layers)]
 
 
 def loss_curves(run: Path) -> Image.Image:
@@ -132,20 +134,21 @@ def loss_curves(run: Path) -> Image.Image:
     image = Image.new("RGB", (3 * wide, math.ceil(len(stages) / 3) * high), "white")
     pen = ImageDraw.Draw(image)
     for place, name in enumerate(stages):
-        here = [line for line in lines if line["stage"] == name]
-        here = here[max(i for i, line in enumerate(here) if line["step"] == 0):]  # a stage begun anew: its last beginning
+        own = [line for line in lines if line["stage"] == name]
+        own = own[max(i for i, line in enumerate(own) if line["step"] == 0):]  # a stage begun anew: its last beginning
         x0, y0 = place % 3 * wide + 44, place // 3 * high + 26
         w, h = wide - 60, high - 66
-        symbols = [key for key in here[-1] if key.startswith("L_")]
-        values = {s: [(line["step"], abs(line[s])) for line in here if abs(line.get(s, 0)) > 0] for s in symbols}
+        symbols = [key for key in own[-1] if key.startswith("L_")]
+        values = {s: [(line["step"], abs(line[s])) for line in own if abs(line.get(s, 0)) > 0] for s in symbols}
         flat = [math.log10(value) for pairs in values.values() for _, value in pairs]
-        low, top, last = min(flat), max(max(flat), min(flat) + 0.1), max(line["step"] for line in here) or 1
-        pen.text((x0, y0 - 22), f"{name}, {last + 1} steps, {here[-1]['seconds']:.0f} s", INK, font())
+        low, top, last = min(flat), max(max(flat), min(flat) + 0.1), max(line["step"] for line in own) or 1
+        pen.text((x0, y0 - 22), f"{name}, {last + 1} steps, {own[-1]['seconds']:.0f} s", INK, font())
         pen.rectangle((x0, y0, x0 + w, y0 + h), outline=PALE)
         for value, y in ((top, y0), (low, y0 + h - 10)):
             pen.text((x0 - 42, y), f"{10 ** value:.2g}", PALE, font(11))
         for i, symbol in enumerate(symbols):
-            points = [(x0 + step / last * w, y0 + (top - math.log10(v)) / (top - low) * h) for step, v in values[symbol]]
+            points = [(x0 + step / last * w, y0 + (top - math.log10(value)) / (top - low) * h)
+                      for step, value in values[symbol]]
             if len(points) > 1:
                 pen.line(points, LINES[i % len(LINES)], 2)
             pen.text((x0 + i * min(62, w // len(symbols)), y0 + h + 6), symbol, LINES[i % len(LINES)], font(11))
@@ -190,14 +193,14 @@ def on_disk(run: Path, model: SPAR, device: str) -> tuple[list, Tensor]:
 @torch.no_grad()
 def drawn(model: SPAR) -> tuple[list, Tensor]:
     """-> (sections, some test pictures). The judge says what is right; an answer must be the one right answer."""
-    world, done, device = DrawnWorld(model.config.side, model.config.seed, "test"), set(model.finished_stages), model.device
-    images, sections = world.pictures(range(8)), []
+    world, done = DrawnWorld(model.config.side, model.config.seed, "test"), set(model.finished_stages)
+    images, sections, device = world.pictures(range(8)), [], model.device
     if done & {"T1", "T2"}:
-        copies = model.reconstruct(images.to(device))
-        sections.append(("reconstruct: source, reconstruction", [([a, b], "", None) for a, b in zip(images[:4], copies)]))
+        pairs = zip(images[:4], model.reconstruct(images.to(device)))
+        sections.append(("reconstruct: source, reconstruction", [([a, b], "", None) for a, b in pairs]))
     elif "P2" in done:
-        copies = model.tokenizer.decode(model.pixel_latent(images.to(device)), world.side)
-        sections.append(("pixel autoencoder: source, reconstruction", [([a, b], "", None) for a, b in zip(images[:4], copies)]))
+        pairs = zip(images[:4], model.tokenizer.decode(model.pixel_latent(images.to(device)), world.side))
+        sections.append(("pixel autoencoder: source, reconstruction", [([a, b], "", None) for a, b in pairs]))
     pictures, talks = world.conversations(range(8))
     turns = [talk[i % len(talk)] for i, talk in enumerate(talks)]
     replies = model.answer(pictures.to(device), [question for question, _ in turns])

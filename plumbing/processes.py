@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from parts.layer import layers
+from parts.shared_batch import mean_over_processes
 from plumbing.command import UserError
 
 
@@ -28,14 +29,6 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Puts the mean over all processes into `values`, and returns it."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
-
-
 def mean_of_metrics(metrics: dict[str, Tensor | float]) -> dict[str, float]:
     """The mean of each number over all processes, in one exchange."""
     device = next(value.device for value in metrics.values() if isinstance(value, Tensor))
@@ -44,7 +37,8 @@ def mean_of_metrics(metrics: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def decided_by_first(decision: bool, device: torch.device) -> bool:
-    """What the first process decides: clocks and signals differ between processes, and all must save in the same step."""
+    """What the first process decides: clocks and signals differ between processes, and all must save in the same
+    step."""
     if not dist.is_initialized():
         return decision
     answer = torch.tensor(float(decision), device=device)
@@ -81,7 +75,8 @@ def join_processes(device: str, shard: bool) -> str:
     """Where torchrun started several processes: finds the others, and this one's device."""
     if "LOCAL_RANK" not in os.environ:
         if shard:
-            raise UserError("--shard spreads a model over processes: start them with torchrun --nproc-per-node N train.py …")
+            raise UserError("--shard spreads a model over processes: "
+                            "start them with torchrun --nproc-per-node N train.py …")
         return device
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -90,7 +85,8 @@ def join_processes(device: str, shard: bool) -> str:
     if env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:  # several machines
         dist.init_process_group(backend)
         return device
-    # torchrun keeps its store over a restart, and in it the addresses of those that were killed: each start has its own keys
+    # torchrun keeps its store over a restart, and in it the addresses of those that were killed: each start has its own
+    # keys
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
     store = dist.PrefixStore(env["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
@@ -106,8 +102,8 @@ def leave_processes() -> bool:
 
 
 class Stop:
-    """While it is entered, the first Ctrl-C or SIGTERM only sets `signal`, so that the step can end and be saved; a second one
-    ends the process at once."""
+    """While it is entered, the first Ctrl-C or SIGTERM only sets `signal`, so that the step can end and be saved; a
+    second one ends the process at once."""
 
     signal = 0
 

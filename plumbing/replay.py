@@ -15,8 +15,8 @@ from spar import NAMES
 
 
 def check_finite(now, step: int, metrics: dict[str, float], batch: dict, run: Path | None) -> None:
-    """Raises UserError before the update, and leaves the step in `run`/replay. A scaled gradient (fp16) may overflow: the scaler
-    skips that step by itself."""
+    """Raises UserError before the update, and leaves the step in `run`/replay. A scaled gradient (fp16) may overflow:
+    the scaler skips that step by itself."""
     wrong = [symbol for symbol, value in metrics.items()
              if not math.isfinite(value) and not (now.scaler.is_enabled() and symbol == "gradient")]
     if not wrong:
@@ -46,8 +46,9 @@ def plain(batch):
 
 def replay(folder: Path, device: str, stages: list, training_of: Callable, one_step: Callable,
            kinds: dict[str, type]) -> str:
-    """Computes a step again that was not finite, from what `check_finite` left, without the update; -> its terms, as they
-    were and as they are, and where the first values that are not finite stand. Raises UserError where `folder` holds none.
+    """Computes a step again that was not finite, from what `check_finite` left, without the update; -> its terms, as
+    they were and as they are, and where the first values that are not finite stand. Raises UserError where `folder`
+    holds none.
 
     `training_of` and `one_step` are train.py's, `stages` its table, `kinds` the named tuples of its batches."""
     steps, paths = sorted(folder.glob("[PTU][123]-*")), sorted(folder.glob("batch-*.pt"))

@@ -3,7 +3,7 @@
     config.json      every number of the run
     log.jsonl        a line for every tenth step
     <stage>.pt       what the stage trained, once it is finished
-    resume/          the stage in progress, as PyTorch's distributed checkpoints: the last two, until the next stage ends
+    resume/          the stage in progress, as PyTorch's distributed checkpoints: two, until the next stage ends
     replay/          a step whose loss was not finite
     bad.jsonl, vocabulary.json     with data on disk: samples that others stood in for; its byte pairs
     results.json, report/        written by the evaluation
@@ -38,7 +38,7 @@ def stage_names(config: Config) -> list[str]:
 def config_diff(config: Config) -> dict:
     """The fields in which a configuration differs from its preset."""
     preset = asdict(make_config(preset=config.preset))
-    return {key: value for key, value in asdict(config).items() if value != preset[key] and key != "seed" and key not in HOW}
+    return {key: value for key, value in asdict(config).items() if value != preset[key] and key not in ("seed", *HOW)}
 
 
 def load_config(run: Path) -> Config:
@@ -53,7 +53,8 @@ def load_config(run: Path) -> Config:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no run in {run}: train one with `python train.py --out {run}`") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{run / 'config.json'} is not from this train.py ({error}): train again into another --out") from None
+        raise UserError(f"{run / 'config.json'} is not from this train.py ({error}): "
+                        "train again into another --out") from None
 
 
 def check_numbers(config: Config) -> None:
@@ -68,14 +69,15 @@ def check_numbers(config: Config) -> None:
             if isinstance(like, (bool, str)):
                 fits = type(one) is type(like)
             else:
-                fits = type(one) in (int, float) and 0 <= one <= largest and (isinstance(like, float) or one == int(one))
+                whole = isinstance(like, float) or one == int(one)
+                fits = type(one) in (int, float) and 0 <= one <= largest and whole
             if not fits:
                 raise TypeError(f"{key} is {one!r}"[:100])
     if len(config.ae_widths) > 10 or config.side > 4096:
         raise TypeError(f"side is {config.side}, ae_widths {config.ae_widths}"[:100])
 
 
-MANY_MAKE_MODULES = ("layers", "blocks", "depths", "stages", "noises", "heads")  # fields that say how many of something there are
+MANY_MAKE_MODULES = ("layers", "blocks", "depths", "stages", "noises", "heads")  # fields that count what is built
 
 
 def text_tokenizer(config: Config, run: Path | None = None) -> TextTokenizer:
@@ -102,10 +104,11 @@ def build(config: Config, device: str, words: TextTokenizer | None = None, run: 
 
 
 def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
-    """The model of a run folder after its finished stages (at most `upto`), which `model.finished` names.
+    """The model of a run folder after its finished stages (at most `upto`), which `model.finished_stages` names.
     Raises UserError where the folder is missing, is another's or holds no finished stage."""
     config = load_config(run)
-    names = [name for name in NAMES[:NAMES.index(upto) + 1] if (run / f"{name}.pt").exists() and name != config.skip_stage]
+    names = [name for name in stage_names(config) if NAMES.index(name) <= NAMES.index(upto)]
+    names = [name for name in names if (run / f"{name}.pt").exists()]
     if not names:
         raise UserError(f"{run} holds no finished stage: go on with `python train.py --out {run}`")
     words = text_tokenizer(config, run)
@@ -123,7 +126,8 @@ def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
 
 
 def finished_stages(run: Path, config: Config) -> set[str]:
-    """The stages whose files are whole and fit; of a broken or foreign one it is said that the stage is trained again."""
+    """The stages whose files are whole and fit; of a broken or foreign one it is said that the stage is trained
+    again."""
     sound = set()
     with torch.device("meta"):
         model = SPAR(config, text_tokenizer(config, run))
@@ -134,7 +138,8 @@ def finished_stages(run: Path, config: Config) -> set[str]:
                 sound.add(name)
             except BrokenCheckpoint as broken:
                 if first_process():
-                    print(f"{run / name}.pt {broken}: {name} is trained again, from its last progress where there is some")
+                    print(f"{run / name}.pt {broken}: {name} is trained again, "
+                          "from its last progress where there is some")
     return sound
 
 
@@ -145,18 +150,18 @@ def check_same_run(config: Config, run: Path) -> None:
         before, now = asdict(load_config(run)), asdict(config)
         differing = [key for key in now if before[key] != now[key] and key not in HOW]
         if differing:
-            raise UserError(f"{run} was begun with {differing[0]} = {before[differing[0]]!r}, not {now[differing[0]]!r}: "
-                            "choose another --out")
+            key = differing[0]
+            raise UserError(f"{run} was begun with {key} = {before[key]!r}, not {now[key]!r}: choose another --out")
     write_text(path, json.dumps(asdict(config), indent=1) + "\n")
 
 
 FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
     "k": "P3", "connector_layers": "P3", "shift": "P3", "noises_per_picture": "P3",
-    "lambda_lpips": "T1", "lpips_weights": "T1", "lambda_p": "T1", "lambda_f": "T1", "tokenizer": "T1", "symmetric": "T1",
-    "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1",
+    "lambda_lpips": "T1", "lpips_weights": "T1", "lambda_p": "T1", "lambda_f": "T1",
+    "tokenizer": "T1", "symmetric": "T1", "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1",
     "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "gan_width": "T3", "lecam": "T3", "encoder_rate": "T3",
     "anchor": "T3", "freeze_encoder": "T3",
-    "fusion": "U1", "queries": "U1",
+    "router": "U1", "queries": "U1",
     "lambda_a": "U2", "edits": "U2", "align": "U2", "teacher": "U2", "align_hidden": "U2", "reference": "U2"}
 
 
@@ -217,18 +222,20 @@ def cut_logs(run: Path, stage: str, first: int) -> None:
 
 
 def bad_samples(run: Path, found: DataFolder | None, max_bad: float):
-    """-> a function that takes the bad samples of a step, writes them to bad.jsonl, and stops the run above `max_bad`."""
+    """-> a function that takes the bad samples of a step, writes them to bad.jsonl, and stops the run above
+    `max_bad`."""
     path, allowed = run / "bad.jsonl", max_bad * len(found.samples()) if found else 0
     known = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
 
     def count(stage: str, step: int, bad: list[tuple[str, str]]) -> None:
         if first_process():
             with path.open("a") as file:
-                file.writelines(json.dumps({"stage": stage, "step": step, "key": key, "why": why}) + "\n" for key, why in bad)
+                for key, why in bad:
+                    file.write(json.dumps({"stage": stage, "step": step, "key": key, "why": why}) + "\n")
         known.update(key for key, _ in bad)
         if len(known) > allowed:
-            raise UserError(f"{stage} step {step}: {len(known)} bad samples are more than --max-bad {max_bad} of the data "
-                            f"({allowed:.1f}): mend those that {path} lists, the last one: {bad[-1][1]}")
+            raise UserError(f"{stage} step {step}: {len(known)} bad samples are more than --max-bad {max_bad} of the "
+                            f"data ({allowed:.1f}): mend those that {path} lists, the last one: {bad[-1][1]}")
 
     return count
 

@@ -1,7 +1,7 @@
 """A stage in progress: what trains at which rate, what a checkpoint of it holds, and the file that it leaves.
 
-train.py says what the stages are and what a step is; nothing here is in the paper. A `stage` is a train.Stage, `extras` are
-a train.Extras.
+train.py says what the stages are and what a step is; nothing here is in the paper. A `stage` is a train.Stage, `extras`
+are a train.Extras.
 """
 
 import json
@@ -41,8 +41,10 @@ class Training:
         return next(iter(self.weights.values())).device
 
     def state(self) -> dict:
-        """What a checkpoint of it holds. A scaler that is off is kept as a new one, so that fp16 may go on from fp32."""
-        state = {"weights": self.weights, "average": self.ema, "optimizer": get_optimizer_state_dict(self.module, self.optimizer),
+        """What a checkpoint of it holds. A scaler that is off is kept as a new one, so that fp16 may go on from
+        fp32."""
+        state = {"weights": self.weights, "average": self.ema,
+                 "optimizer": get_optimizer_state_dict(self.module, self.optimizer),
                  "scaler": self.scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict()}
         if self.extras.discriminator is not None:
             state["discriminator"] = self.extras.discriminator.state_dict()
@@ -68,7 +70,8 @@ class Training:
     def move_average(self, step: int) -> None:
         """The running average moves a share of the way to the weights; at first a larger one."""
         share = 1 - min(self.config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.ema.values()), [parameter.detach() for parameter in self.weights.values()], share)
+        weights = [parameter.detach() for parameter in self.weights.values()]
+        torch._foreach_lerp_(list(self.ema.values()), weights, share)
 
 
 def schedule(step: int, steps: int, warmup: float, final: float) -> float:
@@ -106,7 +109,7 @@ def begin(module: nn.Module) -> Training:
     module = wrap(module, config.shard)
     groups, weights, rates, lr = [], {}, stage.rates(config), config.lr[NAMES.index(stage.name)]
     for prefix, pairs in trained_parameters(model, stage).items():  # once more: sharding puts others in their places
-        for matrices in (True, False):  # Muon is for the matrices inside; embeddings and first or last layers are AdamW's
+        for matrices in (True, False):  # Muon moves the matrices inside, AdamW embeddings and first or last layers
             chosen = {name: parameter for name, parameter in pairs if matrices == is_inner_matrix(name, parameter)}
             peak = lr * rates[prefix] * (config.muon_lr if matrices and config.optimizer == "muon" else 1)
             groups += [dict(params=list(chosen.values()), matrices=matrices, peak=peak)] if chosen else []
@@ -120,7 +123,8 @@ def begin(module: nn.Module) -> Training:
 
 def report(now: Training, step: int, metrics: dict, bar: tqdm, log, seconds: float, speed: float, left: float,
            waiting: float) -> None:
-    """A line of log.jsonl, and the same beside the bar. `left`: seconds of the whole run, `waiting`: share of the time."""
+    """A line of log.jsonl, and the same beside the bar. `left`: seconds of the whole run, `waiting`: share of the
+    time."""
     losses = {symbol: value for symbol, value in metrics.items() if symbol.startswith("L_")}
     rounded = {symbol: f"{value:.3f}" for symbol, value in losses.items()}
     bar.set_postfix(rounded | {"img/s": f"{speed:.0f}", "run left": f"{left / 60:.0f}m"}, refresh=False)
@@ -131,7 +135,7 @@ def report(now: Training, step: int, metrics: dict, bar: tqdm, log, seconds: flo
     log.write(json.dumps(line) + "\n")
 
 
-def keep_stage(now: Training, run: Path, latent_scale: Tensor, more: dict) -> None:
+def keep_stage(now: Training, run: Path, latent_scale: Tensor, pictures: int, seconds: float) -> None:
     """Writes <stage>.pt; the model goes on with the averaged weights."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     optimizer = get_optimizer_state_dict(now.module, now.optimizer, options=whole)
@@ -141,8 +145,8 @@ def keep_stage(now: Training, run: Path, latent_scale: Tensor, more: dict) -> No
         for name, parameter in now.weights.items():
             parameter.copy_(now.ema[name])
     if first_process():
-        content = {"weights": raw, "ema": ema, "latent_scale": latent_scale, "optimizer": optimizer}
-        save(run / f"{now.stage.name}.pt", content | more)
+        save(run / f"{now.stage.name}.pt", {"weights": raw, "ema": ema, "latent_scale": latent_scale,
+                                            "optimizer": optimizer, "position": pictures, "seconds": seconds})
         for old in (run / "resume").glob("*"):  # this stage's own stay until the next one ends
             if not old.name.startswith(now.stage.name):
                 shutil.rmtree(old, ignore_errors=True)
