@@ -53,14 +53,14 @@ def measure(model, before, folder: DataFolder, how) -> tuple[dict[str, Table], l
 
 def readable(samples: list[Sample], role: str, side: int, count: int) -> tuple[list[Sample], Tensor]:
     """`count` samples, spread over the keys, whose pictures can be read, and these."""
-    kept, pictures = [], []
+    sound, pictures = [], []
     for sample in sorted(samples, key=lambda sample: sample.key)[::max(1, len(samples) // count)]:
         try:
             pictures.append(as_tensor(read_picture(sample.has[role]), side, None))
-            kept.append(sample)
+            sound.append(sample)
         except BadFile:
             pass
-    return kept[:count], torch.stack(pictures[:count])
+    return sound[:count], torch.stack(pictures[:count])
 
 
 def evenly_spread(items, count: int = 8) -> list:

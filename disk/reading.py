@@ -70,12 +70,12 @@ class DiskData:
                 units.setdefault(sample.unit, []).append(i)
             shards = list(units.values())
             rng.shuffle(shards)
-            line, mixed = [i for shard in shards for i in shard], []
+            line, order = [i for shard in shards for i in shard], []
             for start in range(0, len(line), WINDOW):
                 window = line[start:start + WINDOW]
                 rng.shuffle(window)
-                mixed += window
-            self.orders[kind] = epoch, mixed
+                order += window
+            self.orders[kind] = epoch, order
         return self.orders[kind][1]
 
     def read(self, kind: str, number: int, make: Callable):
@@ -85,13 +85,13 @@ class DiskData:
         if not samples:
             raise BadFile(f"needs {EXAMPLES[kind]}; there are none")
         epoch, place = divmod(number, len(samples))
-        chosen = self.order(kind, epoch)[place]
+        index = self.order(kind, epoch)[place]
         for attempt in range(SUBSTITUTES):
             try:
-                return make(samples[chosen], self.rng(f"crop {kind}", number))
+                return make(samples[index], self.rng(f"crop {kind}", number))
             except BadFile as bad:
-                self.bad.append((samples[chosen].key, str(bad)))
-                chosen = self.rng(f"instead {kind} {number}", attempt).randrange(len(samples))
+                self.bad.append((samples[index].key, str(bad)))
+                index = self.rng(f"instead {kind} {number}", attempt).randrange(len(samples))
         raise BadFile(f"{SUBSTITUTES} samples in a row are bad, the last one: {self.bad[-1][1]}")
 
     def number_of_request(self, number: int) -> int:

@@ -112,8 +112,8 @@ def random_scene(rng: random.Random, count: int = 0, pairs=PAIRS) -> Scene:
     count = count or rng.randint(1, 3)
     objects: list[Object] = []
     for place in rng.sample(range(4), count):
-        taken = {(thing.colour, thing.shape) for thing in objects}
-        objects.append(random_object(rng, place, pairs=[pair for pair in pairs if pair not in taken]))
+        others = {(thing.colour, thing.shape) for thing in objects}
+        objects.append(random_object(rng, place, pairs=[pair for pair in pairs if pair not in others]))
     return Scene((), random_background(rng)).with_objects(objects)
 
 

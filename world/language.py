@@ -69,14 +69,14 @@ def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | N
             return "how many objects are there", NUMBERS[len(things)]
         shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(things).shape
         return f"how many {plural(shape)} are there", NUMBERS[sum(thing.shape == shape for thing in things)]
-    labelled = [(labels(thing, things, "place" if kind == "relation" else kind), thing) for thing in things]
-    labelled = [(rng.choice(ways), thing) for ways, thing in labelled if ways]
-    if kind == "relation" and len(labelled) > 1:
-        (label, first), (other, second) = rng.sample(labelled, 2)
+    candidates = [(labels(thing, things, "place" if kind == "relation" else kind), thing) for thing in things]
+    candidates = [(rng.choice(ways), thing) for ways, thing in candidates if ways]
+    if kind == "relation" and len(candidates) > 1:
+        (label, first), (other, second) = rng.sample(candidates, 2)
         way = " ".join(relation for relation in RELATIONS if related(first, second, relation))
         return f"which way is {label} from {other}", f"{first.word('place')} , {second.word('place')} , {way}"
-    if kind in FACT_WORDS and labelled:
-        label, thing = rng.choice(labelled)
+    if kind in FACT_WORDS and candidates:
+        label, thing = rng.choice(candidates)
         return f"where is {label}" if kind == "place" else f"what {kind} is {label}", thing.word(kind)
     return None
 
