@@ -52,7 +52,8 @@ def measure(model, before, folder: DataFolder, how) -> tuple[dict[str, Table], l
 
 
 def readable(samples: list[Sample], role: str, side: int, count: int) -> tuple[list[Sample], Tensor]:
-    """`count` samples, spread over the keys, whose pictures can be read, and these."""
+    """`count` samples, spread over the keys, whose pictures can be read, and these. Raises BadFile where there are
+    none."""
     sound, pictures = [], []
     for sample in sorted(samples, key=lambda sample: sample.key)[::max(1, len(samples) // count)]:
         try:
@@ -60,6 +61,8 @@ def readable(samples: list[Sample], role: str, side: int, count: int) -> tuple[l
             sound.append(sample)
         except BadFile:
             pass
+    if not sound:
+        raise BadFile("no sample is held out to be measured on: put some into a folder named test")
     return sound[:count], torch.stack(pictures[:count])
 
 
