@@ -27,7 +27,7 @@ GROUND_TOLERANCE = 0.05  # largest mean RGB difference of a plain background fro
 
 @cache
 def covers() -> tuple[Tensor, list[tuple[str, str]]]:
-    """Every cover that an object can have in its quarter, `m 256`, and what it is: (shape, size)."""
+    """Every cover that an object can have in its quarter, one a row, 16·16 pixels long, and what it is: (shape, size)."""
     pixel = np.arange(16, dtype=np.float32) + 0.5 - 8
     steps, turns = np.arange(-1.5, 1.51, 0.5), np.linspace(-0.25, 0.25, 5)
     pictures, names = [], []
@@ -44,7 +44,7 @@ def detect(images: Tensor, style: str = "") -> list[list[Object]]:
     """Pictures `b 3 H W` in [-1, 1] -> the objects of each. `style` (see drawing.STYLES) is undone first."""
     scale, shift = STYLES.get(style, (1.0, 0.0))
     rgb = ((F.adaptive_avg_pool2d(images.float(), 32) + 1) / 2 - shift) / scale
-    cells = rearrange(rgb, "b c (r y) (s x) -> (b r s) (y x) c", r=2, s=2)
+    cells = rearrange(rgb, "b c (h y) (w x) -> (b h w) (y x) c", h=2, w=2)  # quarters
     saturation = cells.amax(-1) - cells.amin(-1)
     core = (saturation > 0.75 * saturation.amax(1, keepdim=True)).float() * (saturation > 0.35)
     present = core.sum(1) >= 4
@@ -54,7 +54,7 @@ def detect(images: Tensor, style: str = "") -> list[list[Object]]:
     calm = (saturation < 0.3).float()[..., None]
     ground = (cells * calm).sum(1) / calm.sum(1).clamp(min=1)
     axis = colour - ground
-    cover = torch.einsum("m t c, m c -> m t", cells - ground[:, None], axis)
+    cover = torch.einsum("b n c, b c -> b n", cells - ground[:, None], axis)
     cover = cover / axis.square().sum(-1, keepdim=True).clamp(min=1e-6)
     templates, names = covers()
     cover = cover.clamp(0, 1)
