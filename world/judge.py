@@ -27,7 +27,7 @@ GROUND_TOLERANCE = 0.05  # largest mean RGB difference of a plain background fro
 
 @cache
 def covers() -> tuple[Tensor, list[tuple[str, str]]]:
-    """Every cover that an object can have in its quarter, one a row, 16·16 pixels long, and what it is: (shape, size)."""
+    """Every cover that an object can have in its quarter, one a row of 256 pixels, and what it is: (shape, size)."""
     pixel = np.arange(16, dtype=np.float32) + 0.5 - 8
     steps, turns = np.arange(-1.5, 1.51, 0.5), np.linspace(-0.25, 0.25, 5)
     pictures, names = [], []
