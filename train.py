@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, unified_batch
 from diffusion import Noise, text_to_image_losses, unified_losses
 from disk import openmoji
-from disk.layouts import Found, scan
+from disk.layouts import DataFolder, scan
 from disk.reading import DiskData, check_kinds
 from evaluate import evaluate, print_tables
 from mllm import language_losses
@@ -217,7 +217,7 @@ def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> 
     model.latent_scale.fill_(1 / torch.cat(z).std())
 
 
-def training_of(model: SPAR, stage: Stage, found: Found | None = None) -> Training:
+def training_of(model: SPAR, stage: Stage, found: DataFolder | None = None) -> Training:
     """A stage before its first step."""
     extras = prepare(model, stage)
     measure_latents(model, stage, open_world(model.config, NAMES.index(stage.name), found))
@@ -255,7 +255,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
 
 
 def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = lambda speed: 0.0, keep: bool = True,
-                found: Found | None = None) -> None:
+                found: DataFolder | None = None) -> None:
     """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)`: estimate for the stages after it.
     `found`: the data on disk, None: the drawn world."""
     config, index, device = model.config, NAMES.index(stage.name), model.device

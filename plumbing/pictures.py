@@ -20,8 +20,9 @@ from disk.reading import DiskData
 from plumbing.run_folder import load_run
 from spar import NAMES, SAMPLING, SPAR
 from world.drawing import draw
+from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
-from world.language import EDIT_KINDS, DrawnWorld
+from world.language import DrawnWorld
 
 PIXELS = 96  # shown side of one picture
 MARGIN, TEXT = 12, 13

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from disk.bytepair import load_vocabulary, write_vocabulary
-from disk.layouts import Found
+from disk.layouts import DataFolder
 from parts.words import TextTokenizer, WordTokenizer
 from plumbing.checkpoints import BrokenCheckpoint, load_stage, read_stage
 from plumbing.command import UserError, write_beside, write_text
@@ -182,7 +182,7 @@ def take_over(config: Config, run: Path, source: Path) -> None:
 
 
 def open_run(config: Config, run: Path, stages: list[str], source: Path | None, resume: bool,
-             found: Found | None) -> None:
+             found: DataFolder | None) -> None:
     """Makes the folder, or finds the same run there."""
     if source:
         load_config(source)  # a wrong folder is told before anything is written
@@ -221,7 +221,7 @@ def cut_logs(run: Path, stage: str, first: int) -> None:
         filter_lines(run / name, lambda line: line["stage"] != stage or line["step"] < first)
 
 
-def bad_samples(run: Path, found: Found | None, max_bad: float):
+def bad_samples(run: Path, found: DataFolder | None, max_bad: float):
     """-> a function that takes the bad samples of a step, writes them to bad.jsonl, and stops the run above
     `max_bad`."""
     path, allowed = run / "bad.jsonl", max_bad * len(found.samples()) if found else 0
