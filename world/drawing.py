@@ -170,11 +170,13 @@ def signed_distance(u, v, radius, shape):
     ], np.minimum(np.maximum(a - radius, b - bar), np.maximum(b - radius, a - bar)))
 
 
-def save_sheet(rows, path: str, side: int = 96) -> None:
-    """Rows of pictures `n 3 H W` in [-1, 1] -> a file; each picture becomes `side` pixels wide."""
-    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+def save_sheet(rows, path: str, zoom: int = 3) -> None:
+    """Rows of pictures `n 3 H W` in [-1, 1] -> a file; each pixel becomes `zoom`² of them, each picture has a white
+    edge."""
+    rows = [[torch.nn.functional.pad(picture, (1, 1, 1, 1), value=1.0) for picture in row] for row in rows]
+    sheet = torch.cat([torch.cat(row, 2) for row in rows], 1)
     levels = ((sheet + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-    size = len(rows[0]) * side, len(rows) * side
+    size = zoom * sheet.shape[2], zoom * sheet.shape[1]
     Image.fromarray(levels).resize(size, Image.Resampling.NEAREST).save(path)
 
 
