@@ -132,7 +132,7 @@ STAGES = [
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
           picture_batch, autoencoder_step, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
-          text_to_image_batch, text_to_image_step, {"L_fm": 1.0}, captions=0.85, cost=4),
+          text_to_image_batch, text_to_image_step, {"L_fm": 1.0}, captions=0.85, cost=4),  # no references before U2
     # Sec. 3.2: the streams first, on a frozen encoder and decoder; then the decoder too; then the encoder, held by L_s
     Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer_step,
           RECONSTRUCTION | {"L_p": "lambda_p"}, cost=5.5),
@@ -144,8 +144,9 @@ STAGES = [
     # Sec. 3.3: first what leads to the DiT, which is frozen, on drawing alone; then the DiT too, taught by the
     # tokenizer (Sec. 3.4), on drawing and editing
     Stage("U1", "connector pre-training", CONNECTOR, unified_batch, unified_step, {"L_fm": 1.0}, cost=4),
-    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, "edits", captions=0.15),
-    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, "edits", captions=0.15),
+    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, edits="edits", captions=0.15),
+    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, edits="edits",
+          captions=0.15),
 ]
 
 
@@ -304,8 +305,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
 
 def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None = None,
           resume: bool = True) -> None:
-    """Trains the named stages that `run` has not finished. `source`: a run whose stages are taken over where no changed
-    field touches them. Raises UserError where a predecessor is missing."""
+    """Trains the named stages that `run` has not finished. `source`: a run whose untouched stages are taken over."""
     names, found = stage_names(config), scan(Path(config.data)) if config.data else None
     if found:
         check_kinds(found, [name for name in names if name in stages], config.edits)
@@ -341,9 +341,8 @@ def one_batch(config: Config, stage: Stage) -> Batch:  # for a forecast
 
 
 def step_module(model: SPAR, stage: Stage) -> StepModule:  # for a forecast
-    module = StepModule(model, stage, prepare(model, stage))
     freeze_the_rest(model, stage)
-    return module
+    return StepModule(model, stage, prepare(model, stage))
 
 
 def some_steps(config: Config, stage: Stage, folder: Path, device: str) -> list[dict]:
