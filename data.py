@@ -169,13 +169,14 @@ def to(batch, device):
     return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
-def read(batches: Iterator, device: torch.device) -> tuple[Batch, list, float]:
-    """-> (a batch on the device, the samples that others stand in for, seconds of waiting)"""
+def read(batches: Iterator, device: torch.device, where: str) -> tuple[Batch, list, float]:
+    """-> (a batch on the device, the samples that others stand in for, seconds of waiting). Raises BadFile, which says
+    `where`, where there is no batch."""
     start = time.time()
     batch = next(batches)
     bad, hopeless = batch.pop("bad", []), batch.pop("stop", "")
     if hopeless:
-        raise BadFile(hopeless)
+        raise BadFile(f"{where}: {hopeless}")
     return to(batch, device), bad, time.time() - start
 
 

@@ -144,6 +144,7 @@ def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: st
     if "U1" in done:
         jobs["generation"] = lambda: generation(model, world, how)
         jobs["generation_direct"] = lambda: generation(model, world, how, rewrite=False)
+    if "U2" in done:
         jobs["editing"] = lambda: editing(model, world, how)
         jobs["editing_direct"] = lambda: editing(model, world, how, rewrite=False)
     if "P3" in done:

@@ -233,7 +233,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
     "gradient", the learning "rate", the seconds of "waiting" for data, the "bad" samples of all processes, and whether
     one of them wants to stop. `check(now, step, metrics, batch)` raises where a number is not finite."""
     config, steps = now.config, now.config.steps[NAMES.index(now.stage.name)]
-    batch, bad, waiting = read(batches, now.device)  # 1. read
+    batch, bad, waiting = read(batches, now.device, f"{now.stage.name} step {step}")  # 1. read
     rate = now.set_rate(step, steps)  # 2. rate
     losses, reconstruction = now.module(batch, now.loss_weights, step >= config.gan_start * steps)  # 3. forward
     loss = sum(now.loss_weights[symbol] * value for symbol, value in losses.items())
@@ -322,7 +322,10 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             model = build(config, device, words, run, names[:position])
             train_stage(model, stage_named(name), run, partial(seconds_after, config, name, later[1:]), found=found)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
-                print(draw_report(run, device))
+                try:
+                    print(draw_report(run, device))
+                except (ValueError, RuntimeError, OSError) as error:  # training is worth more than its pictures
+                    print(f"no pictures after {name}: {error}")
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
         else:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,39 +13,67 @@ import torch
 import train
 from data import Batches
 from spar import NAMES
+from tests.tools.commands import ROOT
+from tests.tools.tiny_run import tiny_config
 
-HERE = Path(__file__).parent
 # AdamW's first steps go by the sign of a gradient, and where it is nearly 0 rounding decides that: so with a small rate
 BASE = dict(optimizer="adamw", steps=(4,) * 9, lr=(1e-4,) * 9, gan_start=0.3)
 
 
-def torchrun(processes: int, folder: Path, *options: str, environment: dict | None = None, **changes) -> dict[str, list]:
-    """The stages of a tiny run, by the script's own commands; -> stage -> its losses."""
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
-    command += [str(HERE / "tiny_run.py"), str(folder), json.dumps(BASE | changes)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}))
+class Left(Exception):
+    """A run that ends as if its process had."""
+
+
+def torchrun(folder: Path, *options: str, stages=NAMES, environment: dict | None = None, **changes) -> dict[str, list]:
+    """The stages of a tiny run by two processes; -> stage -> its losses."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, "-m",
+               "tests.tools.tiny_run", str(folder), json.dumps(BASE | changes), ",".join(stages)]
+    variables = {"OMP_NUM_THREADS": "1", "SAVE_MINUTES": "0" if environment else "60"} | (environment or {})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ | variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return losses(folder)
+
+
+def by_one(folder: Path, stages=NAMES, stop_at: tuple[str, int] | None = None) -> None:
+    """The same by this process alone; with `stop_at` it leaves after that step's checkpoint."""
+    save = train.save_progress
+
+    def watched(run, stage, step, state):
+        save(run, stage, step, state)
+        if (stage, step) == stop_at:
+            raise Left
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_progress", watched)
+        patch.setattr(train, "draw_report", lambda *_: "no pictures")
+        train.train(tiny_config(BASE | {"save_minutes": 0.0 if stop_at else 60.0}), folder, list(stages), "cpu")
+
+
+def begun(source: Path, folder: Path, name: str) -> Path:
+    """A copy of a finished run as it was when `name` began."""
+    folder.mkdir(exist_ok=True)
+    for path in ("config.json", *(f"{earlier}.pt" for earlier in NAMES[:NAMES.index(name)])):
+        shutil.copyfile(source / path, folder / path)
+    return folder
 
 
 def losses(folder: Path) -> dict[str, list]:
     """The last line of each step counts: a step that was done again after a restart was logged again."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {name: list({line["step"]: line["loss"] for line in lines if line["stage"] == name}.values()) for name in NAMES}
+    return {name: list({line["step"]: line["loss"] for line in lines if line["stage"] == name}.values())
+            for name in NAMES}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    return folder, torchrun(0, folder)
+    by_one(folder)
+    return folder, losses(folder)
 
 
 @pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_have_the_losses_of_one_in_every_stage(shard, alone, tmp_path):
-    two = torchrun(2, tmp_path, shard=shard)
+    two = torchrun(tmp_path, shard=shard)
     for name in NAMES:
         assert len(two[name]) == 2 and two[name] == pytest.approx(alone[1][name], abs=1e-5), name
     a, b = (torch.load(folder / "U3.pt", weights_only=True)["ema"] for folder in (tmp_path, alone[0]))
@@ -53,36 +82,47 @@ def test_two_processes_have_the_losses_of_one_in_every_stage(shard, alone, tmp_p
 
 @pytest.mark.parametrize("name, step", [("T3", 3), ("U2", 2)])  # in T3's third step the adversary has learned
 def test_a_stopped_stage_ends_in_the_same_bits(name, step, alone, tmp_path):
-    torchrun(0, tmp_path, environment={"STOP_AT": f"{name} {step}"})
+    begun(alone[0], tmp_path, name)
+    with pytest.raises(Left):
+        by_one(tmp_path, [name], (name, step))
     assert not (tmp_path / f"{name}.pt").exists() and (tmp_path / "resume" / f"{name}-{step:07}").is_dir()
-    torchrun(0, tmp_path)
+    by_one(tmp_path, [name])
     a, b = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (tmp_path, alone[0]))
     for part in ("weights", "ema"):
         assert all(torch.equal(a[part][key], b[part][key]) for key in b[part])
 
 
-@pytest.mark.parametrize("before, after, shard", [(2, 0, False), (2, 0, True), (0, 2, False), (0, 2, True)])
-def test_what_some_processes_saved_others_go_on_with(before, after, shard, alone, tmp_path):
-    torchrun(before, tmp_path, environment={"STOP_AT": "T3 2"}, shard=shard and before > 0)
-    torchrun(after, tmp_path, shard=shard and after > 0)
+@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("first", ["two", "one"])
+def test_what_some_processes_saved_others_go_on_with(first, shard, alone, tmp_path):
+    begun(alone[0], tmp_path, "T3")
+    if first == "two":
+        torchrun(tmp_path, stages=["T3"], environment={"STOP_AT": "T3 2"}, shard=shard)
+        by_one(tmp_path, ["T3"])
+    else:
+        with pytest.raises(Left):
+            by_one(tmp_path, ["T3"], ("T3", 2))
+        torchrun(tmp_path, stages=["T3"], shard=shard)
     assert losses(tmp_path)["T3"] == pytest.approx(alone[1]["T3"], abs=1e-5)
 
 
 def test_torchrun_starts_a_killed_process_again_and_the_losses_go_on(alone, tmp_path):
-    marker = tmp_path / "killed"
-    two = torchrun(2, tmp_path / "run", "--max-restarts=1", environment={"KILL_AT": "U2 2", "KILL_MARKER": str(marker)})
+    marker, run = tmp_path / "killed", begun(alone[0], tmp_path / "run", "U2")
+    two = torchrun(run, "--max-restarts=1", stages=["U2", "U3"],
+                   environment={"KILL_AT": "U2 2", "KILL_MARKER": str(marker)})
     assert marker.exists()
-    for name in NAMES:
-        assert two[name] == pytest.approx(alone[1][name], abs=1e-5), name
+    for name in ("U2", "U3"):
+        assert len(two[name]) == 2 and two[name] == pytest.approx(alone[1][name], abs=1e-5), name
 
 
 @pytest.mark.parametrize("name", ["P1", "T1", "P3", "U2"])
 def test_the_shares_of_several_processes_are_together_the_batch_of_one(name, tiny):
-    stage = next(stage for stage in train.STAGES if stage.name == name)
+    stage = train.stage_named(name)
     shares = {"edits": 0.5, "captions": 0.5, "outcomes": 0.5}
     whole, *parts = (Batches(tiny(), name, stage.sample, shares, *who)[3] for who in ((0, 1), (0, 2), (1, 2)))
     assert {len(part["images"]) for part in parts} == {4}
-    assert sorted(x.sum().item() for x in whole["images"]) == sorted(x.sum().item() for part in parts for x in part["images"])
+    shared = [x.sum().item() for part in parts for x in part["images"]]
+    assert sorted(x.sum().item() for x in whole["images"]) == sorted(shared)
     if "noise" in whole:
         for i in range(2):
             drawn = [{tuple(row) for row in batch["noise"][i].unsqueeze(1).flatten(1).tolist()}
@@ -98,7 +138,7 @@ def test_a_batch_that_the_processes_cannot_share_is_told(tiny):
 
 @pytest.mark.parametrize("name", ["P1", "U2"])
 def test_workers_make_the_same_batches(name, tiny, tmp_path):
-    stage = next(stage for stage in train.STAGES if stage.name == name)
+    stage = train.stage_named(name)
     source = Batches(tiny(), name, stage.sample, {"edits": 0.5, "captions": 0.5, "outcomes": 0.5})
     ahead = torch.utils.data.DataLoader(source, batch_size=None, sampler=range(2), num_workers=2)
     for step, batch in enumerate(ahead):

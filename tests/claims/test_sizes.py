@@ -1,5 +1,5 @@
-"""The presets `full` and `full-3b` have the sizes of the public models they stand for, part by part; and every preset fits
-together. All models are built on the meta device: shapes without weights.
+"""The presets `full` and `full-3b` have the sizes of the public models they stand for, part by part; and every preset
+fits together. All models are built on the meta device: shapes without weights.
 """
 
 from contextlib import nullcontext
@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from spar import PRESETS, SPAR, make_config
+from spar import PRESETS, make_config
+from tests.tools.models import model_of
 
 REASON = "the public models to compare with are an optional extra"
 
@@ -32,7 +33,7 @@ def count(*modules):
 
 
 def ours(preset):
-    model = on_meta(SPAR, make_config(preset=preset))
+    model = on_meta(model_of, make_config(preset=preset))
     vision, llm = model.tokenizer.vision, model.mllm.llm
     return {"vision": count(vision) - count(vision.projector), "projector": count(vision.projector),
             "embedding": count(llm.embedding), "layers": count(llm.layers, llm.norm), "output": count(llm.output),
@@ -51,7 +52,8 @@ def test_each_part_has_as_many_parameters_as_the_public_model(preset):
 # ---------------------------------------------------------------- the same, from the published configurations
 
 # OpenGVLab/InternVL3-1B and -2B, config.json: vision_config, what llm_config has of its own, and what both share
-INTERN_VIT = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=448,
+INTERN_VIT = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+                  image_size=448,
                   patch_size=14, attention_bias=True, use_qk_norm=False, use_mean_pooling=True)
 QWEN = {"full": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, intermediate_size=4864),
         "full-3b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, intermediate_size=8960)}
@@ -65,9 +67,11 @@ DC_AE = dict(latent_channels=32, downsample_block_type="conv", upsample_block_ty
 # SanaMS_600M_P1_D28 and SanaMS_1600M_P1_D20, as diffusers' convert_sana_to_diffusers.py builds them
 SANA = {"full": dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72,
                      cross_attention_dim=1152),
-        "full-3b": dict(num_attention_heads=70, num_layers=20, num_cross_attention_heads=20, cross_attention_head_dim=112,
+        "full-3b": dict(num_attention_heads=70, num_layers=20, num_cross_attention_heads=20,
+                        cross_attention_head_dim=112,
                         cross_attention_dim=2240)}
-SANA_BOTH = dict(in_channels=32, out_channels=32, attention_head_dim=32, caption_channels=2304, mlp_ratio=2.5, patch_size=1,
+SANA_BOTH = dict(in_channels=32, out_channels=32, attention_head_dim=32, caption_channels=2304, mlp_ratio=2.5,
+                 patch_size=1,
                  attention_bias=False, interpolation_scale=None)
 
 
@@ -91,38 +95,40 @@ def test_each_part_has_as_many_parameters_as_its_published_configuration_builds(
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_shapes_of_a_preset_fit_together(preset, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has no autocast
-    f = make_config(preset=preset)
-    model, images = on_meta(SPAR, f), torch.empty(2, 3, f.side, f.side, device="meta")
-    tokens = f.grid**2
+    config = make_config(preset=preset)
+    model, images = on_meta(model_of, config), torch.empty(2, 3, config.side, config.side, device="meta")
+    tokens = config.grid**2
     picture, f_v, latents = model.tokenizer(images)
-    assert picture.shape == images.shape and f_v.shape == (2, tokens, f.d)
-    assert {z.shape for z in (*latents, model.pixel_latent(images))} == {(2, tokens, f.p)}
+    assert picture.shape == images.shape and f_v.shape == (2, tokens, config.d)
+    assert {z.shape for z in (*latents, model.pixel_latent(images))} == {(2, tokens, config.p)}
     ids, mask = model.encode_prompts(["a large red circle", "a blue square"], has_image=True)
     condition, z = model.mllm.condition(ids, mask, f_v), model.as_grid(latents.fused)
-    assert condition.tokens.shape == (2, ids.shape[1] + f.queries, f.condition_width) and f.queries == tokens
-    assert condition.weights.shape == (*condition.mask.shape, f.k)
-    sigma, reference = torch.empty(2, device="meta"), z if f.reference == "latent" else None
+    assert condition.tokens.shape == (2, ids.shape[1] + config.queries, config.condition_width)
+    assert config.queries == tokens
+    assert condition.weights.shape == (*condition.mask.shape, config.k)
+    sigma, reference = torch.empty(2, device="meta"), z if config.reference == "latent" else None
     velocity, hidden = model.dit(z, sigma, condition.tokens, condition.mask, reference)
-    assert velocity.shape == z.shape == (2, f.p, f.grid, f.grid) and model.align_head(hidden).shape == f_v.shape
+    assert velocity.shape == z.shape == (2, config.p, config.grid, config.grid)
+    assert model.align_head(hidden).shape == f_v.shape
     states, _ = model.mllm.llm(model.mllm.embed(ids, f_v), mask)
-    assert model.mllm.llm.logits(states[-1]).shape == (*ids.shape, f.vocabulary or len(model.words))
-    assert len(f.steps) == len(f.batch) == len(f.lr) == 9
+    assert model.mllm.llm.logits(states[-1]).shape == (*ids.shape, config.vocabulary or len(model.words))
+    assert len(config.steps) == len(config.batch) == len(config.lr) == 9
 
 
 @pytest.mark.parametrize("side, patch", [(16, 2), (8, 1), (24, 3)])  # a latent of 4 pixels for tokens of 4, 2 and 6
 def test_the_pixel_encoder_gives_one_latent_for_each_visual_token(tiny, side, patch):
-    model, images = SPAR(tiny(side=side, patch=patch)), torch.rand(2, 3, side, side) * 2 - 1
+    model, images = model_of(tiny(side=side, patch=patch)), torch.rand(2, 3, side, side) * 2 - 1
     z = model.pixel_latent(images)
     assert z.shape == model.tokenizer(images)[2].pixel.shape
     assert patch != 2 or torch.equal(z, model.pixel_encoder(images))
 
 
 def test_a_larger_vocabulary_adds_rows_but_no_words_and_untied_weights_are_the_outputs_own(tiny):
-    words = len(SPAR(tiny()).words)
-    model = SPAR(tiny(vocabulary=words + 50, tied=False))
+    words = len(model_of(tiny()).words)
+    model = model_of(tiny(vocabulary=words + 50, tied=False))
     llm = model.mllm.llm
     assert llm.embedding.weight.shape == llm.output.weight.shape == (words + 50, 32)
     assert llm.logits(torch.ones(2, 32)).equal(torch.ones(2, 32) @ llm.output.weight.T)
     assert model.words.decode([words - 1, words, words + 49]) == model.words.words[-1]
     with pytest.raises(ValueError, match="vocabulary 5"):
-        SPAR(tiny(vocabulary=5))
+        model_of(tiny(vocabulary=5))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import world
+from world import drawing
 from world.language import EDIT_KINDS, PROMPT_KINDS, DrawnWorld, Request
 from world.judge import clean_accuracy, detect, fulfils, succeeds
 from world.drawing import COLOURS, HELD_OUT, PLAIN, SHAPES, SIZES, STYLES, Background, Object, Scene, draw
@@ -127,7 +127,7 @@ def test_a_background_edit_fails_where_stripes_are_left():
 def test_a_colour_between_two_names_has_none(pair, monkeypatch):
     middle = tuple((a + b) / 2 for a, b in zip(COLOURS[pair[0]], COLOURS[pair[1]]))
     with monkeypatch.context() as patch:
-        patch.setitem(world.COLOURS, "between", middle)
+        patch.setitem(drawing.COLOURS, "between", middle)
         pictures = draw([Scene((Object(shape, "between", "large", 2),), GROUND) for shape in SHAPES])
     for shape, (thing,) in zip(SHAPES, detect(pictures)):
         assert thing.facts == (shape, "?", "large", 2)

@@ -72,7 +72,8 @@ def shards(root: Path, count: int = 24, each: int = 8) -> Path:
         for i in range(start, min(start + each, count)):
             word, colour = list(COLOURS.items())[i % 4]
             talk = [{"from": "human", "value": "<image>\nwhat colour is it ?"}, {"from": "gpt", "value": word}]
-            files += [(f"{i:03}.png", picture([c - i for c in colour])), (f"{i:03}.txt", f"a {word} field number {i}".encode()),
+            files += [(f"{i:03}.png", picture([c - i for c in colour])),
+                      (f"{i:03}.txt", f"a {word} field number {i}".encode()),
                       (f"{i:03}.json", json.dumps({"conversations": talk}).encode())]
         shard(root / f"{start // each:03}.tar", files)
     return root
@@ -87,7 +88,8 @@ def llava(root: Path, count: int = 24) -> Path:
         talk = [{"from": "human", "value": "<image>\nwhat colour ?"}, {"from": "gpt", "value": word},
                 {"from": "human", "value": "and again ?"}, {"from": "gpt", "value": f"still {word}"}]
         records.append({"id": i, "image": f"images/{i}.jpg", "conversations": talk})
-    records.append({"id": "words", "conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]})
+    records.append({"id": "words",
+                    "conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]})
     (root / "talks.json").write_text(json.dumps(records, indent=1))
     return root
 
@@ -98,7 +100,8 @@ def triples(root: Path, count: int = 24) -> Path:
     for i in range(count):
         for word, colour in (("red", COLOURS["red"]), ("blue", COLOURS["blue"])):
             (root / "pictures" / f"{i}-{word}.webp").write_bytes(picture([c - i for c in colour], kind="webp"))
-        lines.append(json.dumps({"source": f"pictures/{i}-red.webp", "target": f"pictures/{i}-blue.webp", "instruction": "make it blue"}))
+        lines.append(json.dumps({"source": f"pictures/{i}-red.webp", "target": f"pictures/{i}-blue.webp",
+                                 "instruction": "make it blue"}))
     (root / "edits.jsonl").write_text("\n".join(lines) + "\n")
     return root
 
@@ -126,7 +129,15 @@ def record(**fields) -> str:
 
 TALK = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "this"}]
 
-# name -> (files to write into a sound folder of captions: name -> content, or a function of the folder; words of the fault)
+def stopping_tar(path: Path) -> None:
+    """Its third header is none."""
+    shard(path, [("q.png", picture()), ("q.txt", b"a"), ("r.png", picture()), ("r.txt", b"a")])
+    content = path.read_bytes()
+    path.write_bytes(content[:2048] + b"\xaa" * 512 + content[2560:])
+
+
+# name -> (files to write into a sound folder of captions: name -> content, or a function of the folder; words of the
+# fault)
 FAULTS = {
     "missing picture": ({"x.txt": b"a caption"}, "has no picture"),
     "empty caption": ({"x.png": picture(), "x.txt": b"  \n"}, "is empty"),
@@ -154,27 +165,39 @@ FAULTS = {
     "0-byte tar": ({"x.tar": b""}, "0 bytes"),
     "garbage tar": ({"x.tar": b"garbage" * 1000}, "no plain tar"),
     "truncated tar": (lambda root: (shard(root / "x.tar", [("q.png", noise(3, 64)), ("q.txt", b"a")]),
-                                    (root / "x.tar").write_bytes((root / "x.tar").read_bytes()[:4000])), "past the shard's end"),
-    "tar that stops": (lambda root: (shard(root / "x.tar", [("q.png", picture()), ("q.txt", b"a"), ("r.png", picture()), ("r.txt", b"a")]),
-                                     (root / "x.tar").write_bytes((lambda b: b[:2048] + b"\xaa" * 512 + b[2560:])((root / "x.tar").read_bytes()))),
-                       "stops being a tar"),
-    "duplicate key in a tar": (lambda root: shard(root / "x.tar", [("q.png", picture()), ("q.png", picture()), ("q.txt", b"a")]), "twice"),
-    "link in a tar": (lambda root: shard(root / "x.tar", [("q.png", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})]), "is a link"),
+                                    (root / "x.tar").write_bytes((root / "x.tar").read_bytes()[:4000])),
+                      "past the shard's end"),
+    "tar that stops": (lambda root: stopping_tar(root / "x.tar"), "stops being a tar"),
+    "duplicate key in a tar": (lambda root: shard(root / "x.tar",
+                                                  [("q.png", picture()), ("q.png", picture()), ("q.txt", b"a")]),
+                               "twice"),
+    "link in a tar": (lambda root: shard(root / "x.tar",
+                                         [("q.png", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})]),
+                      "is a link"),
     "absolute name in a tar": (lambda root: shard(root / "x.tar", [("/q.png", picture())]), "absolute path"),
     "name with .. in a tar": (lambda root: shard(root / "x.tar", [("../q.png", picture())]), "leads out"),
     "wrong JSON": ({"x.json": b'[{"image": '}, "is broken"),
     "JSON of another kind": ({"x.json": b'{"a": 1} 7'}, "is broken"),
     "no records": ({"x.json": b"[]"}, "no records"),
-    "wrong type of conversations": ({"x.json": record(image="000.png", conversations="hello").encode()}, "must list turns by twos"),
+    "wrong type of conversations": ({"x.json": record(image="000.png", conversations="hello").encode()},
+                                    "must list turns by twos"),
     "a turn too few": ({"x.json": record(image="000.png", conversations=TALK[:1]).encode()}, "must list turns by twos"),
-    "unknown speaker": ({"x.json": record(image="000.png", conversations=[{"from": "user", "value": "a"}, TALK[1]]).encode()}, "from 'human' to 'gpt'"),
-    "value that is a number": ({"x.json": record(image="000.png", conversations=[TALK[0], {"from": "gpt", "value": 7}]).encode()}, "is a int"),
-    "image token without image": ({"x.json": record(conversations=[{"from": "human", "value": "<image> what"}, TALK[1]]).encode()}, "<image> without a picture"),
-    "record of a picture that is missing": ({"x.json": record(image="gone.png", conversations=TALK).encode()}, "is not in the data's folder"),
+    "unknown speaker": ({"x.json": record(image="000.png",
+                                          conversations=[{"from": "user", "value": "a"}, TALK[1]]).encode()},
+                        "from 'human' to 'gpt'"),
+    "value that is a number": ({"x.json": record(image="000.png",
+                                                 conversations=[TALK[0], {"from": "gpt", "value": 7}]).encode()},
+                               "is a int"),
+    "image token without image": ({"x.json": record(conversations=[{"from": "human", "value": "<image> what"},
+                                                                   TALK[1]]).encode()}, "<image> without a picture"),
+    "record of a picture that is missing": ({"x.json": record(image="gone.png", conversations=TALK).encode()},
+                                            "is not in the data's folder"),
     "absolute path": ({"x.json": record(image="/etc/passwd", conversations=TALK).encode()}, "absolute path"),
     "path that leads out": ({"x.json": record(image="../../secret.png", conversations=TALK).encode()}, "leads out"),
     "image that is a number": ({"x.json": record(image=7, conversations=TALK).encode()}, "is a int"),
-    "half a character": ({"x.json": record(image="000.png", conversations=[TALK[0], {"from": "gpt", "value": "\ud800"}]).encode()}, "half a character"),
+    "half a character": ({"x.json": record(image="000.png",
+                                           conversations=[TALK[0], {"from": "gpt", "value": "\ud800"}]).encode()},
+                         "half a character"),
     "key record that is a list": ({"x.png": picture(), "x.json": b"[1]"}, "is a list"),
 }
 

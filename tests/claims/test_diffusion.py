@@ -1,16 +1,19 @@
+import math
+
 import pytest
 import torch
 
-from diffusion import (AlignmentHead, DiT, add_noise, alignment_loss, flow_matching_loss, guided, logit_normal_times,
-                       sample, sine_positions)
+from diffusion import (AlignmentHead, DiT, add_noise, alignment_loss, change_from_reference, flow_matching_loss, guided,
+                       logit_normal_times, sample)
+from parts.positions import sine_positions
 
 MEAN, STD = 1.5, 0.3  # of the Gaussian whose flow is known
 
 
-def known_velocity(x, sigma):
-    """E[ε − z | x_t = x] for z ~ N(MEAN, STD²): a line in x."""
+def known_velocity(x, sigma, std=STD):
+    """E[ε − z | x_t = x] for z ~ N(MEAN, std²): a line in x."""
     sigma = sigma.view(-1, 1, 1, 1)
-    slope = (sigma - (1 - sigma) * STD**2) / ((1 - sigma)**2 * STD**2 + sigma**2)
+    slope = (sigma - (1 - sigma) * std**2) / ((1 - sigma)**2 * std**2 + sigma**2)
     return -MEAN + slope * (x - (1 - sigma) * MEAN)
 
 
@@ -77,6 +80,14 @@ def test_both_samplers_come_to_the_exact_flow_as_steps_grow_and_dpm_is_the_close
     assert euler[0] > 4 * euler[1] > 16 * euler[2] and euler[2] < 0.005
     assert dpm[0] > 4 * dpm[1] > 16 * dpm[2] and dpm[2] < 0.0002
     assert all(b < 0.6 * a for a, b in zip(euler, dpm))
+
+
+@pytest.mark.parametrize("sampler, least, most", [("euler", 0.9, 1.1), ("dpm", 1.5, 2.2)])
+def test_dpm_is_of_second_order_and_euler_of_first(sampler, least, most):
+    """Sixteen times as many steps divide the error by 16 to the power of the order."""
+    exact, flow = MEAN + normal(200), lambda x, sigma: known_velocity(x, sigma, std=1.0)
+    coarse, fine = (distance(sample(flow, normal(200), steps, sampler)[0], exact) for steps in (64, 1024))
+    assert least < math.log(coarse / fine, 16) < most
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm"])
@@ -151,7 +162,8 @@ def test_positions_and_the_reference_each_change_the_velocity():
         model = dit(**options)
         model.load_state_dict(plain.state_dict(), strict=False)
         assert distance(model(x, *rest, *extra)[0], plain(x, *rest)[0]) > 1e-2
-    torch.testing.assert_close(model(x, *rest)[0], plain(x, *rest)[0])  # asked without a reference: as before
+    without = change_from_reference(model, x, *rest, None)[0]
+    torch.testing.assert_close(without, plain(x, *rest)[0])
 
 
 def test_the_reference_is_the_origin_of_the_flow():
@@ -159,7 +171,8 @@ def test_the_reference_is_the_origin_of_the_flow():
     torch.nn.init.zeros_(model.reference.weight)  # all that is left of the reference is the origin
     r = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     moved = x + (1 - sigma)[:, None, None, None] * r
-    torch.testing.assert_close(model(moved, sigma, *rest, r)[0], model(x, sigma, *rest)[0] - r, atol=1e-5, rtol=1e-5)
+    velocity = change_from_reference(model, moved, sigma, *rest, r)[0]
+    torch.testing.assert_close(velocity, model(x, sigma, *rest)[0] - r, atol=1e-5, rtol=1e-5)
 
 
 def test_sine_positions_tell_every_cell_by_its_row_in_one_half_and_its_column_in_the_other():

@@ -3,18 +3,18 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import attention as module
 from attention import attention
+from parts import attention_triton
 from parts.attention_triton import side_by_side
 from parts.linear_attention import fused_linear, linear_attention, plain
-from test_attention import naive, values_and_gradients
+from tests.claims.test_attention import naive, values_and_gradients
+from tests.tools.commands import ROOT
 
-if module.triton is None:
+if attention_triton.triton is None:
     pytest.skip("the fused kernels need Triton: pip install triton", allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +90,7 @@ def test_the_same_input_gives_the_same_bits():
 def test_the_operator_keeps_torchs_rules_for_operators():
     """Its promises to torch.compile about shapes, strides and autograd, checked by torch itself."""
     q, k, v, key_mask = some(20, 30, 4, 2, 32, "random")
-    torch.library.opcheck(module.fused, (q, k, v, key_mask, True))
+    torch.library.opcheck(attention_triton.fused, (q, k, v, key_mask, True))
 
 
 def test_torch_compile_keeps_the_graph_in_one_piece():
@@ -101,14 +101,15 @@ def test_torch_compile_keeps_the_graph_in_one_piece():
 
 def test_a_width_of_72_is_held_in_80_channels_and_not_in_128():
     tensors = {e: torch.empty(1, 1, 1, e) for e in (32, 56, 64, 72, 112, 128)}
-    widths = {e: sum(module.settings(x, x, None, False)["W"][1:]) for e, x in tensors.items()}
+    widths = {e: sum(attention_triton.settings(x, x, None, False)["W"][1:]) for e, x in tensors.items()}
     assert widths == {32: 32, 56: 64, 64: 64, 72: 80, 112: 128, 128: 128}
 
 
-@pytest.mark.parametrize("change, words", [(dict(INTERPRETED=False), "q is on cpu"), (dict(triton=None), "not installed")])
+@pytest.mark.parametrize("change, words",
+                         [(dict(INTERPRETED=False), "q is on cpu"), (dict(triton=None), "not installed")])
 def test_a_named_backend_that_cannot_run_says_why(change, words, monkeypatch):
     for name, value in change.items():
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(attention_triton, name, value)
     q, k, v, _ = (x if x is None else x.cpu() for x in some(3, 3, 1, 1, 32))
     with pytest.raises(ValueError, match=words):
         attention(q, k, v, backend="triton")
@@ -133,7 +134,8 @@ def some_of_a_grid(n, e, dtype=torch.float32, apart=False):
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("n, e, apart", [(1, 32, False), (17, 32, True), (64, 16, False), (256, 32, True), (150, 64, False)])
+@pytest.mark.parametrize("n, e, apart",
+                         [(1, 32, False), (17, 32, True), (64, 16, False), (256, 32, True), (150, 64, False)])
 def test_fused_linear_attention_equals_its_plain_twin_in_float64(n, e, apart, dtype):
     inputs = some_of_a_grid(n, e, dtype, apart)
     out = linear_attention(*inputs, backend="triton")
@@ -166,8 +168,8 @@ def test_linear_attention_names_what_it_cannot_do(backend, e, words):
 
 
 def test_every_kernel_compiles_for_an_h100_and_uses_its_tensor_cores():
-    script = Path(__file__).parent / "compile_kernels.py"
-    done = subprocess.run([sys.executable, script, "90"], capture_output=True, text=True,
+    command = [sys.executable, "-m", "tests.tools.compile_kernels", "90"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
                           env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"})
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()

@@ -1,9 +1,10 @@
-"""Kills a tiny run at random moments, inside saves too, over all nine stages, and compares its end with a run left alone.
+"""Kills a tiny run at random moments, inside saves too, over all nine stages, and compares its end with a run left
+alone.
 
-    python tests/torture.py --kills 200 [--workers 2] [--seed 0]
+    python -m tests.tools.torture --kills 200 [--workers 2] [--seed 0]
 
-Prints the kills, the checkpoints that were lost or could not be loaded, and the runs that ended in other bits; exit code 1
-where one of the last two is not 0. Each start is a forked process, killed with SIGKILL after a random time.
+Prints the kills, the checkpoints that were lost or could not be loaded, and the runs that ended in other bits; exit
+code 1 where one of the last two is not 0. Each start is a forked process, killed with SIGKILL after a random time.
 """
 
 import argparse
@@ -17,13 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-
 import torch
 
 import train
-from conftest import TINY
 from spar import NAMES, make_config
+from tests.conftest import TINY
 
 TIMES = ("seconds", "images_per_second", "waiting")  # of a log's line: what a clock says
 
@@ -68,7 +67,8 @@ def same(a, b) -> bool:
 
 def torture(kills: int, workers: int, seed: int, folder: Path, steps: int = 12) -> tuple[int, int, int, int]:
     """-> (kills, checkpoints lost or not loadable, runs finished, runs that ended in other bits)"""
-    config = make_config(**TINY | {"steps": (steps,) * 9, "gan_start": 0.3, "save_minutes": 0.0, "workers": workers, "seed": seed})
+    config = make_config(**TINY | {"steps": (steps,) * 9, "gan_start": 0.3, "save_minutes": 0.0, "workers": workers,
+                                   "seed": seed})
     rng, straight, told = random.Random(seed), folder / "straight", folder / "told"
     begun = time.time()
     os.waitpid(start(config, straight, told), 0)
@@ -94,7 +94,8 @@ def torture(kills: int, workers: int, seed: int, folder: Path, steps: int = 12) 
             if gone:
                 break
             here = sorted((NAMES.index(path.name[:2]), int(path.name[3:])) for path in run.glob("resume/*-*[0-9]"))
-            here = max([*here, *((i, steps) for i, name in enumerate(NAMES) if (run / f"{name}.pt").exists())], default=(0, 0))
+            here = max([*here, *((i, steps) for i, name in enumerate(NAMES) if (run / f"{name}.pt").exists())],
+                       default=(0, 0))
             lost += here < furthest  # a checkpoint that was there has gone
             furthest = max(here, furthest)
         runs += 1

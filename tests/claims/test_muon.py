@@ -25,7 +25,8 @@ def test_long_rows_take_the_short_way_to_the_same_result():
 
 def test_what_is_no_matrix_moves_as_in_adam():
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(2))
-    optimizers = Muon([dict(params=[ours], matrices=False, lr=0.1)]), torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99))
+    adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99))
+    optimizers = Muon([dict(params=[ours], matrices=False, lr=0.1)]), adam
     for step in range(5):
         for parameter, optimizer in zip((ours, theirs), optimizers):
             optimizer.zero_grad()

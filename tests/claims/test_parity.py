@@ -175,7 +175,8 @@ def dc_ae(shape):
                 layers_per_block=depths, qkv_multiscales=((),) * resnets + ((5,),) * vit_stages)
     halves = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in half.items()}
     theirs = diffusers.AutoencoderDC(
-        latent_channels=p, decoder_norm_types="rms_norm", decoder_act_fns="silu", **RESAMPLING[resample], **halves).eval()
+        latent_channels=p, decoder_norm_types="rms_norm", decoder_act_fns="silu", **RESAMPLING[resample],
+        **halves).eval()
     vit = rf"^(\w+\.[{''.join(map(str, range(resnets, len(widths))))}]\.\d+\.)"
     return theirs, [
         (r"^stem", "conv_in"), (r"^out", "conv_out"), (r"^norm", "norm_out"), (vit + "qkv", r"\1attn.to_{q,k,v}"),

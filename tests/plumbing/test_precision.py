@@ -1,25 +1,28 @@
 """Half precision learns what full precision learns; what needs float32 stays float32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import train
 from parts.layer import Layer
+from plumbing import devices
 from plumbing.command import UserError
-from spar import NAMES, SPAR
-from test_train import run_stage, state
+from spar import NAMES
+from tests.tools.models import model_of, run_stage, state
 
-# Largest difference of a loss, as a share of it (or of 1, where it is smaller). fp16 skips its first steps, until it has found
-# a scale at which no gradient overflows.
+# Largest difference of a loss, as a share of it (or of 1, where it is smaller). fp16 skips its first steps, until it
+# has found a scale at which no gradient overflows.
 BAND = {"bf16": 0.02, "fp16": 0.03}
 
 
 def losses(precision, name, tiny, folder, **changes):
-    folder.mkdir()
     torch.manual_seed(0)
-    model = SPAR(tiny(precision=precision, steps=(12,) * 9, lr=(1e-3,) * 9, **changes))
+    model = model_of(tiny(precision=precision, steps=(12,) * 9, lr=(1e-3,) * 9, **changes))
     lines = run_stage(model, name, folder)
-    return [{key: value for key, value in line.items() if key == "loss" or key.startswith("L_")} for line in lines], state(model)
+    return [{key: value for key, value in line.items() if key == "loss" or key.startswith("L_")}
+            for line in lines], state(model)
 
 
 @pytest.mark.parametrize("precision", list(BAND))
@@ -30,7 +33,8 @@ def test_every_stage_has_the_losses_of_float32_within_a_band(name, precision, ti
     for a, b in zip(full, half):
         assert a.keys() == b.keys()
         for symbol in a:
-            band = BAND[precision] * (2 if symbol == "L_gan" else 1)  # its adversary has learned from the other pictures
+            band = BAND[precision] * (2
+                                      if symbol == "L_gan" else 1)  # its adversary has learned from the other pictures
             assert abs(a[symbol] - b[symbol]) <= band * max(1, abs(a[symbol])), symbol
     assert full != half  # it did compute in another precision
     assert all(value.dtype == torch.float32 for value in rough.values())
@@ -41,17 +45,15 @@ def test_every_stage_has_the_losses_of_float32_within_a_band(name, precision, ti
 
 @pytest.mark.parametrize("name", ["P1", "P2", "P3", "T3", "U2"])
 def test_every_loss_is_float32(name, tiny, tmp_path):
-    seen = {}
-    stage = next(stage for stage in train.STAGES if stage.name == name)
+    kinds, stage = {}, train.stage_named(name)
 
     def watched(*given):
-        result = stage.compute(*given)
-        seen.update({symbol: value.dtype for symbol, value in result.items()})
-        return result
+        losses, reconstruction = stage.compute(*given)
+        kinds.update({symbol: value.dtype for symbol, value in losses.items()})
+        return losses, reconstruction
 
-    watching = train.Stage(**{**vars(stage), "compute": watched})
-    train.train_stage(SPAR(tiny(precision="bf16")), watching, tmp_path, lambda speed: 0.0)
-    assert seen and set(seen.values()) == {torch.float32}
+    run_stage(model_of(tiny(precision="bf16")), replace(stage, compute=watched), tmp_path)
+    assert kinds and set(kinds.values()) == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["P1", "P2", "U2"])
@@ -80,11 +82,11 @@ def test_a_layer_that_recomputes_keeps_nothing_of_its_inside():
 
 def test_half_precision_is_refused_where_it_is_slower_with_the_factor(monkeypatch):
     clock = iter([0, 1, 1, 2, 2, 3, 3, 4, 10, 50, 50, 90, 90, 130, 130, 170])  # fp32: 1 s a product, bf16: 40 s
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(clock))
     with pytest.raises(UserError, match="takes 40 times as long for products in bf16 as in fp32; use --precision fp32"):
-        train.check_precision("bf16", "cpu")
-    train.check_precision("bf16", "cuda")
-    train.check_precision("fp32", "cpu")
+        devices.check_precision("bf16", "cpu")
+    devices.check_precision("bf16", "cuda")
+    devices.check_precision("fp32", "cpu")
 
 
 def test_compiled_parts_compute_the_same(tiny, tmp_path):
@@ -92,9 +94,42 @@ def test_compiled_parts_compute_the_same(tiny, tmp_path):
     ends = {}
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = SPAR(tiny(compile=compiled))
-        train.compile_parts(model, backend="aot_eager") if compiled else None
-        (tmp_path / str(compiled)).mkdir()
+        model = model_of(tiny(compile=compiled))
+        devices.compile_parts(model, backend="aot_eager") if compiled else None
         ends[compiled] = [run_stage(model, name, tmp_path / str(compiled)) for name in ("T1", "U2")]
     for a, b in zip(*([line for stage in ends[kind] for line in stage] for kind in (False, True))):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [("fp32", "fp16"), ("fp16", "fp32"), ("fp16", "fp16")], ids=" to ".join)
+def test_a_stage_goes_on_in_another_precision(kinds, tiny, tmp_path, monkeypatch, capsys):
+    """From its last step, with the scale of fp16's loss where there is one."""
+    class Left(Exception):
+        pass
+
+    def until(run, stage, step, saved):
+        save(run, stage, step, saved)
+        if step == 8:
+            raise Left
+
+    save, begin, scales = train.save_progress, train.begin, []
+    configs = [tiny(precision=kind, steps=(12,) * 9, save_minutes=0.0) for kind in kinds]
+    with monkeypatch.context() as patch, pytest.raises(Left):
+        patch.setattr(train, "save_progress", until)
+        patch.setattr(train, "begin", lambda module: scales.append(begin(module)) or scales[-1])
+        train.train(configs[0], tmp_path, ["P1"], "cpu")
+    before = scales.pop().scaler.state_dict()
+    monkeypatch.setattr(train, "begin", lambda module: scales.append(begin(module)) or scales[-1])
+    restored, load = [], train.load_newest
+
+    def watched(now, run):
+        result = load(now, run)
+        restored.append((result[0], now.scaler.state_dict()))
+        return result
+
+    monkeypatch.setattr(train, "load_newest", watched)
+    train.train(configs[1], tmp_path, ["P1"], "cpu")
+    assert restored[0][0] == 8 and "going on from the one before" not in capsys.readouterr().out
+    fresh = torch.amp.GradScaler("cpu").state_dict()
+    assert restored[0][1] == {"fp32": {}, "fp16": before or fresh}[kinds[1]]
+    assert (tmp_path / "P1.pt").exists() and all(value.isfinite().all() for value in scales[0].weights.values())

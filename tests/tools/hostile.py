@@ -1,7 +1,7 @@
-"""Files made to do harm, each given to what reads it in a process of its own; prints one JSON line for each: name, what was
-told, seconds, megabytes above the start, and what the process wrote or ran that it should not have.
+"""Files made to do harm, each given to what reads it in a process of its own; prints one JSON line for each: name, what
+was told, seconds, megabytes above the start, and what the process wrote or ran that it should not have.
 
-    python tests/hostile.py FOLDER
+    python -m tests.tools.hostile FOLDER
 """
 
 import io
@@ -18,20 +18,20 @@ import zipfile
 import zlib
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-
 import torch
 import torch.distributed.checkpoint as checkpoints
 
 import train
 from disk.bytepair import load_vocabulary
 from disk.check import check
-from conftest import TINY
-from planted import TALK, chunk, claimed_png, folder_of_captions, picture, record, shard
-from plumbing.checkpoints import BrokenCheckpoint, load_progress, saved_progress
+from plumbing.checkpoints import BrokenCheckpoint, load_progress, saved_progress, sums
+from plumbing.command import UserError
 from plumbing.run_folder import load_run
 from sample import read_picture
 from spar import make_config
+from tests.conftest import TINY
+from tests.tools.models import model_of
+from tests.tools.planted import TALK, chunk, claimed_png, folder_of_captions, picture, record, shard
 
 MARK = Path(sys.argv[1]).resolve() / "HARMED"  # what the files try to write
 
@@ -60,8 +60,15 @@ def a_zip(**files: bytes) -> bytes:
 
 def png_bomb(text: bytes = b"") -> bytes:
     """50 000 × 50 000 pixels that are all there, packed."""
-    rows = zlib.compress(b"\0" * 10**6)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0)) + text + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    rows, size = zlib.compress(b"\0" * 10**6), struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + text + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def text_bomb() -> bytes:
+    """A small picture with a packed text of 200 MB."""
+    size, text = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0), b"a\0\0" + zlib.compress(b"\0" * (200 << 20))
+    rows = chunk(b"IDAT", zlib.compress(b"\0" * 200))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"zTXt", text) + rows + chunk(b"IEND", b"")
 
 
 def long_name_tar(path: Path, size: int, kind: bytes) -> None:
@@ -114,21 +121,16 @@ def set_ema(key, value):
 
 def progress(run: Path, file: str, content: bytes):
     """The run with a hostile file in its last progress, whose checksums are made to fit."""
-    from plumbing.checkpoints import sums
     folder = saved_progress(run, "P1")[-1]
     (folder / file).write_bytes(content)
     (folder / "sums.json").write_text(json.dumps(sums(folder)))
-    stage = train.STAGES[0]
-    model = train.build(make_config(**TINY), "cpu", run, [])
-    load_progress(folder, train.begin(model, stage, train.open_world(model.config, 0, None)).state())
+    load_progress(folder, train.training_of(model_of(make_config(**TINY)), train.STAGES[0]).state())
 
 
 def progress_saved_with(run: Path, harm):
     """The run with a last progress one of whose plain entries is `harm`, as PyTorch itself writes it."""
-    from plumbing.checkpoints import sums
     folder = saved_progress(run, "P1")[-1]
-    model = train.build(make_config(**TINY), "cpu", run, [])
-    state = train.begin(model, train.STAGES[0], train.open_world(model.config, 0, None)).state()
+    state = train.training_of(model_of(make_config(**TINY)), train.STAGES[0]).state()
     checkpoints.save(state | {"step": 2, "seconds": harm}, checkpoint_id=folder, no_dist=True)
     (folder / "sums.json").write_text(json.dumps(sums(folder)))
     load_progress(folder, state | {"step": 0, "seconds": 0.0})
@@ -150,22 +152,28 @@ CASES = {
     "pickle that runs a command as a stage": lambda run, root: stage_file(run, pickled(Bomb())),
     "pickle that evaluates": lambda run, root: stage_file(run, pickled(Eval())),
     "newer pickle that runs a command": lambda run, root: stage_file(run, pickled(Bomb(), 5)),
-    "torch file that runs a command": lambda run, root: stage_file(run, a_zip(**{"data__pkl": pickled(Bomb()), "version": b"3\n"})),
-    "torch file whose weights are a command": lambda run, root: stage_file(run, a_zip(**{"data__pkl": pickled({"ema": Bomb()}), "version": b"3\n"})),
+    "torch file that runs a command":
+        lambda run, root: stage_file(run, a_zip(**{"data__pkl": pickled(Bomb()), "version": b"3\n"})),
+    "torch file whose weights are a command":
+        lambda run, root: stage_file(run, a_zip(**{"data__pkl": pickled({"ema": Bomb()}), "version": b"3\n"})),
     "stage that is text": lambda run, root: stage_file(run, b"hello"),
     "stage of 0 bytes": lambda run, root: stage_file(run, b""),
     "stage cut short": lambda run, root: stage_file(run, (run / "P1.pt").read_bytes()[:-500]),
-    "stage that is a packed bomb": lambda run, root: stage_file(run, a_zip(**{"data__pkl": b"\0" * (1 << 28), "packing": zipfile.ZIP_DEFLATED})),
+    "stage that is a packed bomb":
+        lambda run, root: stage_file(run, a_zip(**{"data__pkl": b"\0" * (1 << 28), "packing": zipfile.ZIP_DEFLATED})),
     "stage that is a list": lambda run, root: stage_file(run, [1, 2, 3]),
     "stage without weights": lambda run, root: stage_file(run, {"ema": {}, "latent_scale": torch.ones(())}),
     "stage whose weights are a number": lambda run, root: stage_file(run, {"ema": 7, "latent_scale": torch.ones(())}),
     "weights of another shape": lambda run, root: edited(run, set_ema("", torch.zeros(3, 3))),
     "weights that are text": lambda run, root: edited(run, set_ema("", "weights")),
-    "weights of another kind": lambda run, root: edited(run, lambda c: c["ema"].update({k: v.double() for k, v in c["ema"].items()})),
+    "weights of another kind":
+        lambda run, root: edited(run, lambda c: c["ema"].update({k: v.double() for k, v in c["ema"].items()})),
     "another model's keys": lambda run, root: edited(run, set_ema("model.layers.0.weight", torch.zeros(2))),
     "key that is a number": lambda run, root: edited(run, set_ema(7, torch.zeros(2))),
-    "NaN weights": lambda run, root: edited(run, lambda c: next(iter(c["ema"].values())).view(-1)[0].fill_(float("nan"))),
-    "infinite weights": lambda run, root: edited(run, lambda c: next(iter(c["ema"].values())).view(-1)[0].fill_(float("inf"))),
+    "NaN weights":
+        lambda run, root: edited(run, lambda c: next(iter(c["ema"].values())).view(-1)[0].fill_(float("nan"))),
+    "infinite weights":
+        lambda run, root: edited(run, lambda c: next(iter(c["ema"].values())).view(-1)[0].fill_(float("inf"))),
     "NaN scale": lambda run, root: edited(run, lambda c: c.update(latent_scale=torch.tensor(float("nan")))),
     "scale that is a matrix": lambda run, root: edited(run, lambda c: c.update(latent_scale=torch.ones(5, 5))),
     "tensor that says to be endless": lambda run, root: edited(run, set_ema("", torch.zeros(1).expand(10**12))),
@@ -180,7 +188,8 @@ CASES = {
     # config and vocabulary
     "config that is text": lambda run, root: ((run / "config.json").write_text("hello"), load_run(run)),
     "config nested too deep": lambda run, root: ((run / "config.json").write_bytes(deep), load_run(run)),
-    "config of 100 MB": lambda run, root: ((run / "config.json").write_text("[" + "1," * (50 << 20) + "1]"), load_run(run)),
+    "config of 100 MB":
+        lambda run, root: ((run / "config.json").write_text("[" + "1," * (50 << 20) + "1]"), load_run(run)),
     "config with a field of nobody's": lambda run, root: changed(run, run_this="rm"),
     "config with a huge width": lambda run, root: changed(run, c=10**6, dit_heads=1000),
     "config with a million layers": lambda run, root: changed(run, dit_layers=10**6),
@@ -189,42 +198,69 @@ CASES = {
     "config with a number too large to be one": lambda run, root: changed(run, d=10**400),
     "config with queries without end": lambda run, root: changed(run, queries=10**8),
     "config with a list for a number": lambda run, root: changed(run, d=[1, 2]),
-    "vocabulary nested too deep": lambda run, root: ((root.mkdir(), (root / "v.json").write_bytes(deep)), load_vocabulary(root / "v.json", 64)),
+    "vocabulary nested too deep":
+        lambda run, root: ((root.mkdir(), (root / "v.json").write_bytes(deep)), load_vocabulary(root / "v.json", 64)),
     "vocabulary whose tokens double": lambda run, root: (root.mkdir(), (root / "v.json").write_text(json.dumps(
         {"merges": [[4, 4]] + [[i, i] for i in range(260, 320)]})), load_vocabulary(root / "v.json", 64)),
     # pictures
     "picture of 50 000 × 50 000": lambda run, root: data(root, x__png=png_bomb()),
     "picture that says to be 2³¹ wide": lambda run, root: data(root, x__png=claimed_png(2**31 - 1, 2**31 - 1)),
     "picture of no size": lambda run, root: data(root, x__png=claimed_png(0, 0)),
-    "picture with a packed text bomb": lambda run, root: data(root, x__png=b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)) +
-                                                              chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * (200 << 20))) + chunk(b"IDAT", zlib.compress(b"\0" * 200)) + chunk(b"IEND", b"")),
-    "picture of 200 MB": lambda run, root: data(root, x__png=lambda path: (path.write_bytes(b"\x89PNG"), os.truncate(path, 200 << 20))),
-    "PostScript by a picture's name": lambda run, root: data(root, x__png=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch " + str(MARK).encode() + b") (w) file\n"),
-    "svg by a picture's name": lambda run, root: data(root, x__png=b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'),
-    "bomb given to sample.py": lambda run, root: (root.mkdir(), (root / "x.png").write_bytes(png_bomb()), read_picture(root / "x.png", 16)),
-    "text given to sample.py": lambda run, root: (root.mkdir(), (root / "x.png").write_bytes(b"hello"), read_picture(root / "x.png", 16)),
+    "picture with a packed text bomb": lambda run, root: data(root, x__png=text_bomb()),
+    "picture of 200 MB":
+        lambda run, root: data(root, x__png=lambda path: (path.write_bytes(b"\x89PNG"), os.truncate(path, 200 << 20))),
+    "PostScript by a picture's name":
+        lambda run, root: data(root, x__png=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch " +
+                               str(MARK).encode() + b") (w) file\n"),
+    "svg by a picture's name":
+        lambda run, root: data(
+            root, x__png=b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'),
+    "bomb given to sample.py":
+        lambda run, root: (root.mkdir(), (root / "x.png").write_bytes(png_bomb()), read_picture(root / "x.png", 16)),
+    "text given to sample.py":
+        lambda run, root: (root.mkdir(), (root / "x.png").write_bytes(b"hello"), read_picture(root / "x.png", 16)),
     # words and records
-    "caption of 1 GB": lambda run, root: data(root, x__png=picture(), x__txt=lambda path: (path.touch(), os.truncate(path, 1 << 30))),
+    "caption of 1 GB":
+        lambda run, root: data(root, x__png=picture(), x__txt=lambda path: (path.touch(), os.truncate(path, 1 << 30))),
     "records nested too deep": lambda run, root: data(root, x__json=b"[" + deep + b"]"),
     "record of 50 MB": lambda run, root: data(root, x__json=b'[{"a": "' + b"x" * (50 << 20) + b'"}]'),
     "number with a million digits": lambda run, root: data(root, x__json=b'[{"image": ' + b"9" * 10**6 + b"}]"),
     "key record nested too deep": lambda run, root: data(root, x__png=picture(), x__json=deep),
-    "record that names /etc/passwd": lambda run, root: data(root, x__json=record(image="/etc/passwd", conversations=TALK).encode()),
-    "record that leads out": lambda run, root: data(root, x__json=record(image="a/../../../etc/passwd", conversations=TALK).encode()),
-    "record that names a device": lambda run, root: data(root, x__json=record(image="dev.png", conversations=TALK).encode(), dev__png=lambda path: os.mkfifo(path)),
-    "record with a control character": lambda run, root: data(root, x__json=record(image="a\u001b[2Jb.png", conversations=TALK).encode()),
+    "record that names /etc/passwd":
+        lambda run, root: data(root, x__json=record(image="/etc/passwd", conversations=TALK).encode()),
+    "record that leads out":
+        lambda run, root: data(root, x__json=record(image="a/../../../etc/passwd", conversations=TALK).encode()),
+    "record that names a device":
+        lambda run, root: data(root, x__json=record(image="dev.png", conversations=TALK).encode(),
+               dev__png=lambda path: os.mkfifo(path)),
+    "record with a control character":
+        lambda run, root: data(root, x__json=record(image="a\u001b[2Jb.png", conversations=TALK).encode()),
     # shards
     "tar with ..": lambda run, root: data(root, x__tar=lambda path: shard(path, [("../../HARMED", b"x")])),
     "tar with an absolute name": lambda run, root: data(root, x__tar=lambda path: shard(path, [(str(MARK), b"x")])),
-    "tar with a link out": lambda run, root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})])),
-    "tar with a hard link out": lambda run, root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"})])),
-    "tar with a device": lambda run, root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.CHRTYPE, "devmajor": 1})])),
-    "tar with a pipe": lambda run, root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.FIFOTYPE})])),
-    "tar with a name of 4 GB": lambda run, root: data(root, x__tar=lambda path: long_name_tar(path, 4 << 30, tarfile.GNUTYPE_LONGNAME)),
-    "tar with 4 GB of header": lambda run, root: data(root, x__tar=lambda path: long_name_tar(path, 4 << 30, tarfile.XHDTYPE)),
-    "tar with 4 GB of common header": lambda run, root: data(root, x__tar=lambda path: long_name_tar(path, 4 << 30, tarfile.XGLTYPE)),
+    "tar with a link out":
+        lambda run, root: data(
+            root,
+            x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})])),
+    "tar with a hard link out":
+        lambda run, root: data(
+            root,
+            x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.LNKTYPE, "linkname": "/etc/passwd"})])),
+    "tar with a device":
+        lambda run, root: data(
+            root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.CHRTYPE, "devmajor": 1})])),
+    "tar with a pipe":
+        lambda run, root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.FIFOTYPE})])),
+    "tar with a name of 4 GB":
+        lambda run, root: data(root, x__tar=lambda path: long_name_tar(path, 4 << 30, tarfile.GNUTYPE_LONGNAME)),
+    "tar with 4 GB of header":
+        lambda run, root: data(root, x__tar=lambda path: long_name_tar(path, 4 << 30, tarfile.XHDTYPE)),
+    "tar with 4 GB of common header":
+        lambda run, root: data(root, x__tar=lambda path: long_name_tar(path, 4 << 30, tarfile.XGLTYPE)),
     "tar whose file says to be 8 EB": lambda run, root: data(root, x__tar=endless_member),
-    "sparse tar": lambda run, root: data(root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.GNUTYPE_SPARSE})])),
+    "sparse tar":
+        lambda run, root: data(
+            root, x__tar=lambda path: shard(path, [("q.png", b"", {"type": tarfile.GNUTYPE_SPARSE})])),
 }
 
 
@@ -237,13 +273,14 @@ def judge(name: str, case, sound: Path, folder: Path) -> dict:
         faults = case(run, root)
         refused = isinstance(faults, list) and 1 <= len(faults) <= 2
         told = faults[-1] if refused else f"not refused: {faults!r}"[:200]
-    except (BrokenCheckpoint, ValueError, OSError, train.UserError) as error:
+    except (BrokenCheckpoint, ValueError, OSError, UserError) as error:
         told, refused = str(error), True
     except BaseException as error:
         told, refused = f"{type(error).__name__}: {error}", False
     seconds = time.time() - start
     megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"name": name, "refused": refused, "told": told, "seconds": seconds, "megabytes": megabytes, "harmed": MARK.exists()}
+    return {"name": name, "refused": refused, "told": told, "seconds": seconds, "megabytes": megabytes,
+            "harmed": MARK.exists()}
 
 
 def main() -> None:

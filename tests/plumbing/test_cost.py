@@ -1,38 +1,35 @@
 """Forecasts say what really happens, and cost nothing themselves."""
 
+import json
 import resource
 from dataclasses import replace
 
 import pytest
 import torch
 
-import cost
-import train
-from data import Batches
 from benchmarks.attention import compare
-from spar import NAMES, SPAR, make_config
-from stages import STAGES, Objective, freeze_the_rest, prepare, wanted_terms
+from plumbing import cost
+from spar import NAMES, make_config
+from tests.tools.models import model_of
+from train import one_batch, some_steps, stage_named, step_module
 
 
-def stage(name):
-    return next(stage for stage in STAGES if stage.name == name)
+def forecast(config, name) -> dict[str, float]:
+    return cost.forecast(config, stage_named(name), one_batch, step_module)
 
 
 def really_kept(config, which) -> int:
     """Bytes that autograd keeps of a forward on real tensors."""
     torch.manual_seed(0)
-    model = SPAR(config)
-    read = Batches(config, which.name, which.sample, which.shares(config))[0]
-    objective = Objective(model, which, prepare(model, which))
-    freeze_the_rest(model, which)
-    own, seen = {p.untyped_storage().data_ptr() for p in objective.parameters()}, {}
+    module = step_module(model_of(config), which)
+    own, seen = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
 
     def pack(x):
         seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        losses = objective(read, wanted_terms(which, config))
+        losses = module(one_batch(config, which), which.loss_weights(config))[0]
     assert losses
     return sum(size for key, size in seen.items() if key not in own)
 
@@ -41,36 +38,40 @@ def really_kept(config, which) -> int:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_forecast_of_activations_is_what_a_real_step_keeps(name, precision, tiny):
     config = tiny(batch=(cost.PROBE,) * 9, precision=precision)
-    assert cost.forecast(config, stage(name))["activations"] == pytest.approx(really_kept(config, stage(name)), rel=0.02)
+    kept = really_kept(config, stage_named(name))
+    assert forecast(config, name)["activations"] == pytest.approx(kept, rel=0.02)
 
 
 def test_memory_grows_with_the_batch_and_recomputing_layers_saves_it(tiny):
     deep = tiny(dit_layers=8, batch=(8,) * 9)
-    one, more, less = (cost.forecast(config, stage("U2"))["activations"] for config in (
+    one, more, less = (forecast(config, "U2")["activations"] for config in (
         deep, replace(deep, batch=(16,) * 9), replace(deep, checkpointing=True)))
     assert more == 2 * one and less < 0.6 * one
 
 
 def test_the_arithmetic_of_a_step_is_that_of_its_products(tiny):
-    """The DiT's matrices on its own tokens, forward and twice backward, counted by hand, are most of what a deep one costs."""
+    """The DiT's matrices on its tokens, forward and twice backward, by hand, are most of what a deep one costs."""
     config = tiny(dit_layers=8)
-    found, twice = cost.forecast(config, stage("P3")), cost.forecast(replace(config, batch=(16,) * 9), stage("P3"))
-    tokens = config.draws * 8 * config.grid**2
-    by_hand = 3 * 2 * tokens * config.dit_layers * config.c**2 * (4 + 2 + 7.5)  # self-attention, cross-attention, Mix-FFN
+    found, twice = forecast(config, "P3"), forecast(replace(config, batch=(16,) * 9), "P3")
+    tokens = config.noises_per_picture * 8 * config.grid**2
+    matrices = 4 + 2 + 7.5  # of self-attention, cross-attention and Mix-FFN, in c²
+    by_hand = 3 * 2 * tokens * config.dit_layers * config.c**2 * matrices
     assert by_hand < found["dit_flops"] < found["flops"] and twice["flops"] == 2 * found["flops"]
-    assert cost.forecast(replace(config, checkpointing=True), stage("P3"))["flops"] == found["flops"]  # twice is no progress
+    assert forecast(replace(config, checkpointing=True), "P3")["flops"] == found["flops"]  # twice is no progress
 
 
 def test_a_forecast_for_a_billion_parameters_takes_no_memory_for_them():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = cost.forecast(make_config(preset="full"), stage("U1"))
+    found = forecast(make_config(preset="full"), "U1")
     assert found["all"] == pytest.approx(2011.2e6, rel=1e-4)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5e6  # KiB; the weights alone have 8 GB
 
 
-def test_a_bench_times_steps_and_what_alignment_and_routing_cost(tiny, monkeypatch):
-    monkeypatch.setattr(cost, "STAGES", [stage("P2"), stage("U2")])
-    result = cost.bench(tiny(), "cpu", lambda *given: train.some_steps(*given, "cpu"), rounds=1)
+def test_a_bench_times_steps_and_what_alignment_and_routing_cost(tiny, tmp_path):
+    stages = [stage_named("P2"), stage_named("U2")]
+    result = cost.bench(tiny(), "cpu", tmp_path / "out", stages, one_batch, step_module,
+                        lambda *given: some_steps(*given, "cpu"), rounds=1)
+    assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
     assert set(result["stages"]) == {"P2", "U2"} and result["L_align"] > 0 and result["DTR"] > 0
     for found in result["stages"].values():
         assert found["step"] > 0 and 0 <= found["waiting"] < 1 and found["flops"] > 0

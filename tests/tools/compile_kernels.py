@@ -1,18 +1,15 @@
-"""Compiles the fused kernels for a GPU that need not be here (default: compute capability 9.0, an H100), and prints what each
-takes: `python tests/compile_kernels.py [90] [--all]`. With --all each of the tile sizes that are tried on the GPU."""
+"""Compiles the fused kernels for a GPU that need not be here (default: compute capability 9.0, an H100), and prints
+what each takes: `python -m tests.tools.compile_kernels [90] [--all]`. With --all each of the tile sizes that are tried
+on the GPU."""
 
 import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import attention
-import linear_attention
+from parts import attention_triton, linear_attention
 
 POINTERS = ("Q", "K", "V", "OUT", "GRAD", "DQ", "DK", "DV")
 
@@ -36,14 +33,16 @@ def compiled(kernel, kind: str, constants: dict, warps: int, stages: int, capabi
 
 
 def main(capability: int, blocks: list) -> None:
-    for kernel in (attention.forward_kernel, attention.rows_kernel, attention.columns_kernel):
-        for e, kind, causal, masked in ((64, "bf16", True, False), (72, "fp16", False, True), (128, "bf16", False, False),
+    for kernel in (attention_triton.forward_kernel, attention_triton.rows_kernel, attention_triton.columns_kernel):
+        for e, kind, causal, masked in ((64, "bf16", True, False), (72, "fp16", False, True),
+                                        (128, "bf16", False, False),
                                         (64, "fp32", True, True)):
             x = torch.empty(1, 1, 64, e)
-            known = attention.settings(x, x, x if masked else None, causal)
+            known = attention_triton.settings(x, x, x if masked else None, causal)
             for rows, columns, warps, stages in blocks:
                 constants = {key: known[key] for key in ("W", "CAUSAL", "MASKED")} | {"ROWS": rows, "COLUMNS": columns}
-                found = compiled(kernel.fn, kind, constants if masked else constants | {"MASK": None}, warps, stages, capability)
+                found = compiled(kernel.fn, kind, constants if masked else constants | {"MASK": None}, warps, stages,
+                                 capability)
                 report(kernel.fn.__name__, e, kind, (rows, columns), found)
     for kernel in (linear_attention.linear_forward, linear_attention.linear_backward):
         report(kernel.__name__, 32, "bf16", (64, 32), compiled(kernel, "bf16", {"E": 32, "ROWS": 64}, 4, 3, capability))
@@ -51,9 +50,11 @@ def main(capability: int, blocks: list) -> None:
 
 def report(name: str, e: int, kind: str, tile: tuple, found) -> None:
     units = "wgmma" if "wgmma" in found.asm["ptx"] else "mma" if "mma.sync" in found.asm["ptx"] else "none"
-    print(f"{name:16} width {e:3} {kind} tile {tile}: {found.metadata.shared / 1024:5.0f} KiB shared, tensor cores by {units}")
+    shared = found.metadata.shared / 1024
+    print(f"{name:16} width {e:3} {kind} tile {tile}: {shared:5.0f} KiB shared, tensor cores by {units}")
 
 
 if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
-    main(numbers[0] if numbers else 90, attention.BLOCKS if "--all" in sys.argv else attention.BLOCKS[3:4])
+    main(numbers[0] if numbers else 90,
+         attention_triton.BLOCKS if "--all" in sys.argv else attention_triton.BLOCKS[3:4])

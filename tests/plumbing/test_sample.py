@@ -1,39 +1,33 @@
 """Claims about use: each command does its work, and wrong input ends in one line with nothing written."""
 
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import train
-from conftest import TINY
 from plumbing.run_folder import load_config, load_run
-from spar import make_config
-
-ROOT = Path(__file__).parent.parent
+from tests.tools.commands import Ended, call, subprocess_of
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    train.train(make_config(**TINY), folder, list(train.NAMES), "cpu", None)
+def run(whole_run, tmp_path_factory):
+    folder = shutil.copytree(whole_run, tmp_path_factory.mktemp("sample") / "run")
     Image.new("RGB", (16, 16), "white").save(folder / "exact.png")
     Image.new("RGB", (50, 30), "white").save(folder / "other.png")
     (folder / "text.png").write_text("no picture")
     return folder
 
 
-def sample(run: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "sample.py", *arguments, "--run", str(run)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def sample(run: Path, *arguments: str) -> Ended:
+    return call("sample.py", *arguments, "--run", run)
 
 
-@pytest.mark.parametrize("arguments", [("generate", "a red circle"), ("edit", "--image", "{exact}", "make the red circle blue"),
-                                       ("reconstruct", "--image", "{exact}"), ("route", "two green circles"),
-                                       ("generate", "a red circle", "--count", "3", "--sampler", "euler", "--steps", "4")])
+@pytest.mark.parametrize("arguments", [
+    ("generate", "a red circle"), ("edit", "--image", "{exact}", "make the red circle blue"),
+    ("reconstruct", "--image", "{exact}"), ("route", "two green circles"),
+    ("generate", "a red circle", "--count", "3", "--sampler", "euler", "--steps", "4")])
 def test_every_use_writes_its_picture(arguments, run, tmp_path):
     arguments = [a.format(exact=run / "exact.png") for a in arguments]
     done = sample(run, *arguments, "--out", str(tmp_path / "out.png"))
@@ -41,16 +35,31 @@ def test_every_use_writes_its_picture(arguments, run, tmp_path):
     assert Image.open(tmp_path / "out.png").size[0] >= 16
 
 
+def test_a_process_of_its_own_draws_the_same_picture(run, tmp_path):
+    options = "generate", "a red circle", "--run", run, "--out"
+    done = subprocess_of("sample.py", *options, tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert call("sample.py", *options, tmp_path / "b.png").returncode == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_ask_prints_an_answer_and_a_picture_of_another_size_is_resized_and_said(run):
     done = sample(run, "ask", "--image", str(run / "other.png"), "how many objects are there ?")
     assert done.returncode == 0 and "resized from 50×30 to 16×16" in done.stdout
 
 
-@pytest.mark.parametrize("flag", [("--seed", "1"), ("--guidance", "9"), ("--steps", "2"), ("--sampler", "euler"), ("--no-rewrite",)])
-def test_every_option_changes_the_picture(flag, run, tmp_path):
-    for name, extra in (("a.png", ()), ("b.png", flag)):
-        assert sample(run, "generate", "a red circle", "--out", str(tmp_path / name), *extra).returncode == 0
-    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+@pytest.fixture(scope="module")
+def plain_picture(run, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain") / "plain.png"
+    assert sample(run, "generate", "a red circle", "--out", str(path)).returncode == 0
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("flag", [
+    ("--seed", "1"), ("--guidance", "9"), ("--steps", "2"), ("--sampler", "euler"), ("--no-rewrite",)])
+def test_every_option_changes_the_picture(flag, run, plain_picture, tmp_path):
+    assert sample(run, "generate", "a red circle", "--out", str(tmp_path / "other.png"), *flag).returncode == 0
+    assert (tmp_path / "other.png").read_bytes() != plain_picture
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -58,11 +67,11 @@ def test_every_option_changes_the_picture(flag, run, tmp_path):
     (("ask", "what is it ?", "--image", "{run}/text.png"), "no png, jpg or webp inside"),
     (("ask", "what is it ?", "--image", "{run}/none.png"), "No such file"),
     (("reconstruct", "--image", "{run}"), "Is a directory"), (("edit", "remove it"), "--image"),
-    (("generate", "a circle", "--out", "x.txt"), ".png"), (("export", "--out", "x.pt"), ".safetensors"), (("generate", "a circle", "--count", "0"), "at least 1"),
+    (("generate", "a circle", "--out", "x.txt"), ".png"), (("export", "--out", "x.pt"), ".safetensors"),
+    (("generate", "a circle", "--count", "0"), "at least 1"),
     (("generate", "a circle", "--sede", "1"), "did you mean --seed"), (("paint", "a circle"), "invalid choice")])
 def test_wrong_input_ends_in_one_line_with_nothing_written(arguments, words, run, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "sample.py", *(a.format(run=run) for a in arguments), "--run", str(run)],
-                          capture_output=True, text=True, cwd=tmp_path)
+    done = call("sample.py", *(a.format(run=run) for a in arguments), "--run", run, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from spar import SPAR
+from tests.tools.models import model_of
 
 
 @pytest.fixture
 def model(tiny):
-    return SPAR(tiny()).eval()
+    return model_of(tiny()).eval()
 
 
 def test_a_prompt_is_written_out_the_same_for_the_same_seed_and_in_words_that_can_be_drawn(model):

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-import data
+from world import language
 from world.language import FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, grounding, question, twin
 from world.judge import fulfils
 from world.drawing import (COLOURS, HELD_OUT, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene, draw,
@@ -67,7 +67,8 @@ def test_another_seed_split_epoch_or_index_gives_others(what):
 
 def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch):
     drawn = []
-    monkeypatch.setattr(data, "draw", lambda scenes, side=32: drawn.extend(scenes) or torch.zeros(len(scenes), 3, 1, 1))
+    nothing = lambda scenes, side=32: drawn.extend(scenes) or torch.zeros(len(scenes), 3, 1, 1)
+    monkeypatch.setattr(language, "draw", nothing)
     world, indices = DrawnWorld(), range(3000)
     world.pictures(indices)
     _, talks = world.conversations(indices)
@@ -115,7 +116,7 @@ def test_facts_that_no_caption_tells_change_the_pixels_and_not_the_caption():
 
 
 def right_answers(scene, text):
-    """Every right answer, read off the words and the scene without data.py's own reading."""
+    """Every right answer, read off the words and the scene without world/language.py's own reading."""
     things, words = scene.objects, text.split()
 
     def named(label):  # "green", "circle", "object", "top-left" in any order
@@ -136,8 +137,9 @@ def right_answers(scene, text):
         return [" and ".join(answer for part in text.split(" and ") for answer in right_answers(scene, part))]
     if found := re.fullmatch(r"how is the (picture|background)", text):
         return [scene.style if found[1] == "picture" else PLAIN_NAMES.get(scene.background.tint, "")]
-    return [what_changes(words, t) for t in things if words[0] == "add" or words[2] in ("background", "picture")
-            or f"the {t.colour} {t.shape}" in text][:1 if words[0] == "add" or words[2] in ("background", "picture") else 3]
+    of_the_whole = words[0] == "add" or words[2] in ("background", "picture")
+    return [what_changes(words, t) for t in things if of_the_whole
+            or f"the {t.colour} {t.shape}" in text][:1 if of_the_whole else 3]
 
 
 def what_changes(words, thing):
@@ -222,7 +224,8 @@ def test_facts_told_in_words_alone_are_never_shown():
 def objects_said(text):
     """The objects that a whole caption names; "a large red circle top-left , …"."""
     said = [re.fullmatch(r"an? (\w+) (\w+) (\w+) (\S+)", part) for part in text.split(" , ")]
-    return [Object(shape, colour, size, PLACES.index(place)) for size, colour, shape, place in (match.groups() for match in said)]
+    facts = [match.groups() for match in said]
+    return [Object(shape, colour, size, PLACES.index(place)) for size, colour, shape, place in facts]
 
 
 @pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "part", "knowledge"))

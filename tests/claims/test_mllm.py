@@ -1,20 +1,22 @@
+"""The language side: words, the causal LLM and its cache, answers, and the way to the condition."""
+
 import pytest
 import torch
 
-from parts.layer import sine_positions
-from mllm import MLLM, LanguageModel, rotary, rotate
-from parts.words import UnknownWords, WordTokenizer
-from router import FUSIONS
+from mllm import MLLM, LanguageModel
+from parts.positions import rotary, rotate, sine_positions
+from parts.words import Turns, UnknownWords, WordTokenizer, dialogue as dialogue_of
+from router import ROUTERS
 
 WORDS = WordTokenizer("a red blue green circle square left of what is it ,".split())
 TEXT, T = ("a red circle left of it", "blue square"), 7  # T: <bos> and six words
 D, QUERIES, VISUAL = 32, 9, 4
 
 
-def model(fusion="dtr"):
+def model(router="dtr"):
     torch.manual_seed(0)
     llm = LanguageModel(len(WORDS), D, 4, 4, 2, 48)
-    mllm = MLLM(WORDS, llm, k=2, queries=QUERIES, connector_layers=2, condition_width=16, fusion=fusion).double()
+    mllm = MLLM(WORDS, llm, k=2, queries=QUERIES, connector_layers=2, condition_width=16, router=router).double()
     for parameter in mllm.parameters():  # at their first size, weights of 0.02 let no token feel another
         torch.nn.init.normal_(parameter, std=0.4)
     return mllm
@@ -149,34 +151,66 @@ def test_sampled_answers_are_the_same_for_the_same_seed_and_differ_for_another()
 
 
 def dialogue():
-    """Two right-padded rows, which places the model says, and what comes before each: a picture."""
+    """Two right-padded rows, which places the model says, and what comes before each: <bos> and a picture."""
     ids = torch.tensor([WORDS.encode("what is it of a red circle") + [2], WORDS.encode("is it of a") + [2, 0, 0, 0]])
     return ids, torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0]]).bool(), pictures(2)
+
+
+def turns(ids, said, owner=None):
+    return Turns(ids, *said.nonzero(as_tuple=True), owner)
+
+
+def prefix(mllm, f_v):
+    """<bos> and the places of the visual tokens, read."""
+    return mllm.read_prefix(prompts(*[""] * len(f_v), n=VISUAL)[0], f_v)
 
 
 def test_text_loss_is_the_mean_over_the_places_said_of_each_row_read_alone_after_its_own_picture():
     mllm, (ids, said, before) = model(), dialogue()
     losses = []
     for row, places, first in zip(ids, said, before):
-        logits = mllm.llm.logits(mllm.llm(torch.cat([first, mllm.llm.embedding(row)])[None])[0][-1][0])
-        losses += [-logits[VISUAL + i - 1].log_softmax(-1)[row[i]].item() for i in range(len(row)) if places[i]]
-    assert mllm.text_loss(ids, said.nonzero(as_tuple=True), mllm.llm(before)[1]).item() == pytest.approx(sum(losses) / 6)
-    loss = mllm.text_loss(ids.flip(0), said.flip(0).nonzero(as_tuple=True), mllm.llm(before)[1], owner=torch.tensor([1, 0]))
+        whole = torch.cat([mllm.llm.embedding(torch.tensor([WORDS.bos_id])), first, mllm.llm.embedding(row)])
+        logits = mllm.llm.logits(mllm.llm(whole[None])[0][-1][0])
+        losses += [-logits[VISUAL + i].log_softmax(-1)[row[i]].item() for i in range(len(row)) if places[i]]
+    loss = mllm.text_loss(turns(ids, said), prefix(mllm, before))
+    assert loss.item() == pytest.approx(sum(losses) / 6)
+    loss = mllm.text_loss(turns(ids.flip(0), said.flip(0), torch.tensor([1, 0])), prefix(mllm, before))
     assert loss.item() == pytest.approx(sum(losses) / 6)
 
 
 def test_text_loss_ignores_words_after_the_last_place_said():
     mllm, (ids, said, before) = model(), dialogue()
-    (_, cache), other = mllm.llm(before), ids.clone()
-    loss = mllm.text_loss(ids, said.nonzero(as_tuple=True), cache)
+    start, other = prefix(mllm, before), ids.clone()
+    loss = mllm.text_loss(turns(ids, said), start)
     other[1, 5:] = 7
-    assert torch.equal(mllm.text_loss(other, said.nonzero(as_tuple=True), cache), loss)
+    assert torch.equal(mllm.text_loss(turns(other, said), start), loss)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_answer_to_an_empty_question_follows_the_picture_as_it_does_when_the_model_answers():
+    """A conversation whose question is the image sign alone: its first word follows the prefix's last state."""
+    mllm, f_v = model(), pictures(2)
+    replies = ["red", "circle of a"]
+    batch = dialogue_of(WORDS, [("", reply) for reply in replies])
+    first = [batch.columns[batch.rows == row].min().item() for row in (0, 1)]
+    assert first == [0, 0]  # nothing stands before it in its row
+    start, losses = prefix(mllm, f_v), []
+    for reply, picture in zip(replies, f_v):
+        ids, words = prompts("", n=VISUAL)[0], [*WORDS.encode(reply), WORDS.eos_id]
+        for word in words:  # as `answer` goes on: behind <bos> and the picture, word after word
+            states = mllm.llm(mllm.embed(ids, picture[None]))[0][-1]
+            losses.append(-mllm.llm.logits(states[0, -1]).log_softmax(-1)[word].item())
+            ids = torch.cat([ids, torch.tensor([[word]])], 1)
+    assert mllm.text_loss(batch, start).item() == pytest.approx(sum(losses) / len(losses))
+    ids, mask = prompts("", "", n=VISUAL)
+    likeliest = mllm.llm.logits(start.last[:, 0]).argmax(-1).tolist()
+    assert [reply[:1] for reply in mllm.answer(ids, mask, f_v, 1)] == [
+        [] if word == WORDS.eos_id else [word] for word in likeliest]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("n", [0, VISUAL])
-def test_condition_equals_one_pass_over_the_whole_sequence_in_values_and_gradients(fusion, n):
-    mllm, (ids, mask), f_v = model(fusion), prompts(*TEXT, n=n), pictures(2) if n else None
+def test_condition_equals_one_pass_over_the_whole_sequence_in_values_and_gradients(router, n):
+    mllm, (ids, mask), f_v = model(router), prompts(*TEXT, n=n), pictures(2) if n else None
     mllm.llm.requires_grad_(False)
     full = torch.cat([mask, torch.ones(2, QUERIES, dtype=torch.bool)], 1)
     hidden, _ = mllm.llm(torch.cat([mllm.embed(ids, f_v), mllm.queries.expand(2, -1, -1)], 1), full)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from router import FUSIONS, layer_choice
+from router import ROUTERS, layer_choice
 
 B, L, K, D = 2, 5, 4, 16
 
@@ -12,12 +12,12 @@ def states():
 
 
 def test_dtr_starts_as_the_mean():
-    assert torch.equal(FUSIONS["dtr"](D, K).weights(torch.randn(2, 3, K, D)), torch.full((2, 3, K), 1 / K))
+    assert torch.equal(ROUTERS["dtr"](D, K).weights(torch.randn(2, 3, K, D)), torch.full((2, 3, K), 1 / K))
 
 
-def fusion(name, like=None):
+def router_named(name, like=None):
     torch.manual_seed(1)
-    module = FUSIONS[name](D, K).double()
+    module = ROUTERS[name](D, K).double()
     for parameter in module.norm.parameters():
         torch.nn.init.normal_(parameter)
     if name == "dtr":  # it starts as the mean, where no claim about choosing could fail
@@ -27,16 +27,16 @@ def fusion(name, like=None):
     return module
 
 
-@pytest.mark.parametrize("name", FUSIONS)
-def test_the_weights_of_every_fusion_are_shares_that_sum_to_1(name):
-    out, w = fusion(name)(states())
+@pytest.mark.parametrize("name", ROUTERS)
+def test_the_weights_of_every_router_are_shares_that_sum_to_1(name):
+    out, w = router_named(name)(states())
     assert out.shape == (B, L, D) and w.shape == (B, L, K)
     assert (w >= 0).all()
     torch.testing.assert_close(w.sum(-1), torch.ones(B, L).double())
 
 
 def test_dtr_weights_differ_from_token_to_token_and_follow_the_deepest_state_alone():
-    H, dtr = states(), fusion("dtr")
+    H, dtr = states(), router_named("dtr")
     w = dtr(H)[1]
     assert (w[0, 0] - w[0, 1]).abs().max() > 1e-3
     shallow, deep = H.clone(), H.clone()
@@ -47,7 +47,7 @@ def test_dtr_weights_differ_from_token_to_token_and_follow_the_deepest_state_alo
 
 
 def test_dtr_is_the_equation_of_the_paper_written_as_loops_in_values_and_gradients():
-    H, dtr = states().requires_grad_(), fusion("dtr")
+    H, dtr = states().requires_grad_(), router_named("dtr")
     torch.nn.init.normal_(dtr.alpha)
     dtr.temperature = 0.5
     out, _ = dtr(H)
@@ -62,29 +62,29 @@ def test_dtr_is_the_equation_of_the_paper_written_as_loops_in_values_and_gradien
 
 
 def test_dtr_with_all_weight_on_the_last_layer_equals_last():
-    dtr = fusion("dtr")
+    dtr = router_named("dtr")
     with torch.no_grad():
         dtr.gate[2].bias[-1] = 1000
-    for a, b in zip(dtr(states()), fusion("last", dtr)(states())):
+    for a, b in zip(dtr(states()), router_named("last", dtr)(states())):
         torch.testing.assert_close(a, b)
 
 
 def test_dtr_with_uniform_weights_equals_mean():
-    dtr = fusion("dtr")
+    dtr = router_named("dtr")
     for parameter in dtr.gate[2].parameters():
         torch.nn.init.zeros_(parameter)
-    for a, b in zip(dtr(states()), fusion("mean", dtr)(states())):
+    for a, b in zip(dtr(states()), router_named("mean", dtr)(states())):
         torch.testing.assert_close(a, b)
 
 
 def test_a_low_temperature_lets_each_token_choose_one_layer():
-    dtr = fusion("dtr")
+    dtr = router_named("dtr")
     dtr.temperature = 1e-6
     assert (dtr(states())[1].amax(-1) > 0.999).all()
 
 
 def test_a_layer_whose_alpha_is_0_is_not_heard():
-    H, dtr = states(), fusion("dtr")
+    H, dtr = states(), router_named("dtr")
     with torch.no_grad():
         dtr.alpha[1] = 0
     changed = H.clone()
@@ -95,7 +95,7 @@ def test_a_layer_whose_alpha_is_0_is_not_heard():
 
 
 def test_every_layer_of_every_token_and_alpha_and_gate_get_gradient_from_dtr():
-    H, dtr = states().requires_grad_(), fusion("dtr")
+    H, dtr = states().requires_grad_(), router_named("dtr")
     (dtr(H)[0] * torch.randn(B, L, D)).sum().backward()
     assert (H.grad.abs().amax(-1) > 1e-6).all()
     assert (dtr.alpha.grad.abs() > 1e-6).all()
@@ -104,7 +104,7 @@ def test_every_layer_of_every_token_and_alpha_and_gate_get_gradient_from_dtr():
 
 
 def test_static_gives_all_tokens_the_same_weights_whatever_they_are_and_learns_them():
-    static = fusion("static")
+    static = router_named("static")
     torch.nn.init.normal_(static.logits)
     out, w = static(states())
     assert torch.equal(w, w[:1, :1].expand(B, L, K)) and (w[0, 0, 0] - w[0, 0, 1]).abs() > 1e-3
@@ -114,22 +114,22 @@ def test_static_gives_all_tokens_the_same_weights_whatever_they_are_and_learns_t
 
 
 def test_concat_is_one_matrix_over_the_states_side_by_side():
-    H, concat = states(), fusion("concat")
+    H, concat = states(), router_named("concat")
     mixed = torch.cat([H[:, :, k] for k in range(K)], -1) @ concat.blocks.weight.T
     torch.testing.assert_close(concat(H)[0], concat.W_p(concat.norm(mixed)))
 
 
 def test_concat_gives_a_layer_whose_block_is_zero_no_share():
-    concat = fusion("concat")
+    concat = router_named("concat")
     with torch.no_grad():
         concat.blocks.weight[:, 2 * D:3 * D] = 0
     w = concat(states())[1]
     assert (w[..., 2] == 0).all() and (w[..., [0, 1, 3]] > 0.05).all()
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_change_of_one_token_moves_no_other_token(name):
-    H, module = states(), fusion(name)
+    H, module = states(), router_named(name)
     changed = H.clone()
     changed[0, 2] += torch.randn(K, D)
     difference = (module(changed)[0] - module(H)[0]).abs().amax(-1)
@@ -138,9 +138,9 @@ def test_a_change_of_one_token_moves_no_other_token(name):
     assert (difference < 1e-12).all()
 
 
-def test_the_five_fusions_differ_pairwise():
-    dtr = fusion("dtr")
-    modules = {"dtr": dtr, **{name: fusion(name, dtr) for name in FUSIONS if name != "dtr"}}
+def test_the_five_routers_differ_pairwise():
+    dtr = router_named("dtr")
+    modules = {"dtr": dtr, **{name: router_named(name, dtr) for name in ROUTERS if name != "dtr"}}
     torch.nn.init.normal_(modules["static"].logits)  # from zero it starts as the mean
     outs = [module(states())[0] for module in modules.values()]
     assert len(outs) == 5

@@ -16,7 +16,7 @@ FIRST_WORDS = {"add": "add", "adjust": "make the", "extract": "extract", "replac
 
 
 def follow(instruction, scene):
-    """The scene that the words ask for, read without data.py's own writing."""
+    """The scene that the words ask for, read without world/language.py's own writing."""
     if " and " in instruction:
         for part in instruction.split(" and "):
             scene = follow(part, scene)

@@ -46,7 +46,9 @@ def test_it_is_read_back_and_travels_to_other_processes(tmp_path):
     assert again.encode(TEXTS[0]) == BytePairTokenizer(merges).encode(TEXTS[0])
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"merges": [[1, 2]]}', '{"merges": [[4, 999]]}', '{"merges": [["a", 4]]}', '{"merges": 3}',
+@pytest.mark.parametrize("content",
+                         ["", "{}", "[]", '{"merges": [[1, 2]]}', '{"merges": [[4, 999]]}', '{"merges": [["a", 4]]}',
+                          '{"merges": 3}',
                                      '{"merges": ' + str([[4, 4]] + [[i, i] for i in range(260, 290)]) + "}"])
 def test_a_file_that_is_no_vocabulary_is_told_in_one_line(content, tmp_path):
     (tmp_path / "v.json").write_text(content)

@@ -1,0 +1,169 @@
+"""Claims about the measures: they equal values computed in other ways, and a run is measured the same twice."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from evaluate import TABLES, Protocol, evaluate, evaluation_id
+from parts.metrics import frechet_distance, psnr, ssim
+from plumbing import pictures
+from plumbing.pictures import draw_report
+from plumbing.run_folder import load_run
+from spar import NAMES
+from tests.tools.commands import call
+from world.language import EDIT_KINDS, PROMPT_KINDS
+
+
+def test_psnr_equals_the_formula_by_hand():
+    a = torch.zeros(1, 3, 4, 4)
+    b = a.clone()
+    b[0, 0, 0, 0] = 0.5  # in [0, 1] an error of 0.25 in one of 48 values
+    assert psnr(a, b).item() == pytest.approx(10 * math.log10(1 / (0.25**2 / 48)), abs=1e-4)
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, 0, 0] = True
+    assert psnr(a, b, mask).item() == pytest.approx(10 * math.log10(1 / (0.25**2 / 3)), abs=1e-4)
+    assert psnr(a, a).item() == math.inf
+
+
+def test_ssim_equals_a_loop_over_windows():
+    torch.manual_seed(0)
+    a = torch.rand(2, 3, 16, 14) * 2 - 1
+    b = (a + 0.3 * torch.randn_like(a)).clamp(-1, 1)
+    line = np.exp(-(np.arange(11) - 5) ** 2 / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+    wanted = []
+    for x, y in zip(((a + 1) / 2).double().numpy(), ((b + 1) / 2).double().numpy()):
+        scores = []
+        for c in range(3):
+            for i in range(16 - 10):
+                for j in range(14 - 10):
+                    p, q = x[c, i:i + 11, j:j + 11], y[c, i:i + 11, j:j + 11]
+                    mp, mq = (window * p).sum(), (window * q).sum()
+                    vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                    cov = (window * (p - mp) * (q - mq)).sum()
+                    scores.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+        wanted.append(np.mean(scores))
+    assert ssim(a, b).tolist() == pytest.approx(wanted, abs=1e-8)
+    assert ssim(a, a).tolist() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("n, m, d", [(200, 150, 5), (4, 6, 10), (30, 3, 8)])  # the last two: covariances of low rank
+def test_the_frechet_distance_equals_the_formula_with_eigenvalues(n, m, d):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(n, d)) * np.arange(1, d + 1), rng.normal(size=(m, d)) + 1
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    wanted = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    assert frechet_distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(wanted, rel=1e-6)
+    assert frechet_distance(torch.tensor(a), torch.tensor(a)) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(torch.tensor(a), torch.tensor(a + 2)) == pytest.approx(4 * d, rel=1e-6)
+
+
+QUICK = Protocol(count=4, steps=2)
+
+
+@pytest.fixture(scope="module")
+def measured(whole_run, tmp_path_factory):
+    """A copy of the whole run with its results; -> (folder, what `evaluate` returned)."""
+    run = shutil.copytree(whole_run, tmp_path_factory.mktemp("measured") / "run")
+    return run, evaluate(run, QUICK)
+
+
+def test_a_run_measured_twice_gives_the_same_id_and_figures(measured, tmp_path):
+    first, run = measured[1], shutil.copytree(measured[0], tmp_path / "run")
+    assert {**first, "seconds": 0} == {**evaluate(run, QUICK), "seconds": 0}
+    assert evaluation_id(run, QUICK) == first["eval_id"] != evaluation_id(run, Protocol(count=4, steps=2, guidance=2.5))
+    content = torch.load(run / "U3.pt", weights_only=True)
+    next(iter(content["ema"].values())).add_(1.0)
+    torch.save(content, run / "U3.pt")
+    assert evaluation_id(run, QUICK) != first["eval_id"]
+
+
+def test_results_have_every_key_of_the_contract(measured):
+    results = json.loads((measured[0] / "results.json").read_text())
+    wanted = {"reconstruction": "psnr ssim rfd",
+              "understanding": "overall colour shape size place count relation twins before_t3",
+              "generation": "overall single two counting colours position binding held_out knowledge",
+              "generation_direct": "overall single held_out knowledge knowledge_p3",
+              "editing_direct": "overall hybrid preservation_psnr",
+              "editing": "overall add adjust extract replace remove background style hybrid action preservation_psnr"}
+    assert {"eval_id", "seed", "seconds", "ablation", *wanted} <= set(results)
+    for part, keys in wanted.items():
+        assert set(keys.split()) <= set(results[part]), part
+
+
+def test_the_report_has_its_four_pictures(measured):
+    shutil.rmtree(measured[0] / "report", ignore_errors=True)
+    assert str(measured[0] / "report" / "summary.png") in draw_report(measured[0])
+    names = {path.name for path in (measured[0] / "report").iterdir()}
+    assert names == {"summary.png", "losses.png", "streams.png", "routing.png"}
+
+
+def part_of(whole_run, folder, last):
+    """A copy of the whole run as it was after a stage."""
+    folder.mkdir()
+    for path in ("config.json", "log.jsonl", *(f"{name}.pt" for name in NAMES[:NAMES.index(last) + 1])):
+        shutil.copyfile(whole_run / path, folder / path)
+    return folder
+
+
+DIRECT = {"overall", *PROMPT_KINDS, "held_out", "knowledge"}
+
+
+@pytest.mark.parametrize("last, tables", [
+    ("P1", {"understanding"}), ("P2", {"understanding"}), ("P3", {"understanding", "generation_direct"}),
+    ("T1", {"understanding", "generation_direct", "reconstruction"}),
+    ("U1", {"understanding", "generation_direct", "reconstruction", "generation"})])
+def test_of_a_run_with_some_stages_what_is_there_is_measured(last, tables, whole_run, tmp_path):
+    run = part_of(whole_run, tmp_path / "run", last)
+    done = call("evaluate.py", run, "--count", "4", "--steps", "1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "results.json").read_text())
+    assert set(results) & set(TABLES) == tables == {line.split()[0] for line in done.stdout.splitlines()[:-1]}
+    direct = set() if last < "P3" else {"knowledge_p3"} | (DIRECT if last == "U1" else set())
+    assert set(results.get("generation_direct", {})) == direct
+
+
+@pytest.mark.parametrize("last, titles", [
+    ("P1", ["ask"]), ("P2", ["pixel autoencoder", "ask"]), ("T1", ["reconstruct", "ask"]),
+    ("U1", ["reconstruct", "ask", "draw"]),
+    ("U3", ["reconstruct", "ask", "draw", "edit"])])
+def test_the_report_of_a_run_with_some_stages_shows_what_is_there(last, titles, whole_run, tmp_path, monkeypatch):
+    sections, sheet = [], pictures.sheet
+    monkeypatch.setattr(pictures, "sheet", lambda rows, **options: sections.append(rows) or sheet(rows, **options))
+    run = part_of(whole_run, tmp_path / "run", last)
+    assert draw_report(run).startswith(f"pictures after {last}: {run / 'report' / 'summary.png'}")
+    assert [title.split(":")[0] for title, _ in sections[-1]] == titles
+
+
+def colours(image) -> set:
+    return {colour for _, colour in image.getcolors(1 << 20)}
+
+
+@pytest.mark.parametrize("right", [True, False, None])
+def test_the_words_under_a_picture_are_green_where_it_is_right_and_red_where_it_is_wrong(right):
+    image = pictures.sheet([("", [([torch.zeros(3, 8, 8)], "what it shows", right)])])
+    wanted = {True: pictures.RIGHT, False: pictures.WRONG, None: pictures.INK}[right]
+    assert {pictures.RIGHT, pictures.WRONG, pictures.INK} & colours(image) == {wanted}
+
+
+def test_what_the_judge_rejects_is_marked_as_wrong(whole_run, monkeypatch):
+    verdicts = iter([True, False] * 8)
+    monkeypatch.setattr(pictures, "fulfils", lambda objects, request: next(verdicts))
+    monkeypatch.setattr(pictures, "succeeds", lambda edit, images: [edit.kind != "remove"])
+    rows = {title.split(":")[0]: cells for title, cells in pictures.drawn(load_run(whole_run))[0]}
+    assert [right for *_, right in rows["draw"]] == [True, False] * 4
+    assert [right for _, words, right in rows["edit"]] == [kind != "remove" for kind in EDIT_KINDS[:8]]
+
+
+def test_the_first_pictures_are_there_after_p1_and_the_run_says_where(tiny, tmp_path, capsys):
+    train.train(tiny(), tmp_path, ["P1"], "cpu")
+    assert (tmp_path / "report" / "summary.png").exists() and (tmp_path / "report" / "losses.png").exists()
+    assert f"pictures after P1: {tmp_path / 'report' / 'summary.png'}" in capsys.readouterr().out

@@ -1,0 +1,206 @@
+"""Every field of the configuration changes bits, shapes or a file: none is there for nothing."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import train
+from disk.layouts import scan
+from parts.layer import layers
+from plumbing.command import UserError
+from plumbing.processes import join_processes
+from plumbing.run_folder import build, stage_names, text_tokenizer
+from spar import NAMES, Config, make_config
+from tests.conftest import TINY
+from tests.tools.models import model_of, state, words_of
+from tests.tools.planted import everything, noise
+
+BASE = TINY | {"steps": (3,) * 9}
+SHAPES = {  # field -> another value, with which some parameter is of another shape, or there is another
+    "side": 24, "patch": 4, "vision_width": 32, "vision_layers": 3, "d": 64, "llm_layers": 5, "llm_kv_heads": 2,
+    "llm_mlp": 64,
+    "vocabulary": 500, "tied": False, "p": 4, "pixel_layers": 2, "stream_blocks": 2, "ae_widths": (8, 16, 16),
+    "ae_depths": (0, 1, 2), "ae_decoder_depths": (0, 1, 2), "ae_vit_stages": 0, "ae_resample": "conv", "k": 2,
+    "queries": 25,
+    "connector_layers": 2, "condition_width": 16, "c": 64, "dit_layers": 3, "dit_mlp_ratio": 2.0, "align_hidden": 8,
+    "tokenizer": "pixel-only", "symmetric": "with", "router": "concat", "reference": "tokens"}
+BITS = {  # field -> a stage that ends in other bits with another value
+    "seed": ("P1", 1), "vision_heads": ("P1", 1), "llm_heads": ("P1", 1), "steps": ("P1", (4,) * 9),
+    "batch": ("P1", (6,) * 9),
+    "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", 0.1),
+    "warmup": ("P1", 0.9), "final_lr": ("P1", 0.5), "clip": ("P1", 0.01), "ema": ("P1", 0.05),
+    "attention": ("P1", "tiled"),
+    "lambda_z": ("P2", 0.1), "dit_heads": ("P3", 2), "dit_cross_heads": ("P3", 1), "positions": ("P3", False),
+    "connector_share": ("P3", 1.0), "shift": ("P3", 1.0), "noises_per_picture": ("P3", 1), "drop_words": ("P3", 1.0),
+    "precision": ("P3", "bf16"), "pixel_heads": ("T1", 1), "lambda_lpips": ("T1", 1.0), "lambda_p": ("T1", 0.5),
+    "lambda_f": ("T1", 0.5), "lambda_s": ("T3", 1.0), "lambda_gan": ("T3", 0.1), "gan_start": ("T3", 0.9),
+    "gan_width": ("T3", 4),
+    "lecam": ("T3", 1.0), "encoder_rate": ("T3", 0.1), "anchor": ("T3", False), "freeze_encoder": ("T3", True),
+    "lambda_a": ("U2", 0.1), "align_block": ("U2", 2), "align": ("U2", "none"), "edits": ("U2", 0.25)}
+
+
+@pytest.fixture(scope="module")
+def end(tmp_path_factory):
+    """(stage, changes) -> all that it leaves: its weights and its losses."""
+    known = {}
+
+    def run(name: str, **changes):
+        key = name, str(changes)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("stage")
+            config = make_config(**BASE | changes)
+            model = build(config, "cpu", words_of(replace(config, data="")) if not config.data else None, folder)
+            train.train_stage(model, train.stage_named(name), folder)
+            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            weights = {key: (tuple(value.shape), value.numpy().tobytes()) for key, value in state(model).items()}
+            known[key] = weights, [{key: line[key] for key in line if key.startswith(("L_", "loss"))} for line in lines]
+        return known[key]
+
+    yield run
+    build(make_config(**BASE), "cpu")  # what one of them chose for the process is as it was
+
+
+def shapes(config: Config) -> dict[str, tuple]:
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in model_of(config).named_parameters()}
+
+
+# ---------------------------------------------------------------- fields that show elsewhere
+
+
+def preset(end, tmp_path, monkeypatch):
+    assert make_config(preset="small") != replace(make_config(), preset="small")
+
+
+def lpips_weights(end, tmp_path, monkeypatch):
+    generator, path, rows, previous = torch.Generator().manual_seed(0), tmp_path / "vgg.pt", {}, 3
+    widths = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+    for number, c in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), widths):
+        rows[f"features.{number}.weight"] = torch.randn(c, previous, 3, 3, generator=generator) / 30
+        rows[f"features.{number}.bias"], previous = torch.zeros(c), c
+    for i, c in enumerate((64, 128, 256, 512, 512)):
+        rows[f"lin{i}.model.1.weight"] = torch.rand(1, c, 1, 1, generator=generator)
+    torch.save(rows, path)
+    assert end("T1", lpips_weights=str(path)) != end("T1")
+
+
+def teacher(end, tmp_path, monkeypatch):
+    folders = []
+    for seed in (1, 2):
+        folders.append(str(tmp_path / str(seed)))
+        train.train(make_config(**TINY | {"seed": seed}), tmp_path / str(seed), ["P1"], "cpu")
+    assert end("U2", align="external", teacher=folders[0]) != end("U2", align="external", teacher=folders[1])
+
+
+def skip_stage(end, tmp_path, monkeypatch):
+    assert set(stage_names(Config())) - set(stage_names(Config(skip_stage="T2"))) == {"T2"}
+
+
+def on_disk(tmp_path, name="P1", **changes):
+    """A run, up to a stage, on data on disk; -> its folder."""
+    root, run = tmp_path / "data", tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    everything(root) if not root.exists() else None
+    stages = list(NAMES[:NAMES.index(name) + 1])
+    train.train(make_config(**TINY | {"steps": (1,) * 9, "data": str(root)} | changes), run, stages, "cpu")
+    return run
+
+
+def data(end, tmp_path, monkeypatch):
+    run = on_disk(tmp_path)
+    words = text_tokenizer(make_config(**TINY | {"data": str(tmp_path / "data")}), run)
+    assert len(words) != len(words_of(make_config(**TINY)))
+
+
+def tokens(end, tmp_path, monkeypatch):
+    few, more = (len(json.loads((on_disk(tmp_path, tokens=count) / "vocabulary.json").read_text())["merges"])
+                 for count in (264, 268))
+    assert few == 4 and more == 8
+
+
+def samples(tmp_path, name, **changes):
+    """A stage's first batch of data on disk."""
+    root = tmp_path / "data"
+    everything(root) if not root.exists() else None
+    config = make_config(**TINY | {"data": str(root)} | changes)
+    stage = train.stage_named(name)
+    return train.Batches(config, name, stage.sample, stage.shares(config), found=scan(root))[0]
+
+
+def longest(end, tmp_path, monkeypatch):
+    run = on_disk(tmp_path)
+    lengths = [len(text_tokenizer(make_config(**TINY | {"data": "x", "longest": count}), run).encode("a" * 90))
+               for count in (4, 48)]
+    assert lengths == [4, 48]
+
+
+def flip(end, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for i in range(40):
+        (tmp_path / "data" / f"{i}.png").write_bytes(noise(i))
+    pair = [samples(tmp_path, "P2", flip=value)["images"] for value in (True, False)]
+    assert not torch.equal(*pair)
+
+
+def max_bad(end, tmp_path, monkeypatch):
+    root = everything(tmp_path / "data")
+    for i in range(24):
+        (root / f"z{i}.png").write_bytes(noise(i)[:200])  # half of what P2 reads
+    on_disk(tmp_path, "P2", max_bad=1.0, steps=(4,) * 9)
+    with pytest.raises(UserError, match="more than --max-bad 0.0"):
+        on_disk(tmp_path, "P2", max_bad=0.0, steps=(4,) * 9)
+
+
+def compile(end, tmp_path, monkeypatch):
+    plain, compiled = (build(make_config(**TINY | {"compile": value}), "cpu") for value in (False, True))
+    assert compiled.tokenizer.vision._compiled_call_impl and not plain.tokenizer.vision._compiled_call_impl
+
+
+def checkpointing(end, tmp_path, monkeypatch):
+    """The bits stay (test_precision.py); what is kept for backward does not."""
+    for value in (False, True):
+        module = train.training_of(model_of(make_config(**TINY | {"checkpointing": value})),
+                                   train.stage_named("P2")).module
+        assert {layer.recompute for layer in layers(module)} == {value}
+
+
+def workers(end, tmp_path, monkeypatch):
+    loader, counts = train.DataLoader, []
+    monkeypatch.setattr(train, "DataLoader", lambda *args, num_workers, **options: counts.append(num_workers) or loader(
+        *args, num_workers=num_workers, **options))
+    assert end("P2", workers=2) == end("P2") and 2 in counts
+
+
+def shard(end, tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert join_processes("cpu", False) == "cpu"
+    with pytest.raises(UserError, match="--shard spreads a model over processes"):
+        join_processes("cpu", True)
+
+
+def save_minutes(end, tmp_path, monkeypatch):
+    for minutes in (60.0, 0.0):
+        train.train(make_config(**BASE | {"save_minutes": minutes}), tmp_path / str(minutes), ["P1"], "cpu")
+        assert (tmp_path / str(minutes) / "resume").exists() == (minutes == 0)
+
+
+ELSEWHERE = {test.__name__: test
+             for test in (preset, lpips_weights, teacher, skip_stage, data, tokens, longest, flip, max_bad,
+                                              compile, checkpointing, workers, shard, save_minutes)}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Config)])
+def test_every_field_changes_bits_shapes_or_a_file(field, end, tmp_path, monkeypatch):
+    if field in SHAPES:
+        assert shapes(make_config(**BASE)) != shapes(make_config(**BASE | {field: SHAPES[field]}))
+    elif field in BITS:
+        name, value = BITS[field]
+        assert end(name) != end(name, **{field: value})
+    else:
+        ELSEWHERE[field](end, tmp_path, monkeypatch)
+
+
+def test_without_a_change_the_bits_are_the_same(end):
+    for name in {name for name, _ in BITS.values()}:
+        assert end(name) == end(name, preset="toy"), name

@@ -1,0 +1,1 @@
+"""Helpers of the tests; run one with `python -m tests.tools.NAME`."""
