@@ -38,7 +38,7 @@ from plumbing.command import UserError, run_command
 from plumbing.cost import bench, plan
 from plumbing.devices import check_precision
 from plumbing.flags import parse
-from plumbing.pictures import draw_report
+from plumbing.pictures import draw_report, report_so_far
 from plumbing.processes import (Stop, decided_by_first, first_process, gather, join_processes, leave_processes,
                                 mean_of_metrics, process_rank, unsharded, wait_for_all)
 from plumbing.replay import check_finite, replay
@@ -322,10 +322,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             model = build(config, device, words, run, names[:position])
             train_stage(model, stage_named(name), run, partial(seconds_after, config, name, later[1:]), found=found)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
-                try:
-                    print(draw_report(run, device))
-                except (ValueError, RuntimeError, OSError) as error:  # training is worth more than its pictures
-                    print(f"no pictures after {name}: {error}")
+                print(report_so_far(run, device))
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
         else:
