@@ -31,7 +31,7 @@ from disk.layouts import DataFolder, scan
 from disk.reading import DiskData, check_kinds
 from evaluate import evaluate, print_tables
 from mllm import language_losses
-from parts.adversary import Discriminator, Perceptual, adversary_step, read_vgg16
+from parts.adversary import Discriminator, Perceptual, adversary_optimizer, adversary_step, read_vgg16
 from parts.words import Turns
 from plumbing.checkpoints import load_newest, load_stage, save_progress
 from plumbing.command import UserError, run_command
@@ -194,8 +194,7 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
     if "L_gan" in terms:
         with model.device:
             extras.discriminator = Discriminator(config.gan_width)
-        rate = config.lr[NAMES.index(stage.name)] / 2
-        extras.adversary = torch.optim.AdamW(extras.discriminator.parameters(), lr=rate, betas=(0.5, 0.9))
+        extras.adversary = adversary_optimizer(extras.discriminator, config.lr[NAMES.index(stage.name)] / 2)
     if stage.name == "P3":
         model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained the LLM since the model was made
     if "L_align" in stage.losses and config.align == "external":
@@ -322,7 +321,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             model = build(config, device, words, run, names[:position])
             train_stage(model, stage_named(name), run, partial(seconds_after, config, name, later[1:]), found=found)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
-                print(report_so_far(run, device))
+                print(report_so_far(run, device, name))
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
         else:

@@ -172,13 +172,13 @@ def draw_report(run: Path, device: str = "cpu") -> str:
     return f"pictures after {model.finished_stages[-1]}: {folder / 'summary.png'}, and beside it losses.png and others"
 
 
-def report_so_far(run: Path, device: str) -> str:
+def report_so_far(run: Path, device: str, stage: str) -> str:
     """The same while training goes on, which is worth more than its pictures: what hinders them is said and passed
     over."""
     try:
         return draw_report(run, device)
     except (ValueError, RuntimeError, OSError) as error:
-        return f"no pictures yet: {error}"
+        return f"no pictures after {stage}: {error}"
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attention import attention
 from benchmarks.attention import compare
 from plumbing import cost
 from spar import NAMES, make_config
