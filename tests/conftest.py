@@ -23,6 +23,13 @@ def tiny():
     return lambda **changes: make_config(**{**TINY, **changes})
 
 
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """For claims about what a run learns: the report takes as long as a tiny stage."""
+    import train
+    monkeypatch.setattr(train, "draw_report", lambda *_: "no pictures")
+
+
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
     """The folder of a run of all nine stages; who changes it copies it first."""

@@ -200,7 +200,7 @@ def test_a_stage_that_lacks_its_kind_of_data_says_which_with_an_example(tmp_path
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_all_nine_stages_train_on_disk_twice_to_the_same_bits(workers, tiny, tmp_path):
+def test_all_nine_stages_train_on_disk_twice_to_the_same_bits(workers, tiny, tmp_path, without_pictures):
     everything(tmp_path / "data")
     ends = []
     for i in range(2):
@@ -221,7 +221,7 @@ def test_where_nothing_is_held_out_training_goes_on_and_says_that_there_is_nothi
         evaluate(tmp_path / "run", Protocol(count=6, steps=2))
 
 
-def test_one_percent_of_bad_samples_trains_to_the_end_twice_with_the_same_logs(tiny, tmp_path):
+def test_one_percent_of_bad_samples_trains_to_the_end_twice_with_the_same_logs(tiny, tmp_path, without_pictures):
     root = folder_of_captions(tmp_path / "data", 100)
     keys = [sample.key for sample in scan(root).kinds["captions"] if not sample.is_test]
     (root / f"{keys[77]}.png").write_bytes(noise(7)[:250])

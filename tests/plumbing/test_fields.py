@@ -191,6 +191,7 @@ ELSEWHERE = {test.__name__: test
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Config)])
+@pytest.mark.usefixtures("without_pictures")
 def test_every_field_changes_bits_shapes_or_a_file(field, end, tmp_path, monkeypatch):
     if field in SHAPES:
         assert shapes(make_config(**BASE)) != shapes(make_config(**BASE | {field: SHAPES[field]}))

@@ -208,6 +208,13 @@ def test_every_file_function_and_test_of_the_claims_table_exists():
             assert not function or function in definitions(places[0]), row
 
 
+def test_what_is_to_be_read_in_an_hour_exists():
+    rows = [named(row[0]) for row in table_under("hour") if named(row[0])]
+    assert len(rows) >= 5
+    for file, *names in rows:
+        assert not set(names) - definitions(ROOT / file), (file, names)
+
+
 # ---------------------------------------------------------------- what runs
 
 

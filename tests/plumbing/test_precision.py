@@ -1,5 +1,6 @@
 """Half precision learns what full precision learns; what needs float32 stays float32."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ import train
 from parts.layer import Layer
 from plumbing import devices
 from plumbing.command import UserError
-from spar import NAMES
+from spar import NAMES, make_config
+from tests.conftest import TINY
 from tests.tools.models import model_of, run_stage, state
 
 # Largest difference of a loss, as a share of it (or of 1, where it is smaller). fp16 skips its first steps, until it
@@ -25,10 +27,17 @@ def losses(precision, name, tiny, folder, **changes):
             for line in lines], state(model)
 
 
+@pytest.fixture(scope="module")
+def full_losses(tmp_path_factory):
+    """Stage -> its losses in fp32."""
+    tiny = lambda **changes: make_config(**TINY | changes)
+    return functools.cache(lambda name: losses("fp32", name, tiny, tmp_path_factory.mktemp("full") / name)[0])
+
+
 @pytest.mark.parametrize("precision", list(BAND))
 @pytest.mark.parametrize("name", NAMES)
-def test_every_stage_has_the_losses_of_float32_within_a_band(name, precision, tiny, tmp_path):
-    (full, whole), (half, rough) = (losses(kind, name, tiny, tmp_path / kind) for kind in ("fp32", precision))
+def test_every_stage_has_the_losses_of_float32_within_a_band(name, precision, full_losses, tiny, tmp_path):
+    full, (half, rough) = full_losses(name), losses(precision, name, tiny, tmp_path / precision)
     assert len(full) == len(half) == 3
     for a, b in zip(full, half):
         assert a.keys() == b.keys()
@@ -94,7 +103,7 @@ def test_compiled_parts_compute_the_same(tiny, tmp_path):
     ends = {}
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = model_of(tiny(compile=compiled))
+        model = model_of(tiny(compile=compiled, vision_layers=1, dit_layers=1))
         devices.compile_parts(model, backend="aot_eager") if compiled else None
         ends[compiled] = [run_stage(model, name, tmp_path / str(compiled)) for name in ("T1", "U2")]
     for a, b in zip(*([line for stage in ends[kind] for line in stage] for kind in (False, True))):

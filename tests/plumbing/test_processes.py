@@ -28,7 +28,7 @@ def torchrun(folder: Path, *options: str, stages=NAMES, environment: dict | None
     """The stages of a tiny run by two processes; -> stage -> its losses."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, "-m",
                "tests.tools.tiny_run", str(folder), json.dumps(BASE | changes), ",".join(stages)]
-    variables = {"OMP_NUM_THREADS": "1", "SAVE_MINUTES": "0" if environment else "60"} | (environment or {})
+    variables = {"OMP_NUM_THREADS": "1"} | (environment or {})
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ | variables)
     assert done.returncode == 0, done.stderr[-3000:]
     return losses(folder)
@@ -71,17 +71,50 @@ def alone(tmp_path_factory):
     return folder, losses(folder)
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_have_the_losses_of_one_in_every_stage(shard, alone, tmp_path):
-    two = torchrun(tmp_path, shard=shard)
+@pytest.fixture(scope="module", params=[False, True], ids=["DDP", "FSDP2"])
+def two(request, tmp_path_factory):
+    """A run by two processes, of which with DDP one is killed once; -> (folder, losses, sharded). A checkpoint of T3 is
+    kept."""
+    folder, environment = tmp_path_factory.mktemp("two") / "run", {"KEEP_AT": "T3 2"}
+    if not request.param:
+        environment |= {"KILL_AT": "U2 2", "KILL_MARKER": str(folder.parent / "killed")}
+    return folder, torchrun(folder, "--max-restarts=1", environment=environment, shard=request.param), request.param
+
+
+def test_two_processes_have_the_losses_of_one_in_every_stage(two, alone):
     for name in NAMES:
-        assert len(two[name]) == 2 and two[name] == pytest.approx(alone[1][name], abs=1e-5), name
-    a, b = (torch.load(folder / "U3.pt", weights_only=True)["ema"] for folder in (tmp_path, alone[0]))
+        assert len(two[1][name]) == 2 and two[1][name] == pytest.approx(alone[1][name], abs=1e-5), name
+    a, b = (torch.load(folder / "U3.pt", weights_only=True)["ema"] for folder in (two[0], alone[0]))
     assert a.keys() == b.keys() and all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+
+
+def test_torchrun_starts_a_killed_process_again_and_the_losses_go_on(two, alone):
+    folder, lines, sharded = two
+    assert (folder.parent / "killed").exists() != sharded
+    for name in ("U2", "U3"):
+        assert len(lines[name]) == 2 and lines[name] == pytest.approx(alone[1][name], abs=1e-5), name
+
+
+def test_what_two_processes_saved_one_goes_on_with(two, alone, tmp_path):
+    begun(two[0], tmp_path, "T3")
+    shutil.copytree(two[0] / "kept", tmp_path / "resume")
+    assert [path.name for path in sorted((tmp_path / "resume").iterdir())][-1] == "T3-0000002"
+    by_one(tmp_path, ["T3"])
+    assert losses(tmp_path)["T3"] == pytest.approx(alone[1]["T3"][1:], abs=1e-5)  # its log begins with the third step
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
+def test_what_one_process_saved_two_go_on_with(shard, alone, tmp_path):
+    begun(alone[0], tmp_path, "T3")
+    with pytest.raises(Left):
+        by_one(tmp_path, ["T3"], ("T3", 2))
+    torchrun(tmp_path, stages=["T3"], shard=shard)
+    assert losses(tmp_path)["T3"] == pytest.approx(alone[1]["T3"], abs=1e-5)
 
 
 @pytest.mark.parametrize("name, step", [("T3", 3), ("U2", 2)])  # in T3's third step the adversary has learned
 def test_a_stopped_stage_ends_in_the_same_bits(name, step, alone, tmp_path):
+    """As one that was never saved on its way."""
     begun(alone[0], tmp_path, name)
     with pytest.raises(Left):
         by_one(tmp_path, [name], (name, step))
@@ -90,29 +123,6 @@ def test_a_stopped_stage_ends_in_the_same_bits(name, step, alone, tmp_path):
     a, b = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (tmp_path, alone[0]))
     for part in ("weights", "ema"):
         assert all(torch.equal(a[part][key], b[part][key]) for key in b[part])
-
-
-@pytest.mark.parametrize("shard", [False, True], ids=["DDP", "FSDP2"])
-@pytest.mark.parametrize("first", ["two", "one"])
-def test_what_some_processes_saved_others_go_on_with(first, shard, alone, tmp_path):
-    begun(alone[0], tmp_path, "T3")
-    if first == "two":
-        torchrun(tmp_path, stages=["T3"], environment={"STOP_AT": "T3 2"}, shard=shard)
-        by_one(tmp_path, ["T3"])
-    else:
-        with pytest.raises(Left):
-            by_one(tmp_path, ["T3"], ("T3", 2))
-        torchrun(tmp_path, stages=["T3"], shard=shard)
-    assert losses(tmp_path)["T3"] == pytest.approx(alone[1]["T3"], abs=1e-5)
-
-
-def test_torchrun_starts_a_killed_process_again_and_the_losses_go_on(alone, tmp_path):
-    marker, run = tmp_path / "killed", begun(alone[0], tmp_path / "run", "U2")
-    two = torchrun(run, "--max-restarts=1", stages=["U2", "U3"],
-                   environment={"KILL_AT": "U2 2", "KILL_MARKER": str(marker)})
-    assert marker.exists()
-    for name in ("U2", "U3"):
-        assert len(two[name]) == 2 and two[name] == pytest.approx(alone[1][name], abs=1e-5), name
 
 
 @pytest.mark.parametrize("name", ["P1", "T1", "P3", "U2"])

@@ -25,11 +25,13 @@ from tests.conftest import TINY
 from tests.tools.commands import ROOT
 from tests.tools.torture import same
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
+
 
 @pytest.mark.parametrize("kills, workers", [(12, 0), (3, 2)])
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(kills, workers, tmp_path):
     seed, steps = (1, 4) if workers else (0, 6)
-    script = ("import pathlib; from tests.tools.torture import torture; "
+    script = ("import pathlib, train; from tests.tools.torture import torture; train.draw_report = lambda *_: ''; "
               f"print(torture({kills}, {workers}, {seed}, pathlib.Path({str(tmp_path)!r}), {steps}))")
     command = [sys.executable, "-c", script]  # a process that has no threads yet
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
@@ -41,7 +43,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bits(kills, workers, tmp_pa
 def test_the_first_signal_saves_and_leaves_and_the_same_command_goes_on(number, tmp_path):
     changes = json.dumps({"steps": [400] * 9, "save_minutes": 60.0})
     command = [sys.executable, "-m", "tests.tools.tiny_run", str(tmp_path / "run"), changes]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "SAVE_MINUTES": "60"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
                              cwd=ROOT)
     log = tmp_path / "run" / "log.jsonl"

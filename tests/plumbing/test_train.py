@@ -30,6 +30,7 @@ def test_not_a_number_stops_before_the_update_and_names_stage_step_and_term(tiny
     assert not (tmp_path / "P2.pt").exists()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_same_seed_gives_the_same_bits(tiny, tmp_path):
     results = []
     for attempt in range(2):
@@ -41,6 +42,7 @@ def test_the_same_seed_gives_the_same_bits(tiny, tmp_path):
     assert not torch.equal(other["mllm.llm.embedding.weight"], results[0]["mllm.llm.embedding.weight"])
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_same_seed_gives_the_same_bits_at_the_toys_own_size_where_threads_share_a_sum(tmp_path):
     for i in range(3):
         train.train(make_config(steps=(2,) * 9), tmp_path / str(i), ["P1"], "cpu", None)
@@ -49,6 +51,7 @@ def test_the_same_seed_gives_the_same_bits_at_the_toys_own_size_where_threads_sh
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.usefixtures("without_pictures")
 def test_a_stage_stopped_between_two_steps_ends_in_the_same_bits(optimizer, tiny, tmp_path, monkeypatch):
     def stopped(run, stage, step, state):
         save(run, stage, step, state)
@@ -67,6 +70,7 @@ def test_a_stage_stopped_between_two_steps_ends_in_the_same_bits(optimizer, tiny
     assert len(list((tmp_path / "stopped" / "resume").iterdir())) == 2  # kept until the next stage ends
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_resume_never_trains_the_named_stages_anew(tiny, tmp_path):
     train.train(tiny(), tmp_path, ["P1", "P2"], "cpu", None)
     before = {name: (tmp_path / f"{name}.pt").stat().st_mtime_ns for name in ("P1", "P2")}

@@ -1,10 +1,12 @@
 """A tiny run for the tests of several processes: `python -m tests.tools.tiny_run FOLDER '{"field": value}' [STAGES]`.
 
-STOP_AT="U2 2" leaves after that step's checkpoint, KILL_AT="U2 2" kills the last process there, once.
+KEEP_AT="T3 2" copies that step's checkpoint to FOLDER/kept; KILL_AT="U2 2" kills the last process after that one, once,
+and makes the file KILL_MARKER. A stage that neither names saves nothing on its way.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -23,19 +25,23 @@ def tiny_config(changes: dict):
 
 def main() -> None:
     folder, config = Path(sys.argv[1]), tiny_config(json.loads(sys.argv[2]))
-    config.save_minutes = float(os.environ.get("SAVE_MINUTES", 0))
-    save_progress = train.save_progress
+    keep_at, kill_at = os.environ.get("KEEP_AT", ""), os.environ.get("KILL_AT", "")
+    save_progress, train_stage = train.save_progress, train.train_stage
 
     def watched(run, stage, step, state):
         save_progress(run, stage, step, state)
-        if os.environ.get("STOP_AT") == f"{stage} {step}":
-            os._exit(0)
+        if keep_at == f"{stage} {step}" and os.environ["LOCAL_RANK"] == "0":
+            shutil.copytree(run / "resume", run / "kept")
         marker = Path(os.environ.get("KILL_MARKER", ""))
-        if os.environ.get("KILL_AT") == f"{stage} {step}" and os.environ["LOCAL_RANK"] == "1" and not marker.exists():
+        if kill_at == f"{stage} {step}" and os.environ["LOCAL_RANK"] == "1" and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train.save_progress = watched
+    def saving(model, stage, *rest, **options):
+        model.config.save_minutes = 0.0 if stage.name in (keep_at[:2], kill_at[:2]) else 60.0
+        train_stage(model, stage, *rest, **options)
+
+    train.save_progress, train.train_stage = watched, saving
     train.draw_report = lambda *_: "no pictures"  # nothing here is about them
     device = join_processes("cpu", config.shard)
     train.train(config, folder, sys.argv[3].split(",") if sys.argv[3:] else list(NAMES), device)
