@@ -2,12 +2,12 @@
 
 Two things give the same five kinds of sample: the drawn world (world/) and data on disk (disk/).
 
-    sample                        drawn world                          data on disk              read by
-    described  picture, turns     questions of all kinds, caption      LLaVA's turns, captions   P1
-    texts      words alone        facts, requests written out          conversations without one P1
-    pictures   picture            any scene                            any picture               P2, T1 to T3
-    drawings   request, picture   captions, GenEval's six kinds        captions                  P3, U1 to U3
-    changes    before, after      ImgEdit's nine kinds                 instruction triples       U2, U3
+    method                 sample            drawn world                       data on disk               read by
+    dialogue_samples       picture, turns    questions of all kinds, caption   LLaVA's turns, captions    P1
+    texts                  words alone       facts, requests written out       conversations without one  P1
+    pictures               picture           any scene                         any picture                P2, T1 to T3
+    text_to_image_samples  request, picture  captions, GenEval's six kinds     captions                   P3, U1 to U3
+    edit_samples           before, after     ImgEdit's nine kinds              instruction triples        U2, U3
 
 A batch is a pure function of (seed, stage, step): nothing is kept from one to the next. So it is the same whichever
 process makes it, ahead of time or not, before a restart or after it, and several processes can share one.
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffusion import Noise, logit_normal_times
 from disk.files import BadFile
-from disk.layouts import Found
+from disk.layouts import DataFolder
 from disk.reading import DiskData
 from parts.words import TextTokenizer, Turns, WordTokenizer, dialogue
 from spar import NAMES, Config
@@ -51,7 +51,7 @@ class Batches(torch.utils.data.Dataset):
     rank: int = 0
     ranks: int = 1
     words: TextTokenizer = field(default_factory=lambda: WordTokenizer(WORDS))
-    found: Found | None = None  # what `--data` holds; None: the drawn world
+    found: DataFolder | None = None  # what `--data` holds; None: the drawn world
 
     def __post_init__(self):
         index = NAMES.index(self.name)
@@ -104,7 +104,7 @@ def language_batch(source: Batches, numbers: range) -> Batch:
     """P1: pictures; questions about them, short and long ones apart so that the short are not padded to the length of
     the long; captions; words without a picture; and what stands where, for L_name."""
     numbers, world, words = source.share_of(numbers), source.world, source.words
-    images, talks, captions = world.described(numbers)
+    images, talks, captions = world.dialogue_samples(numbers)
     batch = {"images": images, "prefix": source.prompts([""] * len(images), has_image=True)[0]}
     turns = [(i, turn) for i, talk in enumerate(talks) for turn in talk]
     turns.sort(key=lambda pair: sum(text.count(" ") for text in pair[1]))
@@ -132,7 +132,7 @@ def picture_batch(source: Batches, numbers: range) -> Batch:
 def text_to_image_batch(source: Batches, numbers: range) -> Batch:
     """P3: requests, pictures that fulfil them, noise."""
     own = source.share_of(numbers)
-    texts, images = source.world.drawings(own, source.shares["captions"])
+    texts, images = source.world.text_to_image_samples(own, source.shares["captions"])
     return {"images": images, "words": source.prompts(source.some_emptied(texts, own)), "noise": source.noise(numbers)}
 
 
@@ -140,8 +140,8 @@ def unified_batch(source: Batches, numbers: range) -> Batch:
     """U1 to U3: requests, then edits with their references; the pictures wanted, in this order; noise."""
     own, edits = source.share_of(numbers), numbers[len(numbers) - source.edits_among(len(numbers)):]
     to_draw, to_edit = [i for i in own if i not in edits], [i for i in own if i in edits]
-    texts, drawings = source.world.drawings(to_draw, source.shares["captions"])
-    instructions, before, after = source.world.changes(to_edit, source.shares["outcomes"])
+    texts, drawings = source.world.text_to_image_samples(to_draw, source.shares["captions"])
+    instructions, before, after = source.world.edit_samples(to_edit, source.shares["outcomes"])
     batch = {"images": torch.cat([drawings, after]), "noise": source.noise(numbers)}
     if texts:
         batch["words"] = source.prompts(source.some_emptied(texts, to_draw))
@@ -151,7 +151,7 @@ def unified_batch(source: Batches, numbers: range) -> Batch:
     return batch
 
 
-def open_world(config: Config, epoch: int, found: Found | None, edits: int = 0,
+def open_world(config: Config, epoch: int, found: DataFolder | None, edits: int = 0,
                split: str = "train") -> DrawnWorld | DiskData:
     """Where a stage's samples come from; its number is their epoch's."""
     if found is None:

@@ -119,7 +119,7 @@ class DiT(nn.Module):
 
     `positions`: add sines of row and column to the latent tokens.
     # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner.
-    `reference`: read the reference picture's clean latent as well, see `change_from_reference`.
+    `reference`: read the reference's clean latent on channels of its own, see `change_from_reference`.
     """
 
     def __init__(self, p: int, c: int, layers: int, heads: int, cross_heads: int, condition_width: int,
@@ -172,9 +172,9 @@ class DiT(nn.Module):
 
 def change_from_reference(dit: Callable, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None,
                           reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`dit` with a reference's clean latent z_r `b p h w` (None: without) as the origin of the flow, and on channels of
-    its own (InstructPix2Pix, arXiv 2211.09800): x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε is a path to the change z −
-    z_r, of velocity v + z_r. What an edit leaves alone is then a change of zero, the easiest thing to draw.
+    """Draws the change from a reference's clean latent z_r `b p h w` (None: draws from nothing, as the paper does).
+    With y = x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε, a path from noise to the change z − z_r, of velocity dy/dσ = ε
+    − (z − z_r) = v + z_r, `dit` reads y and says v + z_r. What an edit leaves alone is a change of zero.
     # differs from paper: there the reference reaches the DiT through the condition alone (`--reference tokens`).
     """
     if reference is None:
@@ -240,7 +240,7 @@ def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "d
         if sampler == "dpm":
             gap = log_snr(after) - log_snr(now)
             if previous is not None and math.isfinite(gap) and math.isfinite(gap_before):
-                estimate = clean + gap / (2 * gap_before) * (clean - previous)
+                estimate = clean + gap / (2 * gap_before) * (clean - previous)  # straight on, half a gap further
             previous, gap_before = clean, gap
         x = after / now * x + (1 - after / now) * estimate  # exact for a constant clean latent; with `clean`, Euler's
         path.append(x)

@@ -25,9 +25,10 @@ from plumbing.command import Parser, UserError, run_command, write_text
 from plumbing.devices import best_device
 from plumbing.run_folder import config_diff, load_run
 from spar import SAMPLING, SPAR
-from world.drawing import HELD_OUT, draw
+from world.drawing import HELD_OUT_PAIRS, draw
+from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
-from world.language import EDIT_KINDS, PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
+from world.language import PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
 
 TABLES = ("reconstruction", "understanding", "retrieval", "generation", "generation_direct", "editing",
           "editing_direct")
@@ -77,7 +78,7 @@ def generation(model: SPAR, world: DrawnWorld, how: Protocol, kinds=GENERATED, r
     LLM first writes the prompt out as a whole caption (a departure); without, the paper's path."""
     table = {}
     for kind in kinds:
-        pairs = {"pairs": sorted(HELD_OUT)} if kind == "held_out" else {}
+        pairs = {"pairs": sorted(HELD_OUT_PAIRS)} if kind == "held_out" else {}
         requests = world.prompts(range(how.count), "colours" if pairs else kind, **pairs)
         texts = [request.text for request in requests]
         texts = model.rewrite(texts, seed=how.seed) if rewrite else texts

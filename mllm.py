@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
             x, pair = layer(x, cos, sin, mask, True, cache[i] if cache else None)
             hidden.append(x)
             new_cache.append(pair)
-        hidden[-1] = self.norm(x)
+        hidden[-1] = self.norm(x)  # the others stay as they are, as in Qwen2.5's own list of hidden states
         return hidden, new_cache
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -242,13 +242,13 @@ class MLLM(nn.Module):
 
     def with_reference(self, H_mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
         """Ĥ `b l d` with the encoder's own tokens at the reference's places: detail that the LLM would not pass on."""
-        words, queries = H_mixed.split([ids.shape[1], len(self.queries)], 1)
+        at_words, at_queries = H_mixed.split([ids.shape[1], len(self.queries)], 1)
         if f_v is not None:
             reference = f_v + grid_positions(f_v) if self.positions else f_v
-            words = words.masked_scatter((ids == self.words.image_id)[..., None], reference.to(words.dtype))
+            at_words = at_words.masked_scatter((ids == self.words.image_id)[..., None], reference.to(at_words.dtype))
         if self.positions:  # differs from paper: see the class
-            queries = queries + grid_positions(queries[:1])
-        return torch.cat([words, queries], 1)
+            at_queries = at_queries + grid_positions(at_queries[:1])
+        return torch.cat([at_words, at_queries], 1)
 
     def text_condition(self, ids: Tensor, mask: Tensor) -> Condition:
         """What a plain text-to-image model reads (P3, in SANA's place): the LLM's states, without queries or routing.

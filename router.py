@@ -1,7 +1,8 @@
 """Dynamic Token Routing (paper, Sec. 3.3): every token picks its own mixture of the language model's layers.
 
-In: K hidden states of the frozen LLM, `b l k d`, shallow to deep. Out: one state per token, `b l d`, and the weights
-`b l k` that it was mixed with; the weights are a picture of which depth each token listens to.
+In: K hidden states of the frozen LLM, `b l k d`, shallow to deep, of which the last alone has passed the LLM's final
+norm. Out: one state per token, `b l d`, and the weights w, `b l k`, of its mixture: a picture of which depth each token
+listens to (DTR's α, which scales each layer for all tokens, is not in it).
 
     DTR      weights per token, asked of the token's deepest state   Ĥ_i = W_p Σ_k w_i^(k) α^(k) H_i^(k)
     Last     the deepest layer alone, as most unified models do

@@ -37,7 +37,7 @@ FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 def read_picture(path: Path, side: int) -> Tensor:
     """File -> `1 3 side side` in [-1, 1]. Raises UserError for what is no picture of a known kind."""
     try:
-        image = files.read_picture(files.Blob(str(path), 0, path.stat().st_size, files.shown(str(path))))
+        image = files.read_picture(files.Blob(str(path), 0, path.stat().st_size, files.printable(str(path))))
     except files.BadFile as bad:
         raise UserError(str(bad)) from None
     if image.size != (side, side):

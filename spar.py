@@ -211,7 +211,7 @@ class SPAR(nn.Module):
         vision = VisionEncoder(config.side, config.patch, config.vision_width, config.vision_layers,
                                config.vision_heads, 4, config.d)  # E_s
         decoder = PixelDecoder(config.p, config.ae_widths, config.ae_decoder_depths, *autoencoder)  # D_p
-        # E_p, after P2 frozen: E_p'
+        # E_p; after P2 it is frozen, and the paper writes E_p'
         self.pixel_encoder = PixelEncoder(config.p, config.ae_widths, config.ae_depths, *autoencoder)
         self.tokenizer = Tokenizer(vision, decoder, config.d, config.p, pixel_layers, config.pixel_heads,
                                    config.stream_blocks, config.tokenizer, semantic_layers)
@@ -226,7 +226,7 @@ class SPAR(nn.Module):
                        config.condition_width, config.dit_mlp_ratio, config.align_block, config.positions,
                        config.reference == "latent")
         self.align_head = AlignmentHead(config.c, config.align_hidden, config.d)  # φ_a
-        self.register_buffer("latent_scale", torch.ones(()))  # makes the DiT's data variance 1 (paper: 10.6)
+        self.register_buffer("latent_scale", torch.ones(()))  # for variance 1, see train.measure_latents (paper: 10.6)
 
     @property
     def device(self) -> torch.device:
@@ -271,7 +271,7 @@ class SPAR(nn.Module):
                 temperature: float = 0.5) -> list[str]:
         """Each prompt as the LLM writes it out before it is drawn. To draw: one whole caption that fulfils it, what the
         words leave open chosen at `temperature`. To edit a reference `b 3 H W`: the instruction and its likeliest
-        outcome.
+        outcome, which P1 has taught as the answer to it.
 
         # differs from paper: there the words go to the generator as they stand, which has to settle colours and places
         # for the whole picture at once; the LLM settles them one after the other. `generate` alone is the paper's path.

@@ -224,7 +224,7 @@ def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, fl
             z_target = target_latent()
     if "L_p" in weights and latents.pixel is not None:
         losses["L_p"] = squared(latents.pixel, z_target)  # Sec. 3.2: L_p = ‖z_p − E_p'(I)‖²
-    if "L_f" in weights:  # differs from paper: U1 keeps P3's DiT frozen, and that knows E_p's latents alone
+    if "L_f" in weights:  # differs from paper: U1 keeps P3's DiT frozen, and P3 drew E_p's latents, not z_f
         losses["L_f"] = squared(latents.fused, z_target)
     if "L_s" in weights:
         with torch.no_grad():

@@ -27,18 +27,18 @@ from tqdm import tqdm
 from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, unified_batch
 from diffusion import Noise, text_to_image_losses, unified_losses
 from disk import openmoji
-from disk.layouts import Found, scan
+from disk.layouts import DataFolder, scan
 from disk.reading import DiskData, check_kinds
 from evaluate import evaluate, print_tables
 from mllm import language_losses
-from parts.adversary import Discriminator, Perceptual, adversary_step, read_vgg16
+from parts.adversary import Discriminator, Perceptual, adversary_optimizer, adversary_step, read_vgg16
 from parts.words import Turns
 from plumbing.checkpoints import load_newest, load_stage, save_progress
 from plumbing.command import UserError, run_command
 from plumbing.cost import bench, plan
 from plumbing.devices import check_precision
 from plumbing.flags import parse
-from plumbing.pictures import draw_report
+from plumbing.pictures import draw_report, report_so_far
 from plumbing.processes import (Stop, decided_by_first, first_process, gather, join_processes, leave_processes,
                                 mean_of_metrics, process_rank, unsharded, wait_for_all)
 from plumbing.replay import check_finite, replay
@@ -132,7 +132,7 @@ STAGES = [
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
           picture_batch, autoencoder_step, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
     Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
-          text_to_image_batch, text_to_image_step, {"L_fm": 1.0}, captions=0.85, cost=4),
+          text_to_image_batch, text_to_image_step, {"L_fm": 1.0}, captions=0.85, cost=4),  # no references before U2
     # Sec. 3.2: the streams first, on a frozen encoder and decoder; then the decoder too; then the encoder, held by L_s
     Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer_step,
           RECONSTRUCTION | {"L_p": "lambda_p"}, cost=5.5),
@@ -144,8 +144,9 @@ STAGES = [
     # Sec. 3.3: first what leads to the DiT, which is frozen, on drawing alone; then the DiT too, taught by the
     # tokenizer (Sec. 3.4), on drawing and editing
     Stage("U1", "connector pre-training", CONNECTOR, unified_batch, unified_step, {"L_fm": 1.0}, cost=4),
-    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, "edits", captions=0.15),
-    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, "edits", captions=0.15),
+    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, edits="edits", captions=0.15),
+    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, edits="edits",
+          captions=0.15),
 ]
 
 
@@ -193,8 +194,7 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
     if "L_gan" in terms:
         with model.device:
             extras.discriminator = Discriminator(config.gan_width)
-        rate = config.lr[NAMES.index(stage.name)] / 2
-        extras.adversary = torch.optim.AdamW(extras.discriminator.parameters(), lr=rate, betas=(0.5, 0.9))
+        extras.adversary = adversary_optimizer(extras.discriminator, config.lr[NAMES.index(stage.name)] / 2)
     if stage.name == "P3":
         model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained the LLM since the model was made
     if "L_align" in stage.losses and config.align == "external":
@@ -217,7 +217,7 @@ def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> 
     model.latent_scale.fill_(1 / torch.cat(z).std())
 
 
-def training_of(model: SPAR, stage: Stage, found: Found | None = None) -> Training:
+def training_of(model: SPAR, stage: Stage, found: DataFolder | None = None) -> Training:
     """A stage before its first step."""
     extras = prepare(model, stage)
     measure_latents(model, stage, open_world(model.config, NAMES.index(stage.name), found))
@@ -255,7 +255,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
 
 
 def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = lambda speed: 0.0, keep: bool = True,
-                found: Found | None = None) -> None:
+                found: DataFolder | None = None) -> None:
     """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)`: estimate for the stages after it.
     `found`: the data on disk, None: the drawn world."""
     config, index, device = model.config, NAMES.index(stage.name), model.device
@@ -304,8 +304,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
 
 def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None = None,
           resume: bool = True) -> None:
-    """Trains the named stages that `run` has not finished. `source`: a run whose stages are taken over where no changed
-    field touches them. Raises UserError where a predecessor is missing."""
+    """Trains the named stages that `run` has not finished. `source`: a run whose untouched stages are taken over."""
     names, found = stage_names(config), scan(Path(config.data)) if config.data else None
     if found:
         check_kinds(found, [name for name in names if name in stages], config.edits)
@@ -322,10 +321,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             model = build(config, device, words, run, names[:position])
             train_stage(model, stage_named(name), run, partial(seconds_after, config, name, later[1:]), found=found)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
-                try:
-                    print(draw_report(run, device))
-                except (ValueError, RuntimeError, OSError) as error:  # training is worth more than its pictures
-                    print(f"no pictures after {name}: {error}")
+                print(report_so_far(run, device, name))
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
         else:
@@ -344,9 +340,8 @@ def one_batch(config: Config, stage: Stage) -> Batch:  # for a forecast
 
 
 def step_module(model: SPAR, stage: Stage) -> StepModule:  # for a forecast
-    module = StepModule(model, stage, prepare(model, stage))
     freeze_the_rest(model, stage)
-    return module
+    return StepModule(model, stage, prepare(model, stage))
 
 
 def some_steps(config: Config, stage: Stage, folder: Path, device: str) -> list[dict]:

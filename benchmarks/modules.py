@@ -1,9 +1,11 @@
 """Forward and backward of our modules against the public ones with the same weights, on CPU.
 
-    python benchmarks/modules.py [--rounds 15]     needs the optional extra: pip install "transformers>=5" "diffusers>=0.36"
+    pip install "transformers>=5" "diffusers>=0.36"
+    python benchmarks/modules.py [--rounds 15]
 
-Both run in one process, by turns and with the order changing each round; the ratio is the median over the rounds of their
-time ÷ ours, so above 1 ours is the faster. They use their fast attention (sdpa). Written to benchmarks/modules-cpu.json.
+Both run in one process, by turns and with the order changing each round; the ratio is the median over the rounds of
+their time ÷ ours, so above 1 ours is the faster. They use their fast attention (sdpa). Written to
+runs/bench/modules-cpu.json, or where `--out` says; the figures that are quoted are in results/modules-cpu.json.
 """
 
 import argparse
@@ -13,19 +15,18 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).parent.parent)]  # the repository's root
 
 import diffusers
 import torch
 import transformers
 from tqdm import tqdm
 
-import test_parity as parity
-from plumbing.cost import processor
 from diffusion import DiT
 from mllm import LanguageModel
 from parts.dcae import PixelDecoder, PixelEncoder
+from plumbing.cost import processor
+from tests.claims import test_parity as parity
 from tokenizer import VisionEncoder
 
 
@@ -44,16 +45,17 @@ def vision(b, side, patch, width, layers, heads, d):
 
 def language(b, length, d, layers, heads, kv_heads, mlp):
     config = transformers.Qwen2Config(
-        vocab_size=200, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=mlp, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True)
+        vocab_size=200, hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=mlp, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True)
     theirs = transformers.Qwen2ForCausalLM._from_config(config, attn_implementation="sdpa").eval()
     ours, ids = LanguageModel(200, d, layers, heads, kv_heads, mlp), torch.randint(0, 200, (b, length))
     parity.share(ours, theirs, [*parity.LANGUAGE_RULES, (r"^", "model.")])
     mask = torch.arange(length) >= torch.arange(b)[:, None] % 4  # some padding on the left
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
     return ((ours, lambda: ours.logits(ours(ours.embedding(ids), mask)[0][-1])[mask]),
-            (theirs, lambda: theirs(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False).logits[mask]))
+            (theirs, lambda: theirs(**given).logits[mask]))
 
 
 def pixel_encoder(b, side, *shape):
@@ -66,7 +68,7 @@ def pixel_encoder(b, side, *shape):
 def pixel_decoder(b, grid, *shape):
     theirs, rules = parity.dc_ae(shape)
     ours, z, last = PixelDecoder(*shape), parity.normal(b, grid**2, shape[0]), len(shape[1]) - 1
-    parity.share(ours, theirs.decoder, [(r"^stages\.(\d+)", lambda found: f"up_blocks.{last - int(found[1])}"), *rules])
+    parity.share(ours, theirs.decoder, [(r"^stages\.(\d+)", lambda match: f"up_blocks.{last - int(match[1])}"), *rules])
     return (ours, lambda: ours(z)), (theirs, lambda: theirs.decode(z.mT.unflatten(2, (grid, grid))).sample)
 
 
@@ -77,19 +79,26 @@ def dit(b, grid, length, p, c, layers, heads, cross_heads, width):
         caption_channels=width, mlp_ratio=2.5, patch_size=1, interpolation_scale=None).eval()
     ours = DiT(p, c, layers, heads, cross_heads, width, 2.5, align_block=1)
     parity.share(ours, theirs, parity.DIT_RULES)
-    x, condition, sigma = parity.normal(b, p, grid, grid), parity.normal(b, length, width, seed=3), torch.linspace(0.1, 0.9, b)
+    x, condition = parity.normal(b, p, grid, grid), parity.normal(b, length, width, seed=3)
+    sigma = torch.linspace(0.1, 0.9, b)
     mask = torch.arange(length) >= torch.arange(b)[:, None] % 4
     return ((ours, lambda: ours(x, sigma, condition, mask)[0]),
             (theirs, lambda: theirs(x, condition, 1000 * sigma, encoder_attention_mask=mask.long()).sample))
 
 
-AE, WIDE = (16, (32, 64, 128, 128), (0, 1, 1, 1), 1, "shuffle"), (32, (64, 128, 256, 256), (0, 2, 2, 2), 1, "shuffle")
+TOY_AE = 16, (32, 64, 128, 128), (0, 1, 1, 1), 1, "shuffle"
+LARGER_AE = 32, (64, 128, 256, 256), (0, 2, 2, 2), 1, "shuffle"
 CASES = {  # the toy preset's sizes, and larger ones
-    "vision encoder, toy": lambda: vision(16, 32, 4, 64, 4, 4, 128), "vision encoder, larger": lambda: vision(4, 64, 4, 192, 8, 6, 256),
-    "language model, toy": lambda: language(32, 40, 128, 6, 4, 2, 256), "language model, larger": lambda: language(8, 128, 256, 8, 8, 4, 768),
-    "pixel encoder, toy": lambda: pixel_encoder(16, 32, *AE), "pixel encoder, larger": lambda: pixel_encoder(4, 64, *WIDE),
-    "pixel decoder, toy": lambda: pixel_decoder(16, 4, *AE), "pixel decoder, larger": lambda: pixel_decoder(4, 8, *WIDE),
-    "DiT, toy": lambda: dit(64, 4, 34, 16, 128, 4, 4, 4, 128), "DiT, larger": lambda: dit(16, 8, 80, 32, 384, 8, 12, 6, 256)}
+    "vision encoder, toy": lambda: vision(16, 32, 4, 64, 4, 4, 128),
+    "vision encoder, larger": lambda: vision(4, 64, 4, 192, 8, 6, 256),
+    "language model, toy": lambda: language(32, 40, 128, 6, 4, 2, 256),
+    "language model, larger": lambda: language(8, 128, 256, 8, 8, 4, 768),
+    "pixel encoder, toy": lambda: pixel_encoder(16, 32, *TOY_AE),
+    "pixel encoder, larger": lambda: pixel_encoder(4, 64, *LARGER_AE),
+    "pixel decoder, toy": lambda: pixel_decoder(16, 4, *TOY_AE),
+    "pixel decoder, larger": lambda: pixel_decoder(4, 8, *LARGER_AE),
+    "DiT, toy": lambda: dit(64, 4, 34, 16, 128, 4, 4, 4, 128),
+    "DiT, larger": lambda: dit(16, 8, 80, 32, 384, 8, 12, 6, 256)}
 
 
 def compare(build, rounds: int) -> dict[str, float]:
@@ -113,22 +122,24 @@ def compare(build, rounds: int) -> dict[str, float]:
         for i in ((0, 1), (1, 0))[turn % 2]:
             times[i].append(once(*sides[i]))
     return {"ours_ms": 1e3 * statistics.median(times[0]), "theirs_ms": 1e3 * statistics.median(times[1]),
-            "ratio": statistics.median(t / o for o, t in zip(*times)), "difference": ((a - b).abs().max() / b.abs().max()).item()}
+            "ratio": statistics.median(t / o for o, t in zip(*times)),
+            "difference": ((a - b).abs().max() / b.abs().max()).item()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "modules-cpu.json")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/modules-cpu.json"), help="file for the figures")
     given = parser.parse_args()
-    found = {name: compare(build, given.rounds) for name, build in tqdm(CASES.items(), desc="modules")}
-    for name, row in found.items():
-        print(f"{name:24} ours {row['ours_ms']:8.1f} ms   theirs {row['theirs_ms']:8.1f} ms   ratio {row['ratio']:.2f}   "
-              f"outputs differ by {row['difference']:.0e}")
+    rows = {name: compare(build, given.rounds) for name, build in tqdm(CASES.items(), desc="modules")}
+    for name, row in rows.items():
+        print(f"{name:24} ours {row['ours_ms']:8.1f} ms   theirs {row['theirs_ms']:8.1f} ms   ratio {row['ratio']:.2f} "
+              f"  outputs differ by {row['difference']:.0e}")
         assert row["difference"] < 1e-4, name
     about = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
              "transformers": transformers.__version__, "diffusers": diffusers.__version__}
-    given.out.write_text(json.dumps(about | {"modules": found}, indent=1) + "\n")
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(about | {"modules": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

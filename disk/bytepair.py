@@ -1,9 +1,9 @@
 """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), over bytes so that no text is unknown (GPT-2).
 
-Where data comes from disk it takes the word tokenizer's place. A text is cut into words, each with the space before it; a word
-is its bytes; and again and again the most frequent neighbours become one token.
+Where data comes from disk it takes the word tokenizer's place. A text is cut into words, each with the space before it;
+a word is its bytes; and again and again the most frequent neighbours become one token.
 
-    python bytepair.py             a small vocabulary, made and used
+    python -m disk.bytepair        a small vocabulary, made and used
 """
 
 import json
@@ -24,12 +24,14 @@ LONGEST_WORD = 64  # bytes that are merged as one word; the rest of an endless o
 
 
 def words_of(text: str) -> list[bytes]:
-    found = [word.encode() for word in WORD.findall(" " + text.strip())]
-    return [word[i:i + LONGEST_WORD] for word in found for i in range(0, len(word), LONGEST_WORD)]
+    """Words as bytes, each with the space before it; together they are the text."""
+    words = [word.encode() for word in WORD.findall(" " + text.strip())]
+    return [word[i:i + LONGEST_WORD] for word in words for i in range(0, len(word), LONGEST_WORD)]
 
 
 class BytePairTokenizer(TextTokenizer):
-    """`merges`: pairs of ids, the first learned first; the i-th makes id FIRST + i. `longest`: tokens of a text that are kept."""
+    """`merges`: pairs of ids, the first learned first; the i-th makes id FIRST + i. `longest`: tokens of a text that
+    are kept. Raises ValueError for merges that do not fit together."""
 
     def __init__(self, merges: list[tuple[int, int]], longest: int = 64):
         self.merges, self.longest = [tuple(pair) for pair in merges], longest
@@ -41,12 +43,13 @@ class BytePairTokenizer(TextTokenizer):
             if len(self.bytes[a] + self.bytes[b]) > LONGEST_WORD:
                 raise ValueError(f"a token is longer than {LONGEST_WORD} bytes")
             self.bytes.append(self.bytes[a] + self.bytes[b])
-        self.of_word = lru_cache(maxsize=65536)(self.merged)
+        self.of_word = lru_cache(maxsize=65536)(self.merge)
 
     def __len__(self) -> int:
         return FIRST + len(self.merges)
 
-    def merged(self, word: bytes) -> list[int]:
+    def merge(self, word: bytes) -> list[int]:
+        """The ids of a word: the pair that was learned first is joined first."""
         ids = [4 + byte for byte in word]
         while len(ids) > 1:
             rank, i = min((self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(zip(ids, ids[1:])))
@@ -71,11 +74,11 @@ class BytePairTokenizer(TextTokenizer):
 
     def __setstate__(self, state):
         self.__dict__ |= state
-        self.of_word = lru_cache(maxsize=65536)(self.merged)
+        self.of_word = lru_cache(maxsize=65536)(self.merge)
 
 
 def learn_merges(texts, size: int) -> list[tuple[int, int]]:
-    """The merges that make `size` tokens of these texts, fewer where no pair occurs twice. Ties go to the smaller ids."""
+    """The merges that make `size` tokens of these texts, fewer where no pair occurs twice. Ties go to smaller ids."""
     counts = Counter(word for text in texts for word in words_of(text))
     rows = [([4 + byte for byte in word], count) for word, count in sorted(counts.items())]
     pairs, where = Counter(), defaultdict(set)
@@ -88,23 +91,29 @@ def learn_merges(texts, size: int) -> list[tuple[int, int]]:
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         if pairs[best] < 2:
             break
-        made = FIRST + len(merges)
+        token = FIRST + len(merges)
         merges.append(best)
         for r in where.pop(best):  # the words that hold the pair: their pairs are taken out, and counted anew
             ids, count = rows[r]
             for pair in zip(ids, ids[1:]):
                 pairs[pair] -= count
-            new, i = [], 0
-            while i < len(ids):
-                joined = ids[i:i + 2] == list(best)
-                new.append(made if joined else ids[i])
-                i += 2 if joined else 1
+            new = join(ids, best, token)
             rows[r] = new, count
             for pair in zip(new, new[1:]):
                 pairs[pair] += count
                 where[pair].add(r)
         pairs = +pairs
     return merges
+
+
+def join(ids: list[int], pair: tuple[int, int], token: int) -> list[int]:
+    """`ids` with `token` wherever the pair stands, from the left."""
+    new, i = [], 0
+    while i < len(ids):
+        match = ids[i:i + 2] == list(pair)
+        new.append(token if match else ids[i])
+        i += 2 if match else 1
+    return new
 
 
 def save_vocabulary(path: Path, merges: list[tuple[int, int]]) -> None:

@@ -1,9 +1,16 @@
-"""What a folder of data holds and what is wrong with it: the commands of `python data.py --check` and `--build-vocab`."""
+"""What a folder of data holds and what is wrong with it: what `python data.py --check` and `--build-vocab` do.
+
+    python data.py --check PATH                           what is there, and for every fault the file, the key, the mend
+    python data.py --build-vocab PATH [--tokens 1024]     its byte-pair vocabulary, written to PATH/vocabulary.json
+"""
 
 import statistics
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,10 +18,10 @@ from tqdm import tqdm
 
 from disk import openmoji
 from disk.bytepair import FIRST, learn_merges, save_vocabulary
-from disk.layouts import scan
+from disk.files import BadFile, Blob, printable, read_picture
+from disk.layouts import DataFolder, scan
 from disk.reading import as_tensor
-from disk.files import BadFile, read_picture, shown
-from plumbing.command import Parser, UserError, run_command
+from plumbing.command import Parser, UserError
 
 
 def alphabets(texts) -> str:
@@ -24,71 +31,97 @@ def alphabets(texts) -> str:
     return ", ".join(f"{name} {count / total:.0%}" for name, count in counts.most_common(4)) or "none"
 
 
-def check(path: Path, side: int = 32) -> tuple[str, bool]:
-    """(report, sound): every sample is read as training reads it."""
-    found = scan(path)
-    sizes, spent, texts, read = [], 0.0, [], 0
-    faults = list(found.faults)
-    torch.set_num_threads(1)
-    for sample in tqdm(found.samples() + found.samples("test"), desc="reading"):
+@dataclass
+class Inventory:
+    """What reading every sample gave."""
+
+    faults: list[tuple[str, str, str]]  # file, key, what is wrong and the mend
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # of the pictures, width and height
+    texts: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # spent on pictures
+
+    def read_picture(self, blob: Blob, side: int) -> None:
+        start = time.perf_counter()
+        image = read_picture(blob)
+        as_tensor(image, side, None)
+        self.seconds += time.perf_counter() - start
+        self.sizes.append(image.size)
+
+    def read_text(self, read: Callable[[], str]) -> None:
+        self.texts.append(read())
+
+
+def read_all(folder: DataFolder, side: int) -> Inventory:
+    """Every sample, training's and the test's, as training reads it."""
+    inventory = Inventory(list(folder.faults))
+    for sample in tqdm(folder.samples() + folder.samples("test"), desc="reading"):
         has = sample.has
-        jobs = [lambda role=role: picture(has[role]) for role in ("image", "source", "target") if role in has]
-        jobs += [sample.instruction] if "source" in has else [sample.caption] if "words" in has else []
-
-        def picture(blob):
-            nonlocal spent, read
-            start = time.perf_counter()
-            image = read_picture(blob)
-            as_tensor(image, side, None)
-            spent, read = spent + time.perf_counter() - start, read + 1
-            sizes.append(image.size)
-
+        roles = [role for role in ("image", "source", "target") if role in has]
+        jobs = [partial(inventory.read_picture, has[role], side) for role in roles]
+        if "source" in has:
+            jobs.append(partial(inventory.read_text, sample.instruction))
+        elif "words" in has:
+            jobs.append(partial(inventory.read_text, sample.caption))
         for job in jobs:
             try:
-                said = job()
-                texts += [said] if said else []
+                job()
             except BadFile as bad:
-                faults.append((next(iter(has.values())).name.partition(":")[0], shown(sample.key), str(bad)))
-    lines = [f"{path}: " + (", ".join(f"{count} {layout}" for layout, count in found.layouts.items()) or "no samples")]
-    for kind, samples in found.kinds.items():
+                file = next(iter(has.values())).name.partition(":")[0]
+                inventory.faults.append((file, printable(sample.key), str(bad)))
+    return inventory
+
+
+def check(path: Path, side: int = 32) -> tuple[str, bool]:
+    """(report, sound): every sample is read as training reads it. Raises BadFile where there is no folder."""
+    torch.set_num_threads(1)
+    folder = scan(path)
+    inventory = read_all(folder, side)
+    return "\n".join(report(folder, inventory, side)), not inventory.faults
+
+
+def report(folder: DataFolder, inventory: Inventory, side: int) -> list[str]:
+    """Lines for people."""
+    sizes, texts, faults = inventory.sizes, inventory.texts, inventory.faults
+    layouts = ", ".join(f"{count} {layout}" for layout, count in folder.layouts.items())
+    lines = [f"{folder.root}: {layouts or 'no samples'}"]
+    for kind, samples in folder.kinds.items():
         if samples:
-            held = sum(sample.held_out for sample in samples)
-            lines.append(f"{kind:9} {len(samples) - held} to train on, {held} held out")
+            test = sum(sample.is_test for sample in samples)
+            lines.append(f"{kind:9} {len(samples) - test} to train on, {test} held out")
     if sizes:
         w, h = zip(*sizes)
-        lines.append(f"sizes     {min(w)}×{min(h)} to {max(w)}×{max(h)}, median {statistics.median(w):.0f}×{statistics.median(h):.0f}")
-        lines.append(f"speed     {read / spent:.0f} pictures a second on one core, read and cut to {side}×{side}")
+        median = f"{statistics.median(w):.0f}×{statistics.median(h):.0f}"
+        lines.append(f"sizes     {min(w)}×{min(h)} to {max(w)}×{max(h)}, median {median}")
+        speed = len(sizes) / inventory.seconds
+        lines.append(f"speed     {speed:.0f} pictures a second on one core, read and cut to {side}×{side}")
     if texts:
-        lines.append(f"letters   {alphabets(texts)} in texts; {alphabets(s.key for s in found.samples())} in keys")
-    if found.left_alone:
-        lines.append(f"{found.left_alone} files of other kinds are left alone")
+        keys = alphabets(sample.key for sample in folder.samples())
+        lines.append(f"letters   {alphabets(texts)} in texts; {keys} in keys")
+    if folder.left_alone:
+        lines.append(f"{folder.left_alone} files of other kinds are left alone")
     lines += [f"fault     {file}{f' [{key}]' if key else ''}: {what}" for file, key, what in faults]
-    lines.append(f"{len(faults)} faults")
-    return "\n".join(lines), not faults
+    return [*lines, f"{len(faults)} faults"]
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", type=Path, help="folder: say what it holds and what is wrong")
-    parser.add_argument("--build-vocab", type=Path, help="folder: learn byte pairs from its texts, write vocabulary.json there")
+    parser.add_argument("--build-vocab", type=Path,
+                        help="folder: learn byte pairs from its texts, write vocabulary.json there")
     parser.add_argument("--tokens", type=int, default=1024, help="size of the vocabulary")
     parser.add_argument("--side", type=int, default=32, help="side that pictures are cut to")
-    given = parser.read()
-    path = given.check or given.build_vocab
-    if path is None or given.tokens <= FIRST:
+    options = parser.read()
+    path = options.check or options.build_vocab
+    if path is None or options.tokens <= FIRST:
         raise UserError(f"--check PATH or --build-vocab PATH is wanted, and --tokens above {FIRST}")
     if str(path) == "openmoji":
-        path = openmoji.write(given.side)
-    if given.build_vocab:
-        merges = learn_merges(tqdm(scan(path).texts(), desc="texts"), given.tokens)
+        path = openmoji.write(options.side)
+    if options.build_vocab:
+        merges = learn_merges(tqdm(scan(path).texts(), desc="texts"), options.tokens)
         save_vocabulary(path / "vocabulary.json", merges)
         print(f"{path / 'vocabulary.json'}: {FIRST + len(merges)} tokens")
-    if given.check:
-        report, sound = check(path, given.side)
-        print(report)
+    if options.check:
+        text, sound = check(path, options.side)
+        print(text)
         if not sound:
             raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    run_command(main)

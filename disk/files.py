@@ -1,8 +1,8 @@
-"""Reading what a stranger made: pictures, words, records and tar shards, of which nothing may run code, leave its folder or
-fill the memory.
+"""Reading what a stranger made: pictures, words, records and tar shards, of which nothing may run code, leave its
+folder or fill the memory.
 
-A `Blob` is a range of bytes of a plain file, with a name for people: a whole file, a member of a tar shard, or one record of
-a JSON list. Nothing is ever unpacked. Whatever is wrong raises `BadFile`, in one line that says the mend.
+A `Blob` is a range of bytes of a plain file, with a name for people: a whole file, a member of a tar shard, or one
+record of a JSON list. Nothing is ever unpacked. Whatever is wrong raises `BadFile`, in one line that says the mend.
 """
 
 import io
@@ -46,7 +46,8 @@ class Blob(NamedTuple):
                 file.seek(self.start)
                 data = file.read(self.size)
         except OSError as error:
-            raise BadFile(f"{self.name} cannot be read ({error.strerror}): give the right to read it, or remove it") from None
+            raise BadFile(f"{self.name} cannot be read ({error.strerror}): give the right to read it, "
+                          "or remove it") from None
         if len(data) < self.size:
             raise BadFile(f"{self.name} ends too early: write it again")
         return data
@@ -55,7 +56,7 @@ class Blob(NamedTuple):
 # ---------------------------------------------------------------- names
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A name as it may be printed: one line, no control characters, not endless."""
     clean = "".join(c if c.isprintable() else "?" for c in name)
     return clean if len(clean) <= 120 else clean[:117] + "…"
@@ -81,23 +82,25 @@ def inside(root: Path, name: str) -> Blob:
     try:
         path = root / name
         if os.path.realpath(path) != os.path.join(os.path.realpath(root), os.path.normpath(name)):
-            raise BadFile(f"{shown(name)} is a link or behind one: put the file itself there")
-        found = os.lstat(path)
+            raise BadFile(f"{printable(name)} is a link or behind one: put the file itself there")
+        status = os.lstat(path)
     except OSError:
-        raise BadFile(f"{shown(name)} is not in the data's folder: add it, or remove the record") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise BadFile(f"{shown(name)} is no plain file: remove it")
-    return Blob(str(path), 0, found.st_size, shown(name))
+        raise BadFile(f"{printable(name)} is not in the data's folder: add it, or remove the record") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise BadFile(f"{printable(name)} is no plain file: remove it")
+    return Blob(str(path), 0, status.st_size, printable(name))
 
 
 # ---------------------------------------------------------------- one file's content
 
 
 def read_picture(blob: Blob) -> Image.Image:
-    """-> RGB, upright (EXIF), transparency on white. Refuses what would lose something unsaid: more frames, 16 bits, CMYK."""
+    """-> RGB, upright (EXIF), transparency on white. Refuses what would lose something unsaid: more frames, 16 bits,
+    CMYK."""
     data = blob.read(MAX_PICTURE)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+        with (warnings.catch_warnings(action="ignore"),
+              Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image):
             w, h = image.size
             if w * h > MAX_PIXELS:
                 raise BadFile(f"{blob.name} has {w}×{h} pixels, more than {MAX_PIXELS // 10**6} million: shrink it")
@@ -119,7 +122,8 @@ def read_picture(blob: Blob) -> Image.Image:
     except BadFile:
         raise
     except Exception as error:  # Pillow raises a dozen kinds for broken files
-        raise BadFile(f"{blob.name} is broken ({shown(str(error) or type(error).__name__)}): write it again or remove it") from None
+        reason = printable(str(error) or type(error).__name__)
+        raise BadFile(f"{blob.name} is broken ({reason}): write it again or remove it") from None
 
 
 def read_text(blob: Blob) -> str:
@@ -135,24 +139,26 @@ def read_text(blob: Blob) -> str:
 
 
 def read_record(blob: Blob) -> dict:
+    """One JSON object."""
     try:
-        found = json.loads(blob.read(MAX_TEXT).decode("utf-8-sig"))
+        record = json.loads(blob.read(MAX_TEXT).decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise BadFile(f"{blob.name} is not UTF-8: save it as UTF-8") from None
     except RecursionError:
         raise BadFile(f"{blob.name} is nested too deep: a record is one flat object") from None
     except ValueError as error:
-        raise BadFile(f"{blob.name} is no JSON ({shown(str(error))}): write it with a JSON library") from None
-    if not isinstance(found, dict):
-        raise BadFile(f"{blob.name} is a {type(found).__name__}, where an object {{…}} is wanted")
-    return found
+        raise BadFile(f"{blob.name} is no JSON ({printable(str(error))}): write it with a JSON library") from None
+    if not isinstance(record, dict):
+        raise BadFile(f"{blob.name} is a {type(record).__name__}, where an object {{…}} is wanted")
+    return record
 
 
-def field(record: dict, key: str, name: str) -> str:
+def text_field(record: dict, key: str, name: str) -> str:
     """A record's text. Raises BadFile where it is missing, no text or empty."""
     value = record.get(key)
     if not isinstance(value, str):
-        raise BadFile(f"{name}: {key!r} is {'missing' if value is None else 'a ' + type(value).__name__}, where a text is wanted")
+        raise BadFile(f"{name}: {key!r} is {'missing' if value is None else 'a ' + type(value).__name__}, "
+                      "where a text is wanted")
     value = unicodedata.normalize("NFC", " ".join(value.split()))
     if not value:
         raise BadFile(f"{name}: {key!r} is empty: fill it in or remove the record")
@@ -167,15 +173,16 @@ def turns(record: dict, name: str, has_image: bool) -> list[tuple[str, str]]:
     """LLaVA's conversations -> (question, answer) pairs."""
     talk = record.get("conversations")
     if not isinstance(talk, list) or not talk or len(talk) % 2 or not all(isinstance(turn, dict) for turn in talk):
-        raise BadFile(f"{name}: 'conversations' must list turns by twos, {{\"from\": \"human\", …}} then {{\"from\": \"gpt\", …}}")
+        raise BadFile(f"{name}: 'conversations' must list turns by twos, "
+                      '{"from": "human", …} then {"from": "gpt", …}')
     pairs = []
-    for asked, said in zip(talk[::2], talk[1::2]):
-        if asked.get("from") != "human" or said.get("from") != "gpt":
+    for human, gpt in zip(talk[::2], talk[1::2]):
+        if human.get("from") != "human" or gpt.get("from") != "gpt":
             raise BadFile(f"{name}: turns must go from 'human' to 'gpt' and back")
-        question = field(asked, "value", name)
+        question = text_field(human, "value", name)
         if "<image>" in question and not has_image:
             raise BadFile(f"{name}: <image> without a picture: add 'image' or remove the sign")
-        pairs.append((" ".join(question.replace("<image>", " ").split()), field(said, "value", name)))
+        pairs.append((" ".join(question.replace("<image>", " ").split()), text_field(gpt, "value", name)))
     return pairs
 
 
@@ -202,8 +209,8 @@ def records(path: Path, name: str) -> Iterator[Blob]:
             except RecursionError:
                 raise BadFile(f"{name}: record {number} is nested too deep: a record is one flat object") from None
             except ValueError:
-                raise BadFile(f"{name}: record {number} is broken or longer than {MAX_TEXT} bytes: a list of objects is wanted, "
-                              "[{…}, {…}]") from None
+                raise BadFile(f"{name}: record {number} is broken or longer than {MAX_TEXT} bytes: "
+                              "a list of objects is wanted, [{…}, {…}]") from None
             yield Blob(str(path), file.tell() - len(text) + at, end - at, f"{name}[{number}].json")
             at, number = end, number + 1
 
@@ -229,7 +236,7 @@ def members(path: Path, name: str) -> Iterator[Blob | tuple[str, BadFile]]:
                 tar.members = []  # a shard of millions would stay in memory
                 if member.isdir():
                     continue
-                full = f"{name}:{shown(member.name)}"
+                full = f"{name}:{printable(member.name)}"
                 if member.isfile() and not member.issparse():
                     if member.offset_data + member.size > size:
                         raise BadFile(f"{full} reaches past the shard's end: write the shard again")
@@ -249,4 +256,5 @@ def members(path: Path, name: str) -> Iterator[Blob | tuple[str, BadFile]]:
     except BadFile:
         raise
     except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
-        raise BadFile(f"{name} is no plain tar ({shown(str(error).splitlines()[0])}): write the shard again, uncompressed") from None
+        reason = printable(str(error).splitlines()[0])
+        raise BadFile(f"{name} is no plain tar ({reason}): write the shard again, uncompressed") from None

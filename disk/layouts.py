@@ -1,35 +1,31 @@
-"""Data on disk: what a folder holds, found out by looking, and the order in which training reads it.
+"""Data on disk: what a folder holds, found out by looking at names, headers and records.
 
-    x.jpg|png|webp + x.txt                          a caption; x.json may hold {"conversations": …} or {"caption": …}
-    x.source.png + x.target.png + x.instruction.txt an edit
-    000.tar 001.tar …                               the same names inside (WebDataset: key = name up to the first dot)
-    *.json|jsonl  [{"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}, …]      LLaVA
-    *.json|jsonl  [{"source": …, "target": …, "instruction": …}, …]                                             edits
+    x.jpg|png|webp + x.txt   a caption; x.json may hold {"conversations": …} or {"caption": …}
+    x.source.png + x.target.png + x.instruction.txt      an edit
+    000.tar 001.tar …        the same names inside (WebDataset: key = name up to the first dot)
+    *.json|jsonl             LLaVA: [{"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}]
+    *.json|jsonl             edits: [{"source": …, "target": …, "instruction": …}, …]
 
-All of it may stand in one folder, and in folders inside. A folder `test` is held out; without one, one key in twenty is.
-
-    python data.py --check PATH          what is there, and for every fault the file, the key and the mend
-    python data.py --build-vocab PATH    its byte-pair vocabulary, written to PATH/vocabulary.json
-
-Sample `number` of a stage is a pure function of (seed, stage, number), a broken one's substitute included.
+All of it may stand in one folder, and in folders inside. A folder `test` is held out; without one, one key in twenty.
 """
 
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass, field as also
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from disk.files import (BadFile, Blob, check_name, field, inside, members, read_record, read_text,
-                        records, shown, turns)
+from disk.files import (BadFile, Blob, check_name, inside, members, printable, read_record, read_text, records,
+                        text_field, turns)
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-ROLES = {"txt": "words", "json": "record", "instruction.txt": "instruction",
-         **{f"{role}{ext}": name for ext in PICTURES for role, name in (("", "image"), ("source.", "source"), ("target.", "target"))}}
-LEFT_ALONE = ("md", "license", "csv", "html", "pdf", "yaml", "yml", "sha256", "part")  # stands beside data, is none
+ROLES = {  # ending of a file -> what it is to its key
+    "txt": "words", "json": "record", "instruction.txt": "instruction", **{ending: "image" for ending in PICTURES},
+    **{f"{role}.{ending}": role for role in ("source", "target") for ending in PICTURES}}
 OTHER_PICTURES = ("gif", "bmp", "tif", "tiff", "heic", "avif", "svg", "jp2", "ico", "psd")
+PACKED = re.compile(r"\.(tar\.\w+|tgz|zip|7z|rar|parquet|arrow)$")
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|mirror\w*)\b", re.IGNORECASE)
 DESCRIBE = "describe the picture"  # what is asked for a caption
 
@@ -40,8 +36,8 @@ class Sample:
 
     key: str
     unit: int  # which file it came from: what is in one shard is read together
-    held_out: bool
-    has: dict[str, Blob] = also(default_factory=dict)  # role -> where it is
+    is_test: bool  # held out from training
+    has: dict[str, Blob] = field(default_factory=dict)  # role -> where it is
 
     def record(self) -> dict:
         return read_record(self.has["record"]) if "record" in self.has else {}
@@ -49,135 +45,118 @@ class Sample:
     def caption(self) -> str:
         if "words" in self.has:
             return read_text(self.has["words"])
-        return field(self.record(), "caption", self.has["record"].name)
+        return text_field(self.record(), "caption", self.has["record"].name)
 
     def instruction(self) -> str:
         if "record" in self.has:
-            return field(self.record(), "instruction", self.has["record"].name)
+            return text_field(self.record(), "instruction", self.has["record"].name)
         return read_text(self.has["instruction" if "instruction" in self.has else "words"])
 
     def turns(self) -> list[tuple[str, str]]:
         return turns(self.record(), self.has["record"].name, "image" in self.has)
 
     def turns_and_caption(self) -> list[tuple[str, str]]:
-        """All questions and answers about the picture; the last one asks for the caption, where there is one. One reading."""
+        """All questions and answers about the picture; the last one asks for the caption, where there is one. The
+        record is read once."""
         record = self.record()
         pairs = turns(record, self.has["record"].name, "image" in self.has) if "conversations" in record else []
         if "words" in self.has:
             return [*pairs, (DESCRIBE, read_text(self.has["words"]))]
-        return [*pairs, (DESCRIBE, field(record, "caption", self.has["record"].name))] if "caption" in record else pairs
+        if "caption" in record:
+            return [*pairs, (DESCRIBE, text_field(record, "caption", self.has["record"].name))]
+        return pairs
 
 
 @dataclass
-class Found:
-    """What `scan` saw. `kinds`: what a sample is good for -> the samples; a sample may serve several."""
+class DataFolder:
+    """What `scan` makes of a folder. `kinds`: what a sample is good for -> the samples; a sample may serve several."""
 
     root: Path
-    kinds: dict[str, list[Sample]] = also(default_factory=lambda: {"captions": [], "talks": [], "edits": [], "texts": [], "pictures": []})
-    faults: list[tuple[str, str, str]] = also(default_factory=list)  # file, key, what is wrong and the mend
-    layouts: dict[str, int] = also(default_factory=dict)  # layout -> samples
-    left_alone: int = 0
+    kinds: dict[str, list[Sample]] = field(default_factory=lambda: {
+        "captions": [], "talks": [], "edits": [], "texts": [], "pictures": []})
+    faults: list[tuple[str, str, str]] = field(default_factory=list)  # file, key, what is wrong and the mend
+    layouts: dict[str, int] = field(default_factory=dict)  # layout -> samples
+    left_alone: int = 0  # files of kinds that are not data
 
     def samples(self, split: str = "train") -> list[Sample]:
-        once = {id(sample): sample for samples in self.kinds.values() for sample in samples if sample.held_out == (split == "test")}
+        once = {id(sample): sample for samples in self.kinds.values() for sample in samples
+                if sample.is_test == (split == "test")}
         return list(once.values())
 
-    def texts(self):
+    def texts(self) -> Iterator[str]:
         """Every text of training's samples, for a vocabulary; what cannot be read is passed over."""
         for sample in self.samples():
             has = sample.has
-            ways = ([sample.instruction] if "source" in has else
-                    [sample.caption] * ("words" in has or "record" in has) + [sample.turns] * ("record" in has))
+            if "source" in has:
+                ways = [sample.instruction]
+            else:
+                ways = [sample.caption] * ("words" in has or "record" in has) + [sample.turns] * ("record" in has)
             for way in ways:
                 try:
-                    found = way()
-                    yield from [found] if isinstance(found, str) else [text for pair in found for text in pair]
+                    words = way()
                 except BadFile:
-                    pass
+                    continue
+                yield from [words] if isinstance(words, str) else [text for pair in words for text in pair]
         yield from (DESCRIBE, "caption")
 
+    def fault(self, file: str, key: str, what: BadFile | str) -> None:
+        self.faults.append((printable(file), printable(key), str(what)))
 
-# ---------------------------------------------------------------- looking
+    def add(self, sample: Sample, layout: str) -> None:
+        """A sound sample, under all that it is good for."""
+        kinds, has = self.kinds, sample.has
+        self.layouts[layout] = self.layouts.get(layout, 0) + 1
+        record = sample.record() if "record" in has and "source" not in has else {}
+        if "source" in has:
+            kinds["edits"].append(sample)
+        if "image" in has and ("words" in has or "caption" in record):
+            kinds["captions"].append(sample)
+        if "conversations" in record:
+            kinds["talks" if "image" in has else "texts"].append(sample)
+        if has.keys() & {"image", "target"}:
+            kinds["pictures"].append(sample)
 
 
-def scan(root: Path) -> Found:
-    """Finds the samples under `root`. Reads names, headers and records, no pictures. Raises BadFile where there is no folder."""
+# ---------------------------------------------------------------- scanning a folder
+
+
+def scan(root: Path) -> DataFolder:
+    """Finds the samples under `root`. Reads names, headers and records, no pictures. Raises BadFile where there is no
+    folder; any other fault is listed in the result."""
     if not root.is_dir():
         raise BadFile(f"--data {root}: no such folder")
-    found, listed, lists = Found(root), {}, []
-
-    def fault(name: str, key: str, what) -> None:
-        found.faults.append((shown(name), shown(key), str(what)))
-
-    def place(groups: dict, name: str, blob: Blob, unit: int) -> None:
-        """One file into its key's sample."""
-        folder, _, base = name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        ending, key = ending.lower(), f"{folder}/{stem}" if folder else stem
-        role = ROLES.get(ending)
-        if role is None:
-            last = ending.rpartition(".")[2]
-            if last in OTHER_PICTURES:
-                fault(blob.name, key, f"is a {last}: save it as png, jpg or webp")
-            elif last in PICTURES or last in ("txt", "json"):
-                fault(blob.name, key, f"'.{ending}' means nothing here: name it key.{last}, key.source.{last} or key.target.{last}")
-            else:
-                found.left_alone += 1
-            return
-        sample = groups.setdefault(key, Sample(key, unit, name.startswith("test/")))
-        if role in sample.has:
-            fault(blob.name, key, f"has its {role} twice: give each sample a key of its own")
-        else:
-            sample.has[role] = blob
-
-    for unit, path in enumerate(plain_files(root, fault)):
+    folder, samples, lists = DataFolder(root), {}, []
+    for unit, path in enumerate(plain_files(folder)):
         name = path.relative_to(root).as_posix()
         ending = name.rpartition(".")[2].lower()
         if ending == "tar":
-            groups = {}
-            try:
-                for member in members(path, name):
-                    if isinstance(member, Blob):
-                        inner = member.name.split(":", 1)[1].removeprefix("./")
-                        place(groups, ("test/" if name.startswith("test/") else "") + inner, member, unit)
-                    else:
-                        fault(name, *member)
-            except BadFile as bad:
-                fault(name, "", bad)
-            sort_out(groups.values(), found, fault, "shards")
-        elif re.search(r"\.(tar\.\w+|tgz|zip|7z|rar|parquet|arrow)$", name.lower()):
-            fault(name, "", "is packed: unpack it, or store it as a plain .tar")
-        elif ending == "jsonl" or ending == "json" and path.name != "vocabulary.json":
-            lists.append((unit, name, path))  # a sample's own record, or a list: told by whether there is a picture of that key
-        elif path.name != "vocabulary.json":
-            place(listed, name, Blob(str(path), 0, path.lstat().st_size, shown(name)), unit)
-    for unit, name, path in lists:
-        if name.partition(".")[0] in listed and name.endswith(".json"):
-            place(listed, name, Blob(str(path), 0, path.lstat().st_size, shown(name)), unit)
+            scan_tar(folder, path, name, unit)
+        elif PACKED.search(name.lower()):
+            folder.fault(name, "", "is packed: unpack it, or store it as a plain .tar")
+        elif path.name == "vocabulary.json":
             continue
-        try:
-            blobs = list(records(path, shown(name)))
-            if not blobs:
-                raise BadFile(f"{shown(name)} has no records: a list of objects is wanted, [{{…}}, {{…}}]")
-        except BadFile as bad:
-            fault(name, "", bad)
-            continue
-        for number, blob in enumerate(blobs):
-            read_listed(path.parent, Sample(f"{name}#{number}", unit, name.startswith("test/"), {"record": blob}), found, fault, listed)
-    sort_out(listed.values(), found, fault, "folder")
-    if found.kinds["pictures"] and not any(sample.held_out for sample in found.kinds["pictures"]):
-        for sample in found.samples():
-            sample.held_out = int(hashlib.sha256(sample.key.encode()).hexdigest(), 16) % 20 == 0
-    return found
+        elif ending in ("json", "jsonl"):
+            lists.append((path, name, unit))
+        else:
+            place(folder, samples, name, whole_file(path, name), unit)
+    for path, name, unit in lists:  # last: only now is it known which pictures there are
+        if name.endswith(".json") and name.partition(".")[0] in samples:  # a picture's own record, not a list
+            place(folder, samples, name, whole_file(path, name), unit)
+        else:
+            scan_list(folder, samples, path, name, unit)
+    add_sound(folder, samples, "folder")
+    choose_test(folder)
+    return folder
 
 
-def plain_files(root: Path, fault: Callable) -> list[Path]:
-    """Sorted by name; what is a link, no plain file or has no name in UTF-8 is a fault. Names with a leading dot are passed over."""
+def plain_files(folder: DataFolder) -> list[Path]:
+    """Sorted by name; what is a link, no plain file or has no name in UTF-8 is a fault. Names with a leading dot are
+    passed over."""
     files = []
-    for folder, folders, names in os.walk(root):
+    for parent, folders, names in os.walk(folder.root):
         for name in sorted(folders + names):
-            path = Path(folder) / name
-            full = path.relative_to(root).as_posix()
+            path = Path(parent) / name
+            full = path.relative_to(folder.root).as_posix()
             mode = path.lstat().st_mode
             if name.startswith("."):
                 folders[:] = [other for other in folders if other != name]
@@ -189,7 +168,7 @@ def plain_files(root: Path, fault: Callable) -> list[Path]:
                 if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                     raise BadFile("is no plain file: remove it")
             except BadFile as bad:
-                fault(full, "", bad)
+                folder.fault(full, "", bad)
                 folders[:] = [other for other in folders if other != name]
                 continue
             files += [path] if stat.S_ISREG(mode) else []
@@ -197,69 +176,120 @@ def plain_files(root: Path, fault: Callable) -> list[Path]:
     return sorted(files)
 
 
-def read_listed(folder: Path, sample: Sample, found: Found, fault: Callable, listed: dict) -> None:
-    """One record of a list: LLaVA's, or an edit. The pictures that it names, from the list's own `folder` on, are no samples of
-    their own."""
-    blob = sample.has["record"]
-    try:
-        record = read_record(blob)
-        wanted = ("source", "target") if "instruction" in record else ("image",) if "image" in record else ()
-        for role in wanted:
-            name = record.get(role)
-            if not isinstance(name, str):
-                raise BadFile(f"{blob.name}: {role!r} is {'missing' if name is None else 'a ' + type(name).__name__}, "
-                              "where a picture's name is wanted")
-            sample.has[role] = inside(folder, name)
-            bare = os.path.relpath(folder / name, found.root).partition(".")[0]
-            if bare in listed and set(listed[bare].has) == {"image"}:
-                del listed[bare]
-        if "instruction" in record:
-            sample.instruction()
+def whole_file(path: Path, name: str) -> Blob:
+    return Blob(str(path), 0, path.lstat().st_size, printable(name))
+
+
+def place(folder: DataFolder, samples: dict[str, Sample], name: str, blob: Blob, unit: int) -> None:
+    """One file into its key's sample; `samples`: those of a folder or of a shard, by key."""
+    parent, _, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    ending, key = ending.lower(), f"{parent}/{stem}" if parent else stem
+    role = ROLES.get(ending)
+    if role is None:
+        last = ending.rpartition(".")[2]
+        if last in OTHER_PICTURES:
+            folder.fault(blob.name, key, f"is a {last}: save it as png, jpg or webp")
+        elif last in PICTURES or last in ("txt", "json"):
+            folder.fault(blob.name, key, f"'.{ending}' means nothing here: name it key.{last}, key.source.{last} or "
+                                         f"key.target.{last}")
         else:
-            sample.turns()
-    except BadFile as bad:
-        fault(sample.key.partition("#")[0], str(sample.key.rpartition("#")[2]), bad)
+            folder.left_alone += 1
         return
-    keep(sample, found, "instruction triples" if "instruction" in record else "LLaVA records")
+    sample = samples.setdefault(key, Sample(key, unit, name.startswith("test/")))
+    if role in sample.has:
+        folder.fault(blob.name, key, f"has its {role} twice: give each sample a key of its own")
+    else:
+        sample.has[role] = blob
 
 
-def sort_out(samples, found: Found, fault: Callable, layout: str) -> None:
-    """What each key of a folder or shard is good for; what lacks a part is a fault."""
-    for sample in samples:
-        has, blob = sample.has, next(iter(sample.has.values()))
-        file = blob.name.partition(":")[0]
+def scan_tar(folder: DataFolder, path: Path, name: str, unit: int) -> None:
+    """The samples of a shard; of one that stops being a tar those before the break."""
+    samples, prefix = {}, "test/" if name.startswith("test/") else ""
+    try:
+        for member in members(path, name):
+            if isinstance(member, Blob):
+                inner = member.name.split(":", 1)[1].removeprefix("./")
+                place(folder, samples, prefix + inner, member, unit)
+            else:
+                folder.fault(name, *member)
+    except BadFile as bad:
+        folder.fault(name, "", bad)
+    add_sound(folder, samples, "shards")
+
+
+def scan_list(folder: DataFolder, samples: dict[str, Sample], path: Path, name: str, unit: int) -> None:
+    """The records of a JSON list or of JSON lines. A picture that a record names leaves the folder's own `samples`."""
+    try:
+        blobs = list(records(path, printable(name)))
+        if not blobs:
+            raise BadFile(f"{printable(name)} has no records: a list of objects is wanted, [{{…}}, {{…}}]")
+    except BadFile as bad:
+        folder.fault(name, "", bad)
+        return
+    for number, blob in enumerate(blobs):
+        sample = Sample(f"{name}#{number}", unit, name.startswith("test/"), {"record": blob})
         try:
-            if "source" in has or "target" in has:
-                if not {"source", "target"} <= has.keys() or not {"instruction", "words", "record"} & has.keys():
-                    raise BadFile(f"an edit needs key.source.png, key.target.png and key.instruction.txt; this has {', '.join(has)}")
-            elif "image" not in has:
-                raise BadFile(f"{blob.name} has no picture: add key.png (or jpg, webp) or remove it")
-            for part in has.values():
-                if part.size == 0:
-                    raise BadFile(f"{part.name} has 0 bytes: write it again or remove it")
-            if "record" in has and "source" not in has:
-                record = sample.record()
-                if "conversations" in record:
-                    sample.turns()
-                elif "caption" in record and "words" not in has:
-                    sample.caption()
+            layout = find_pictures(folder, samples, path.parent, sample)
         except BadFile as bad:
-            fault(file, sample.key, bad)
-            continue
-        keep(sample, found, layout)
+            folder.fault(name, str(number), bad)
+        else:
+            folder.add(sample, layout)
 
 
-def keep(sample: Sample, found: Found, layout: str) -> None:
-    kinds, has = found.kinds, sample.has
-    found.layouts[layout] = found.layouts.get(layout, 0) + 1
-    record = sample.record() if "record" in has and "source" not in has else {}
-    if "source" in has:
-        kinds["edits"].append(sample)
-    if "image" in has and ("words" in has or "caption" in record):
-        kinds["captions"].append(sample)
-    if "conversations" in record:
-        kinds["talks" if "image" in has else "texts"].append(sample)
-    if has.keys() & {"image", "target"}:
-        kinds["pictures"].append(sample)
+def find_pictures(folder: DataFolder, samples: dict[str, Sample], parent: Path, sample: Sample) -> str:
+    """Gives a record's sample the pictures that it names, by their paths from the list's own folder `parent` on, and
+    reads its words once; -> which layout it has. Raises BadFile."""
+    blob = sample.has["record"]
+    record = read_record(blob)
+    is_edit = "instruction" in record
+    for role in ("source", "target") if is_edit else ("image",) if "image" in record else ():
+        name = record.get(role)
+        if not isinstance(name, str):
+            raise BadFile(f"{blob.name}: {role!r} is {'missing' if name is None else 'a ' + type(name).__name__}, "
+                          "where a picture's name is wanted")
+        sample.has[role] = inside(parent, name)
+        key = os.path.relpath(parent / name, folder.root).partition(".")[0]
+        if key in samples and set(samples[key].has) == {"image"}:  # it stands in the folder: no sample of its own
+            del samples[key]
+    sample.instruction() if is_edit else sample.turns()
+    return "instruction triples" if is_edit else "LLaVA records"
 
 
+def add_sound(folder: DataFolder, samples: dict[str, Sample], layout: str) -> None:
+    """What each key of a folder or shard is good for; what lacks a part is a fault."""
+    for sample in samples.values():
+        file = next(iter(sample.has.values())).name.partition(":")[0]
+        try:
+            check_parts(sample)
+        except BadFile as bad:
+            folder.fault(file, sample.key, bad)
+        else:
+            folder.add(sample, layout)
+
+
+def check_parts(sample: Sample) -> None:
+    """Raises BadFile where a sample lacks a part, has an empty one or a record that cannot be read."""
+    has = sample.has
+    if "source" in has or "target" in has:
+        if not {"source", "target"} <= has.keys() or not {"instruction", "words", "record"} & has.keys():
+            raise BadFile("an edit needs key.source.png, key.target.png and key.instruction.txt; this has "
+                          f"{', '.join(has)}")
+    elif "image" not in has:
+        raise BadFile(f"{next(iter(has.values())).name} has no picture: add key.png (or jpg, webp) or remove it")
+    for part in has.values():
+        if part.size == 0:
+            raise BadFile(f"{part.name} has 0 bytes: write it again or remove it")
+    if "record" in has and "source" not in has:
+        record = sample.record()
+        if "conversations" in record:
+            sample.turns()
+        elif "caption" in record and "words" not in has:
+            sample.caption()
+
+
+def choose_test(folder: DataFolder) -> None:
+    """Where no folder is called test, one key in twenty is for the test, whatever else is in the folder."""
+    if folder.kinds["pictures"] and not any(sample.is_test for sample in folder.kinds["pictures"]):
+        for sample in folder.samples():
+            sample.is_test = int(hashlib.sha256(sample.key.encode()).hexdigest(), 16) % 20 == 0

@@ -11,47 +11,52 @@ from PIL import Image
 from torch import Tensor
 
 from disk.files import BadFile, Blob, read_picture
-from disk.layouts import DESCRIBE, SIDES, Found
-
+from disk.layouts import DESCRIBE, SIDES, DataFolder
 
 WINDOW = 1024  # shards are read forward, and mixed inside windows of so many samples
 SUBSTITUTES = 20  # tried in a bad sample's place
+
 # ---------------------------------------------------------------- order and reading
 
-NEEDS = {"P1": ("captions", "talks"), "P2": ("pictures",), "P3": ("captions",), "T1": ("pictures",), "T2": ("pictures",),
-         "T3": ("pictures",), "U1": ("captions",), "U2": ("captions", "edits"), "U3": ("captions", "edits")}
+NEEDS = {"P1": ("captions", "talks"), "P2": ("pictures",), "P3": ("captions",),
+         "T1": ("pictures",), "T2": ("pictures",), "T3": ("pictures",),
+         "U1": ("captions",), "U2": ("captions", "edits"), "U3": ("captions", "edits")}
 EXAMPLES = {"captions": "pictures with captions: cat.png, and cat.txt with: a cat on a mat",
-            "edits": "edits: 1.source.png and 1.target.png, and 1.instruction.txt with: make it red (or go without, --edits 0)",
+            "edits": "edits: 1.source.png and 1.target.png, and 1.instruction.txt with: make it red "
+                     "(or go without, --edits 0)",
             "pictures": "pictures: a.png, b.jpg, c.webp …", "talks": "conversations"}
 
 
-def check_kinds(found: Found, stages: list[str], edits: float) -> None:
+def check_kinds(folder: DataFolder, stages: list[str], edits: float) -> None:
     """Raises BadFile where a stage lacks its kind of data, with an example."""
     for stage in stages:
         needs = [kind for kind in NEEDS[stage] if kind != "edits" or edits > 0]
-        have = [kind for kind in needs if any(not sample.held_out for sample in found.kinds[kind])]
+        have = [kind for kind in needs if any(not sample.is_test for sample in folder.kinds[kind])]
         lacking = needs[:1] if not have else [kind for kind in needs if kind not in have and stage != "P1"]
         if lacking:
-            more = f"; `python data.py --check {found.root}` names {len(found.faults)} faults" if found.faults else ""
-            raise BadFile(f"stage {stage} needs {EXAMPLES[lacking[0]]}; {found.root} has none{more}")
+            faults = len(folder.faults)
+            more = f"; `python data.py --check {folder.root}` names {faults} faults" if faults else ""
+            raise BadFile(f"stage {stage} needs {EXAMPLES[lacking[0]]}; {folder.root} has none{more}")
 
 
 class DiskData:
-    """What training asks of `data.DrawnWorld`, from samples on disk. Pictures are `b 3 side side` in [-1, 1].
+    """What training asks of `world.language.DrawnWorld`, from samples on disk. Pictures are `b 3 side side` in [-1, 1].
 
-    `batch`, `edits`: of each `batch` numbers the last `edits` ask for edits, so that numbers of each kind follow closely.
+    `batch`, `edits`: of each `batch` numbers the last `edits` ask for edits, so that the numbers of each kind, counted
+    alone, have no gaps.
     `bad`: (key, what is wrong) of the samples that were replaced since it was last emptied.
     """
 
-    def __init__(self, found: Found, side: int, seed: int, epoch: int, split: str = "train", flip: bool = True,
+    def __init__(self, folder: DataFolder, side: int, seed: int, epoch: int, split: str = "train", flip: bool = True,
                  batch: int = 1, edits: int = 0):
         self.side, self.key, self.flip, self.batch, self.n_edits = side, f"{seed}/{split}/{epoch}", flip, batch, edits
-        self.kinds = {kind: [sample for sample in samples if sample.held_out == (split == "test")]
-                      for kind, samples in found.kinds.items()}
-        described = {sample.key: sample for kind in ("captions", "talks") for sample in self.kinds[kind]}
-        self.kinds["described"], self.orders, self.bad = list(described.values()), {}, []
+        self.kinds = {kind: [sample for sample in samples if sample.is_test == (split == "test")]
+                      for kind, samples in folder.kinds.items()}
+        by_key = {sample.key: sample for kind in ("captions", "talks") for sample in self.kinds[kind]}
+        self.kinds["described"], self.orders, self.bad = list(by_key.values()), {}, []  # pictures with words about them
 
     def rng(self, what: str, index: int) -> random.Random:
+        """`what` is part of the seed, not a name: another word there makes another order."""
         return random.Random(f"{self.key}/{what}/{index}")
 
     def generator(self, what: str, index: int) -> torch.Generator:
@@ -65,34 +70,39 @@ class DiskData:
                 units.setdefault(sample.unit, []).append(i)
             shards = list(units.values())
             rng.shuffle(shards)
-            line, mixed = [i for shard in shards for i in shard], []
+            line, order = [i for shard in shards for i in shard], []
             for start in range(0, len(line), WINDOW):
                 window = line[start:start + WINDOW]
                 rng.shuffle(window)
-                mixed += window
-            self.orders[kind] = epoch, mixed
+                order += window
+            self.orders[kind] = epoch, order
         return self.orders[kind][1]
 
     def read(self, kind: str, number: int, make: Callable):
-        """make(sample, rng) for the sample whose turn it is; where that is bad, for one that stands in, always the same."""
+        """make(sample, rng) for the sample whose turn it is; where that is bad, for one that stands in, always the
+        same. Raises BadFile where there is none of the kind, and where `SUBSTITUTES` in a row are bad."""
         samples = self.kinds[kind]
         if not samples:
             raise BadFile(f"needs {EXAMPLES[kind]}; there are none")
         epoch, place = divmod(number, len(samples))
-        chosen = self.order(kind, epoch)[place]
+        index = self.order(kind, epoch)[place]
         for attempt in range(SUBSTITUTES):
             try:
-                return make(samples[chosen], self.rng(f"crop {kind}", number))
+                return make(samples[index], self.rng(f"crop {kind}", number))
             except BadFile as bad:
-                self.bad.append((samples[chosen].key, str(bad)))
-                chosen = self.rng(f"instead {kind} {number}", attempt).randrange(len(samples))
+                self.bad.append((samples[index].key, str(bad)))
+                index = self.rng(f"instead {kind} {number}", attempt).randrange(len(samples))
         raise BadFile(f"{SUBSTITUTES} samples in a row are bad, the last one: {self.bad[-1][1]}")
 
-    def dense(self, number: int, edits: bool) -> int:
-        """The how-manieth request (edit) a number is."""
+    def number_of_request(self, number: int) -> int:
+        """Requests counted alone, without the edits between them."""
         step, place = divmod(number, self.batch)
-        draws = self.batch - self.n_edits
-        return step * self.n_edits + place - draws if edits else step * draws + place
+        return step * (self.batch - self.n_edits) + place
+
+    def number_of_edit(self, number: int) -> int:
+        """Edits counted alone: they are the last of each batch."""
+        step, place = divmod(number, self.batch)
+        return step * self.n_edits + place - (self.batch - self.n_edits)
 
     # ------------------------------------------------------------ what stages ask for
 
@@ -104,18 +114,18 @@ class DiskData:
             return as_tensor(read_picture(has[role]), self.side, rng, self.flip)
         return torch.stack([self.read("pictures", i, make) for i in indices])
 
-    def described(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str] | None]]:
+    def dialogue_samples(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str] | None]]:
         """(pictures, questions and answers about each, and each one's caption where it has one), for P1."""
         def make(sample, rng):
             pairs = sample.turns_and_caption()
             picture = self.upright(sample.has["image"], " ".join(text for pair in pairs for text in pair), rng)
-            captioned = bool(pairs) and pairs[-1][0] == DESCRIBE
-            return picture, pairs[:-1] if captioned else pairs, pairs[-1] if captioned else None
+            has_caption = bool(pairs) and pairs[-1][0] == DESCRIBE
+            return picture, pairs[:-1] if has_caption else pairs, pairs[-1] if has_caption else None
         pictures, talks, captions = zip(*(self.read("described", i, make) for i in indices))
         return torch.stack(pictures), list(talks), list(captions)
 
     def texts(self, indices) -> list[tuple[str, str]]:
-        """(given, to learn) without a picture: conversations without one, else captions, so that P3's words are known."""
+        """(given, to learn) without a picture: conversations without one, else captions: P3's words, in P1."""
         if self.kinds["texts"]:
             return [self.read("texts", i, lambda sample, rng: rng.choice(sample.turns())) for i in indices]
         if self.kinds["captions"]:
@@ -125,37 +135,42 @@ class DiskData:
     def things(self, indices) -> None:
         """L_name's: what stands where is known of the drawn world alone."""
 
-    def drawings(self, indices, captions: float = 1.0) -> tuple[list[str], Tensor]:
-        """(captions, their pictures)."""
+    def text_to_image_samples(self, indices, captions: float = 1.0) -> tuple[list[str], Tensor]:
+        """(captions, their pictures). A caption is whole in any case: `captions` is for the drawn world."""
         if not len(indices):
             return [], torch.empty(0, 3, self.side, self.side)
 
         def make(sample, rng):
             words = sample.caption()
             return words, self.upright(sample.has["image"], words, rng)
-        words, pictures = zip(*(self.read("captions", self.dense(i, False), make) for i in indices))
+        words, pictures = zip(*(self.read("captions", self.number_of_request(i), make) for i in indices))
         return list(words), torch.stack(pictures)
 
-    def changes(self, indices, outcomes: float = 0.0) -> tuple[list[str], Tensor, Tensor]:
-        """(instructions, pictures before, pictures after)."""
-        def make(sample, rng):
-            pair = [self.upright(sample.has[role], "left", rng) for role in ("source", "target")]  # never mirrored: they belong together
+    def edit_samples(self, indices, outcomes: float = 0.0) -> tuple[list[str], Tensor, Tensor]:
+        """(instructions, pictures before, pictures after). What comes of an edit is known of the drawn world alone."""
+        if not len(indices):
+            return [], *torch.empty(2, 0, 3, self.side, self.side)
+
+        def make(sample, rng):  # never mirrored: both pictures and the words belong together
+            pair = [as_tensor(read_picture(sample.has[role]), self.side, None) for role in ("source", "target")]
             return sample.instruction(), *pair
-        found = [self.read("edits", self.dense(i, True), make) for i in indices]
-        words, before, after = zip(*found) if found else ((), (), ())
-        nothing = torch.empty(0, 3, self.side, self.side)
-        return list(words), torch.stack(before) if found else nothing, torch.stack(after) if found else nothing
+        words, before, after = zip(*(self.read("edits", self.number_of_edit(i), make) for i in indices))
+        return list(words), torch.stack(before), torch.stack(after)
 
     def upright(self, blob: Blob, words: str, rng: random.Random) -> Tensor:
         """The middle of a picture that words belong to, mirrored half of the time unless they name a side."""
-        return as_tensor(read_picture(blob), self.side, None if SIDES.search(words) or not self.flip else rng, crop=False)
+        may_flip = self.flip and not SIDES.search(words)
+        return as_tensor(read_picture(blob), self.side, rng if may_flip else None, crop=False)
 
 
 def as_tensor(image: Image.Image, side: int, rng: random.Random | None, flip: bool = True, crop: bool = True) -> Tensor:
-    """The shorter side resized, a square cut out (at random with `crop`, else the middle), mirrored half of the time."""
+    """-> `3 side side` in [-1, 1]: the shorter side resized, a square cut out (at random with `crop`, else the middle),
+    mirrored half of the time with `flip`. Without `rng` the middle, as it is."""
     scale = side / min(image.size)
     w, h = (max(side, round(x * scale)) for x in image.size)
-    left, top = (rng.randint(0, w - side), rng.randint(0, h - side)) if rng and crop else ((w - side) // 2, (h - side) // 2)
+    left, top = (w - side) // 2, (h - side) // 2
+    if rng and crop:
+        left, top = rng.randint(0, w - side), rng.randint(0, h - side)
     box = (left / scale, top / scale, min(image.width, (left + side) / scale), min(image.height, (top + side) / scale))
     image = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     if rng and flip and rng.random() < 0.5:

@@ -1,6 +1,7 @@
 """What any such model is made of. Nothing here is a claim of the paper: open a file when the one you read uses it.
 
     attention_triton    the algorithm of attention.py as fused GPU kernels     to see a tile kept on the chip
+    backend             which backend computes attention, kernels on trial     with --attention
     linear_attention    SANA's and DC-AE's attention, plain and fused          with diffusion.py
     dcae                DC-AE, the pixel autoencoder E_p and D_p               to know what a latent is made by
     adversary           LPIPS, VGG16, PatchGAN with LeCam                      with T3

@@ -118,6 +118,16 @@ def read_vgg16(path: str) -> VGG16:
         raise ValueError(f"--lpips-weights {path}: {error}".splitlines()[0]) from None
 
 
+def adversary_optimizer(discriminator: Discriminator, lr: float) -> torch.optim.AdamW:
+    """AdamW whose state is there before its first step: where a checkpoint finds none, torch makes it by a step of its
+    own, which counts, and a run that was saved before the adversary joins would end in other bits."""
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, betas=(0.5, 0.9))
+    for parameter in discriminator.parameters():
+        optimizer.state[parameter] = {"step": torch.zeros((), device="cpu"), "exp_avg": torch.zeros_like(parameter),
+                                      "exp_avg_sq": torch.zeros_like(parameter)}
+    return optimizer
+
+
 def adversary_step(discriminator: Discriminator, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor,
                    lecam: float) -> None:
     """The discriminator's own step, on pictures and on what was made of them. Raises ValueError where its loss is not

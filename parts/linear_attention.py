@@ -1,41 +1,60 @@
-"""Linear attention, the cheap relative: ReLU(q) (ReLU(k)ᵀ v), rows normalised, in time linear in n (SANA, Sec. 2.2; DC-AE).
+"""Linear attention: ReLU(q) (ReLU(k)ᵀ v), rows normalised, in time linear in n (SANA, Sec. 2.2; DC-AE).
 
     S = Σ_j k_j v_jᵀ      t = Σ_j k_j      out_i = q_i S / (q_i · t)          q and k after their ReLU
 
-No token meets another one: all keys and values go into one matrix `e e` for each head, and each query is multiplied by it. With
-heads of 32 channels that is little arithmetic for what is read: about 4·32 products for each number that comes from memory,
-where a GPU could do several hundred. So what counts is to touch q, k and v once. `plain` is the formula; its sums, ReLUs and
-casts each pass over memory. The Triton kernels are the same with everything between kept on the chip; the default on CUDA.
+No token meets another one: all keys and values go into one matrix `e e` for each head, and each query is multiplied by
+it. With heads of 32 channels that is little arithmetic for what is read: about 4·32 products for each number that comes
+from memory, where a GPU could do several hundred. So what counts is to touch q, k and v once. `plain` is the formula;
+its sums, ReLUs and casts each pass over memory. The Triton kernels are the same with all between kept on the chip; the
+default on CUDA, once a small input has shown that they agree with `plain`.
 
     python -m parts.linear_attention       shape trace, and both side by side
 
 Letters: b batch, a heads, n tokens, e width of a head.
 """
 
+from operator import index
+
 import torch
 from torch import Tensor
 
-from parts.attention_triton import triton, why_not_triton
+from parts.attention_triton import fused_by_default, triton, why_not_triton
+from parts.backend import agrees, default_backend, small_inputs
 
 if triton is not None:
     import triton.language as tl
 
     from parts.attention_triton import product, whose
 
+WIDTHS = (16, 32, 64, 128)  # of a head, that the kernels know
 EPS = 1e-15  # under the sum, for a query without any positive channel: it gives zeros
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
-    """`b a n e` three times -> `b a n e`, float32 inside. `backend`: auto, plain or triton (heads of 16, 32, 64 or 128).
-    Raises ValueError for a backend that it does not know or that cannot run here."""
-    reason = why_not_triton(q) or ("" if q.shape[-1] in (16, 32, 64, 128) else f"heads are {q.shape[-1]} wide")
+    """`b a n e` three times -> `b a n e`, float32 inside.
+
+    backend: "plain" | "triton", or "auto", which follows `parts.backend.use_backend`: the fused kernels where it was
+    triton and they can run, or auto on CUDA and they agree with the plain formula; else that formula.
+    Raises ValueError for a backend that it does not know or that cannot run here.
+    """
     if backend not in ("auto", "plain", "triton"):
         raise ValueError(f"unknown backend {backend!r} of linear attention: auto, plain or triton")
+    reason = why_not_triton(q) or ("" if q.shape[-1] in WIDTHS else f"heads are {q.shape[-1]} wide, it takes {WIDTHS}")
     if backend == "triton" and reason:
-        raise ValueError(f"linear attention's backend triton cannot run here: {reason}")
-    if backend == "triton" or backend == "auto" and q.is_cuda and not reason:
-        return fused_linear(q, k, v)
-    return plain(q, k, v)
+        raise ValueError(f"linear attention's backend triton cannot run here: {reason}; use --attention auto")
+    if backend == "auto":
+        backend = default_backend()
+        if backend == "auto" and fused_by_default(q) and not reason:
+            kind = (q.device, q.dtype, index(q.shape[-1]))  # while torch.compile traces, a size may be a symbol
+            backend = "triton" if trusted(*kind) else "plain"
+    return fused_linear(q, k, v) if backend == "triton" and not reason else plain(q, k, v)
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it while it traces, and does not look inside
+def trusted(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the fused kernels give on `device` what `plain` gives, on a small input; found out at the first call."""
+    kind = ("linear attention,", str(dtype).removeprefix("torch."), f"heads of {width}")
+    return agrees(kind, device, fused_linear, plain, lambda: small_inputs(dtype, (2,) * 3, (150,) * 3, width))
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -45,7 +64,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return q @ values / ((q * total[:, :, None]).sum(-1, keepdim=True) + EPS)
 
 
-# ---------------------------------------------------------------- the same, fused: one program for each head of each sample
+# ------------------------------------------------------------ the same, fused: a program for each head of each sample
 
 if triton is not None:
     TINY = tl.constexpr(EPS)
@@ -63,6 +82,7 @@ if triton is not None:
 
     @triton.jit
     def start_of(X, strides, HEADS):
+        """Where this program's head of its sample begins in X `b a n e`."""
         head, b = whose(HEADS)
         return X + b * strides[0] + head * strides[1]
 
@@ -88,12 +108,14 @@ if triton is not None:
             write(OUT, product(q, values) / divisor[:, None], rows, os, n, E)
 
     @triton.jit
-    def linear_backward(Q, K, V, GRAD, DQ, DK, DV, qs, ks, vs, gs, dqs, dks, dvs, n, HEADS, E: tl.constexpr, ROWS: tl.constexpr):
+    def linear_backward(Q, K, V, GRAD, DQ, DK, DV, qs, ks, vs, gs, dqs, dks, dvs, n, HEADS, E: tl.constexpr,
+                        ROWS: tl.constexpr):
         """With d_i = q_i · t, a_i = grad_i / d_i and r_i = − a_i · out_i:
 
-            dq_i = S a_i + t r_i      dS = Σ_i q_i a_iᵀ      dt = Σ_i q_i r_i      dk_j = dS v_j + dt      dv_j = dSᵀ k_j
+            dq_i = S a_i + t r_i     dS = Σ_i q_i a_iᵀ     dt = Σ_i q_i r_i     dk_j = dS v_j + dt     dv_j = dSᵀ k_j
         """
-        Q, K, V, GRAD = start_of(Q, qs, HEADS), start_of(K, ks, HEADS), start_of(V, vs, HEADS), start_of(GRAD, gs, HEADS)
+        Q, K, V = start_of(Q, qs, HEADS), start_of(K, ks, HEADS), start_of(V, vs, HEADS)
+        GRAD = start_of(GRAD, gs, HEADS)
         DQ, DK, DV = start_of(DQ, dqs, HEADS), start_of(DK, dks, HEADS), start_of(DV, dvs, HEADS)
         values, total = sums(K, V, ks, vs, n, E, ROWS)
         d_values, d_total = tl.zeros([E, E], tl.float32), tl.zeros([E], tl.float32)
@@ -149,5 +171,6 @@ if __name__ == "__main__":
     print("q, k, v  b a n e", tuple(q.shape))
     for name in ("plain",) if why_not_triton(q) else ("plain", "triton"):
         out = linear_attention(q, k, v, backend=name)
-        print(f"{name:8} b a n e", tuple(out.shape), f"largest difference from plain {(out - plain(q, k, v)).abs().max():.1e}")
+        difference = (out - plain(q, k, v)).abs().max()
+        print(f"{name:8} b a n e", tuple(out.shape), f"largest difference from plain {difference:.1e}")
         assert out.shape == q.shape and torch.allclose(out, plain(q, k, v), atol=1e-5)

@@ -20,8 +20,9 @@ from disk.reading import DiskData
 from plumbing.run_folder import load_run
 from spar import NAMES, SAMPLING, SPAR
 from world.drawing import draw
+from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
-from world.language import EDIT_KINDS, DrawnWorld
+from world.language import DrawnWorld
 
 PIXELS = 96  # shown side of one picture
 MARGIN, TEXT = 12, 13
@@ -169,6 +170,15 @@ def draw_report(run: Path, device: str = "cpu") -> str:
     if (run / "log.jsonl").exists():  # not where every stage was taken over
         loss_curves(run).save(folder / "losses.png")
     return f"pictures after {model.finished_stages[-1]}: {folder / 'summary.png'}, and beside it losses.png and others"
+
+
+def report_so_far(run: Path, device: str, stage: str) -> str:
+    """The same while training goes on, which is worth more than its pictures: what hinders them is said and passed
+    over."""
+    try:
+        return draw_report(run, device)
+    except (ValueError, RuntimeError, OSError) as error:
+        return f"no pictures after {stage}: {error}"
 
 
 @dataclass

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from disk.bytepair import load_vocabulary, write_vocabulary
-from disk.layouts import Found
+from disk.layouts import DataFolder
+from parts.backend import use_backend
 from parts.words import TextTokenizer, WordTokenizer
 from plumbing.checkpoints import BrokenCheckpoint, load_stage, read_stage
 from plumbing.command import UserError, write_beside, write_text
@@ -91,6 +92,7 @@ def build(config: Config, device: str, words: TextTokenizer | None = None, run: 
           stages: Sequence[str] = ()) -> SPAR:
     """The model as a stage finds it, after `stages` of `run`. It is made on its device, never on the host beside it."""
     set_up_torch(device)
+    use_backend(config.attention)
     torch.manual_seed(config.seed)
     with torch.device(device):
         model = SPAR(config, words or text_tokenizer(config, run))
@@ -107,6 +109,8 @@ def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
     """The model of a run folder after its finished stages (at most `upto`), which `model.finished_stages` names.
     Raises UserError where the folder is missing, is another's or holds no finished stage."""
     config = load_config(run)
+    if config.attention != "triton" or device.startswith("cuda"):  # a run of a GPU may be used without one
+        use_backend(config.attention)
     names = [name for name in stage_names(config) if NAMES.index(name) <= NAMES.index(upto)]
     names = [name for name in names if (run / f"{name}.pt").exists()]
     if not names:
@@ -182,7 +186,7 @@ def take_over(config: Config, run: Path, source: Path) -> None:
 
 
 def open_run(config: Config, run: Path, stages: list[str], source: Path | None, resume: bool,
-             found: Found | None) -> None:
+             found: DataFolder | None) -> None:
     """Makes the folder, or finds the same run there."""
     if source:
         load_config(source)  # a wrong folder is told before anything is written
@@ -221,7 +225,7 @@ def cut_logs(run: Path, stage: str, first: int) -> None:
         filter_lines(run / name, lambda line: line["stage"] != stage or line["step"] < first)
 
 
-def bad_samples(run: Path, found: Found | None, max_bad: float):
+def bad_samples(run: Path, found: DataFolder | None, max_bad: float):
     """-> a function that takes the bad samples of a step, writes them to bad.jsonl, and stops the run above
     `max_bad`."""
     path, allowed = run / "bad.jsonl", max_bad * len(found.samples()) if found else 0

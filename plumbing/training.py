@@ -100,21 +100,10 @@ def freeze_the_rest(model: SPAR, stage) -> None:
             parameter.requires_grad_()
 
 
-def start_adam(optimizer: torch.optim.Optimizer) -> None:
-    """Its state as its first step would make it. Of one that has none yet PyTorch's checkpoints make it by a step of their
-    own, which counts: the adversary, which joins later, would then learn otherwise in a run that was saved before."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter),
-                                          "exp_avg_sq": torch.zeros_like(parameter)}
-
-
 def begin(module: nn.Module) -> Training:
     """A stage before its first step, from its train.StepModule."""
     model, stage, extras, config = module.model, module.stage, module.extras, module.model.config
     freeze_the_rest(model, stage)
-    if extras.adversary is not None:
-        start_adam(extras.adversary)
     for layer in layers(model):
         layer.recompute = config.checkpointing
     module = wrap(module, config.shard)

@@ -7,8 +7,8 @@ Its facts are of two kinds:
 
 Some colour × shape pairs are held out: no training picture and no training text has them.
 
-    python world.py                shape trace
-    python world.py world.png      the same, with a sheet of scenes
+    python -m world.drawing                shape trace
+    python -m world.drawing world.png      the same, with a sheet of scenes
 """
 
 import math
@@ -19,6 +19,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 COLOURS = {  # RGB in [0, 1]; all strongly saturated, so that a background never looks like an object
@@ -32,9 +33,9 @@ RELATIONS = ("left", "right", "above", "below")
 NUMBERS = ("zero", "one", "two", "three")
 PLAIN = {"white": (1.0, 1.0, 1.0), "gray": (0.55, 0.55, 0.55), "black": (0.05, 0.05, 0.05)}  # backgrounds with a name
 STYLES = {"dark": (0.45, 0.0), "faded": (0.5, 0.5)}  # picture -> scale · picture + shift, in [0, 1]
-HELD_OUT = {("red", "cross"), ("green", "square"), ("blue", "triangle"), ("yellow", "circle")}
+HELD_OUT_PAIRS = {("red", "cross"), ("green", "square"), ("blue", "triangle"), ("yellow", "circle")}
 FACT_WORDS = {"size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES), "place": list(PLACES)}
-PAIRS = [pair for pair in product(COLOURS, SHAPES) if pair not in HELD_OUT]
+PAIRS = [pair for pair in product(COLOURS, SHAPES) if pair not in HELD_OUT_PAIRS]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ class Object:
     def word(self, fact: str) -> str:
         """The word for one of FACT_WORDS's facts; "" where nobody said it."""
         return ("" if self.place is None else PLACES[self.place]) if fact == "place" else getattr(self, fact)
+
+
+def describe(thing: Object) -> str:
+    """The facts that are said: "a large red circle top-left", "a circle"."""
+    words = [word for word in map(thing.word, FACT_WORDS) if word]
+    return ("an " if words[0] == "orange" else "a ") + " ".join(words)
+
+
+def name(thing: Object) -> str:
+    """What an edit or a question calls it: "the red circle"."""
+    return f"the {thing.colour} {thing.shape}"
 
 
 @dataclass(frozen=True)
@@ -100,8 +112,8 @@ def random_scene(rng: random.Random, count: int = 0, pairs=PAIRS) -> Scene:
     count = count or rng.randint(1, 3)
     objects: list[Object] = []
     for place in rng.sample(range(4), count):
-        taken = {(thing.colour, thing.shape) for thing in objects}
-        objects.append(random_object(rng, place, pairs=[pair for pair in pairs if pair not in taken]))
+        others = {(thing.colour, thing.shape) for thing in objects}
+        objects.append(random_object(rng, place, pairs=[pair for pair in pairs if pair not in others]))
     return Scene((), random_background(rng)).with_objects(objects)
 
 
@@ -115,7 +127,8 @@ def repeated_scene(rng: random.Random, count: int, pairs=PAIRS) -> Scene:
 
 
 def draw(scenes: list[Scene], side: int = 32) -> Tensor:
-    """Scenes -> pictures `b 3 H W` in [-1, 1], anti-aliased: a pixel's cover is half minus its signed distance to the edge."""
+    """Scenes -> pictures `b 3 H W` in [-1, 1], anti-aliased: a pixel's cover is half minus its signed distance to the
+    edge."""
     unit = side / 32
     slots = max([len(scene.objects) for scene in scenes] + [1])
     numbers = np.zeros((len(scenes), slots, 7), np.float32)  # x, y, cos, sin, radius, shape, used
@@ -156,6 +169,17 @@ def signed_distance(u, v, radius, shape):
         np.maximum(v, 0.8660254 * a - 0.5 * v) - inradius,
     ], np.minimum(np.maximum(a - radius, b - bar), np.maximum(b - radius, a - bar)))
 
+
+def save_sheet(rows, path: str, zoom: int = 3) -> None:
+    """Rows of pictures `n 3 H W` in [-1, 1] -> a file; each pixel becomes `zoom`² of them, each picture has a white
+    edge."""
+    rows = [[torch.nn.functional.pad(picture, (1, 1, 1, 1), value=1.0) for picture in row] for row in rows]
+    sheet = torch.cat([torch.cat(row, 2) for row in rows], 1)
+    levels = ((sheet + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+    size = zoom * sheet.shape[2], zoom * sheet.shape[1]
+    Image.fromarray(levels).resize(size, Image.Resampling.NEAREST).save(path)
+
+
 if __name__ == "__main__":
     scenes = [random_scene(random.Random(i)) for i in range(32)]
     images = draw(scenes)
@@ -163,6 +187,4 @@ if __name__ == "__main__":
     print("scene        ", scenes[0])
     print("pictures      b 3 H W", tuple(images.shape), f"in [{images.min():.2f}, {images.max():.2f}]")
     if len(sys.argv) > 1:
-        from PIL import Image
-        sheet = torch.cat([torch.cat(list(row), 2) for row in images.split(8)], 1)
-        Image.fromarray(((sheet + 1) * 127.5).byte().permute(1, 2, 0).numpy()).resize((768, 384), 0).save(sys.argv[1])
+        save_sheet(images.split(8), sys.argv[1])

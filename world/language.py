@@ -1,10 +1,11 @@
 """What is said about the drawn world, and the order in which training sees it.
 
-It stands in for the paper's data (Sec. 4.1), and makes each claim of the paper testable: from one scene (drawing.py) come a
-caption, questions with answers, requests to draw, and edits with their exact target. Some facts are told in words alone
-("grass is green"). Sample `index` is a pure function of (seed, split, epoch, index), so the order of data is too.
+It stands in for the paper's data (Sec. 4.1), and makes each claim of the paper testable: from one scene (drawing.py)
+come a caption, questions with answers, requests to draw, and edits with their exact target (edits.py). Some facts are
+told in words alone ("grass is green"). Sample `index` is a pure function of (seed, split, epoch, index), so the order
+of data is too.
 
-    python data.py [data.png]      a few samples in words (and a sheet of pictures)
+    python -m world.language [data.png]      a few samples in words (and a sheet of pictures)
 """
 
 import random
@@ -15,26 +16,20 @@ import torch
 from torch import Tensor
 
 from world.drawing import (COLOURS, FACT_WORDS, NUMBERS, PAIRS, PLACES, PLAIN, RELATIONS, SHAPES, SIZES, STYLES,
-                           Background, Object, Scene, draw, random_object, random_scene, repeated_scene)
+                           Object, Scene, describe, draw, name, random_scene, repeated_scene, save_sheet)
+from world.edits import EDIT_KINDS, Edit, edit
 
 FACTS = {"grass": "green", "tomato": "red", "sky": "blue", "lemon": "yellow", "grape": "purple", "carrot": "orange",
          "wheel": "circle", "window": "square", "tent": "triangle", "plus": "cross"}  # told in words, never shown
 QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation")
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "binding")  # GenEval's six
-EDIT_KINDS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "hybrid", "action")  # ImgEdit's
 
 WORDS = [*COLOURS, *SHAPES, "circles", "squares", "triangles", "crosses", *SIZES, *PLACES,
          *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
-         objects object are there describe which way from in with to make add extract replace remove move background picture
-         shaped like ,""".split()]
+         objects object are there describe which way from in with to make add extract replace remove move background
+         picture shaped like ,""".split()]
 
 # ---------------------------------------------------------------- words
-
-
-def describe(thing: Object) -> str:
-    """The facts that are said: "a large red circle top-left", "a circle"."""
-    words = [word for word in map(thing.word, FACT_WORDS) if word]
-    return ("an " if words[0] == "orange" else "a ") + " ".join(words)
 
 
 def caption(things) -> str:
@@ -46,10 +41,6 @@ def plural(shape: str) -> str:
     return "crosses" if shape == "cross" else shape + "s"
 
 
-def name(thing: Object) -> str:
-    return f"the {thing.colour} {thing.shape}"
-
-
 def related(first: Object, second: Object, relation: str) -> bool:
     """Is `first` left of (right of, above, below) `second`? By quarter: same column is neither left nor right."""
     axis = 1 if relation in ("left", "right") else 0
@@ -57,44 +48,40 @@ def related(first: Object, second: Object, relation: str) -> bool:
     return a < b if relation in ("left", "above") else a > b
 
 
-def relation_words(relation: str) -> str:
-    return f"{relation} of" if relation in ("left", "right") else relation
-
-
-def labels(thing: Object, things: tuple[Object, ...], asked: str) -> list[str]:
-    """Every way to name `thing` that fits it alone among `things` and does not give away what is asked."""
-    ways = {("shape",): f"the {thing.shape}", ("colour",): f"the {thing.colour} object", ("colour", "shape"): name(thing),
-            ("place",): f"the {PLACES[thing.place]} object"}
+def labels(thing: Object, things: tuple[Object, ...], secret: str) -> list[str]:
+    """Every way to name `thing` that fits it alone among `things` and does not give away the fact `secret`."""
+    ways = {("shape",): f"the {thing.shape}", ("colour",): f"the {thing.colour} object",
+            ("colour", "shape"): name(thing), ("place",): f"the {PLACES[thing.place]} object"}
 
     def alone(facts):
         return sum(all(other.word(fact) == thing.word(fact) for fact in facts) for other in things) == 1
 
-    return [label for facts, label in ways.items() if asked not in facts and alone(facts)]
+    return [label for facts, label in ways.items() if secret not in facts and alone(facts)]
 
 
 def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """One question of `kind` about the scene with its one right answer; None where the scene allows none. The answer to a
-    relation gives its reasons first, both places, then the way: "top-left , bottom-right , left above". Two look-ups that
-    are learned one by one, and no answer that is right by chance half of the time."""
+    """One question of `kind` about the scene with its one right answer; None where the scene allows none. The answer to
+    a relation gives its reasons first, both places, then the way: "top-left , bottom-right , left above". These are two
+    look-ups that are learned one by one, and no answer that is right by chance half of the time."""
     things = scene.objects
     if kind == "count":
         if rng.random() < 0.4:
             return "how many objects are there", NUMBERS[len(things)]
         shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(things).shape
         return f"how many {plural(shape)} are there", NUMBERS[sum(thing.shape == shape for thing in things)]
-    named = [(labels(thing, things, "place" if kind == "relation" else kind), thing) for thing in things]
-    named = [(rng.choice(ways), thing) for ways, thing in named if ways]
-    if kind == "relation" and len(named) > 1:
-        (label, first), (other, second) = rng.sample(named, 2)
+    candidates = [(labels(thing, things, "place" if kind == "relation" else kind), thing) for thing in things]
+    candidates = [(rng.choice(ways), thing) for ways, thing in candidates if ways]
+    if kind == "relation" and len(candidates) > 1:
+        (label, first), (other, second) = rng.sample(candidates, 2)
         way = " ".join(relation for relation in RELATIONS if related(first, second, relation))
         return f"which way is {label} from {other}", f"{first.word('place')} , {second.word('place')} , {way}"
-    if kind in FACT_WORDS and named:
-        label, thing = rng.choice(named)
+    if kind in FACT_WORDS and candidates:
+        label, thing = rng.choice(candidates)
         return f"where is {label}" if kind == "place" else f"what {kind} is {label}", thing.word(kind)
     return None
 
 
-def look_question(scene: Scene) -> tuple[str, str] | None:
+def appearance_question(scene: Scene) -> tuple[str, str] | None:
     """What an edit may have done to the whole picture; None for one that is as it was."""
     if scene.style:
         return "how is the picture", scene.style
@@ -108,16 +95,16 @@ def twin(scene: Scene, rng: random.Random) -> tuple[Scene, str, str, str]:
     index = rng.randrange(len(scene.objects))
     thing = scene.objects[index]
     kind = rng.choice(("colour", "shape", "size"))
-    others = [other for other in PAIRS if other != (thing.colour, thing.shape)]
+    pairs = [pair for pair in PAIRS if pair != (thing.colour, thing.shape)]
     if kind == "colour":
-        changed = replace(thing, colour=rng.choice([c for c, s in others if s == thing.shape]))
+        other = replace(thing, colour=rng.choice([c for c, s in pairs if s == thing.shape]))
     elif kind == "shape":
-        changed = replace(thing, shape=rng.choice([s for c, s in others if c == thing.colour]))
+        other = replace(thing, shape=rng.choice([s for c, s in pairs if c == thing.colour]))
     else:
-        changed = replace(thing, size="small" if thing.size == "large" else "large")
-    second = scene.with_objects([*scene.objects[:index], changed, *scene.objects[index + 1:]])
+        other = replace(thing, size="small" if thing.size == "large" else "large")
+    second = scene.with_objects([*scene.objects[:index], other, *scene.objects[index + 1:]])
     text = f"what {kind} is the {PLACES[thing.place]} object"
-    return second, text, getattr(thing, kind), getattr(changed, kind)
+    return second, text, getattr(thing, kind), getattr(other, kind)
 
 
 @dataclass(frozen=True)
@@ -133,8 +120,8 @@ class Request:
 
 
 def prompt(kind: str, rng: random.Random, pairs=PAIRS) -> Request:
-    """A request of one of GenEval's kinds; "full" leaves nothing unsaid, "part" a few facts; "knowledge" needs a fact told in
-    words alone."""
+    """A request of one of GenEval's kinds; "full" leaves nothing unsaid, "part" a few facts; "knowledge" needs a fact
+    told in words alone."""
     if kind == "counting" or kind == "full" and rng.random() < 0.15:
         scene = repeated_scene(rng, rng.randint(2, 3), pairs)
     else:
@@ -146,97 +133,33 @@ def prompt(kind: str, rng: random.Random, pairs=PAIRS) -> Request:
     if kind == "full":
         wanted, text = things, caption(things)
     elif kind == "part":
-        left_out = [{fact: None if fact == "place" else "" for fact in ("size", "colour", "place") if rng.random() < 0.5}
-                    for _ in things]
-        wanted = tuple(replace(thing, **facts) for thing, facts in zip(things, left_out))
+        nothing = {"size": "", "colour": "", "place": None}
+        omissions = [{fact: nothing[fact] for fact in nothing if rng.random() < 0.5} for _ in things]
+        wanted = tuple(replace(thing, **facts) for thing, facts in zip(things, omissions))
         text = rng.choice((" , ", " and ")).join(map(describe, wanted))
     elif kind == "counting":
         text = " ".join(word for word in (NUMBERS[len(things)], wanted[0].colour, plural(first.shape)) if word)
     elif kind == "knowledge":
         word = rng.choice([word for word, value in FACTS.items() if value in first.facts])
-        said = (f"{first.shape} in the colour of {word}" if FACTS[word] == first.colour else
+        hint = (f"{first.shape} in the colour of {word}" if FACTS[word] == first.colour else
                 f"{first.colour} object shaped like a {word}")
-        wanted, text = things, f"a {first.size} {said} {PLACES[first.place]}"
+        wanted, text = things, f"a {first.size} {hint} {PLACES[first.place]}"
     elif kind == "position":
         relation = rng.choice([relation for relation in RELATIONS if related(*things, relation)])
-        text = f"{describe(wanted[0])} {relation_words(relation)} {describe(wanted[1])}"
+        words = f"{relation} of" if relation in ("left", "right") else relation
+        text = f"{describe(wanted[0])} {words} {describe(wanted[1])}"
     else:
         text = " and ".join(map(describe, wanted))
     return Request(kind, text, wanted, scene, relation, things)
 
 
 def written_text(rng: random.Random) -> tuple[str, str]:
-    """Text without a picture: (given words, words to learn). A fact, or a request and a whole caption that fulfils it."""
+    """Text without a picture: (given words, words to learn). A fact, or a request and a caption that fulfils it."""
     if rng.random() < 0.15:
         word = rng.choice(list(FACTS))
         return f"what {'colour' if FACTS[word] in COLOURS else 'shape'} is {word}", FACTS[word]
     request = prompt(rng.choice((*PROMPT_KINDS, "full", "part", "knowledge", "knowledge")), rng)
     return f"describe {request.text}", caption(request.things)
-
-
-# ---------------------------------------------------------------- edits
-
-
-@dataclass(frozen=True)
-class Edit:
-    kind: str
-    instruction: str
-    source: Scene
-    target: Scene
-    outcome: str  # what it changes, and into what: "top-left , a large blue circle top-left"
-
-
-def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS) -> Edit:
-    """One of ImgEdit's nine kinds with its exact target. The target differs from the source as the words say, no more.
-    Raises ValueError for another kind, and for a hybrid of a scene with one object."""
-    scene = scene or random_scene(rng, rng.randint(2, 3) if kind in ("extract", "hybrid", "remove") else 0, pairs)
-    things = list(scene.objects)
-    thing = rng.choice(things)
-    free = [place for place in range(4) if place not in {other.place for other in things}]
-    taken = {(other.colour, other.shape) for other in things}
-    fresh = [pair for pair in pairs if pair not in taken]
-
-    def swap(instruction: str, changed: Object | None) -> Edit:
-        target = scene.with_objects([other for other in things if other is not thing] + [changed] * (changed is not None))
-        return Edit(kind, instruction, scene, target, PLACES[thing.place] + (f" , {describe(changed)}" if changed else ""))
-
-    if kind == "add":
-        new = random_object(rng, rng.choice(free), pairs=fresh)
-        return Edit(kind, f"add {describe(new)}", scene, scene.with_objects([*things, new]),
-                    f"{PLACES[new.place]} , {describe(new)}")
-    if kind == "adjust":
-        colours = [colour for colour, shape in fresh if shape == thing.shape]
-        if rng.random() < 0.5 and colours:
-            colour = rng.choice(colours)
-            return swap(f"make {name(thing)} {colour}", replace(thing, colour=colour))
-        size = "small" if thing.size == "large" else "large"
-        return swap(f"make {name(thing)} {size}", replace(thing, size=size))
-    if kind == "extract":
-        return Edit(kind, f"extract {name(thing)}", scene, Scene((thing,), Background(PLAIN["white"])),
-                    f"{PLACES[thing.place]} , {describe(thing)}")
-    if kind == "replace":
-        colour, shape = rng.choice(fresh)
-        return swap(f"replace {name(thing)} with {describe(Object(shape, colour))}", replace(thing, colour=colour, shape=shape))
-    if kind == "remove":
-        return swap(f"remove {name(thing)}", None)
-    if kind == "background":
-        plain = rng.choice(list(PLAIN))
-        return Edit(kind, f"make the background {plain}", scene, replace(scene, background=Background(PLAIN[plain])),
-                    f"background , {plain}")
-    if kind == "style":
-        style = rng.choice(list(STYLES))
-        return Edit(kind, f"make the picture {style}", scene, replace(scene, style=style), f"picture , {style}")
-    if kind == "action":
-        place = rng.choice(free)
-        return swap(f"move {name(thing)} to {PLACES[place]}", replace(thing, place=place))
-    if kind == "hybrid" and len(things) > 1:  # one change to an object, one to what is behind it or to another object
-        first = edit(rng.choice(("adjust", "remove", "action")), rng, scene, pairs)
-        moved = [other for other in first.target.objects if other not in things]
-        rest = replace(first.target, objects=tuple(other for other in first.target.objects if other in things))
-        second = edit(rng.choice(("background", "adjust")), rng, rest, [pair for pair in pairs if pair not in taken])
-        return Edit(kind, f"{first.instruction} and {second.instruction}", scene,
-                    second.target.with_objects([*second.target.objects, *moved]), f"{first.outcome} and {second.outcome}")
-    raise ValueError(f"no edit {kind!r} of {len(things)} objects: kinds are {', '.join(EDIT_KINDS)}; a hybrid needs two objects")
 
 
 def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
@@ -259,6 +182,7 @@ class DrawnWorld:
         self.side, self.key = side, f"{seed}/{split}/{epoch}"
 
     def rng(self, what: str, index: int) -> random.Random:
+        """`what` is part of the seed, not a name: another word there makes other data."""
         return random.Random(f"{self.key}/{what}/{index}")
 
     def generator(self, what: str, index: int) -> torch.Generator:
@@ -268,67 +192,73 @@ class DrawnWorld:
         rng = self.rng(what, index)
         return repeated_scene(rng, rng.randint(2, 3)) if rng.random() < 0.15 else random_scene(rng)
 
-    def look(self, index: int) -> Scene:
+    def styled_scene(self, index: int) -> Scene:
         """The scene; one in four with a plain background or a style, as edits give them."""
         rng, scene = self.rng("look", index), self.scene(index)
         return edit(rng.choice(("background", "style")), rng, scene).target if rng.random() < 0.25 else scene
 
     def pictures(self, indices) -> Tensor:
         """Pictures alone."""
-        return draw([self.look(index) for index in indices], self.side)
+        return draw([self.styled_scene(index) for index in indices], self.side)
 
     def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS) -> list[Request]:
-        """Requests of one kind, or whole captions (a share `captions`) and GenEval's six; `draw` makes their pictures."""
+        """Requests of one kind, or whole captions (a share `captions`) and GenEval's six; `draw` makes the pictures."""
+        def choose(rng):
+            return kind or ("full" if rng.random() < captions else rng.choice(PROMPT_KINDS))
         rngs = [self.rng(f"prompt{kind}", index) for index in indices]
-        return [prompt(kind or ("full" if rng.random() < captions else rng.choice(PROMPT_KINDS)), rng, pairs) for rng in rngs]
+        return [prompt(choose(rng), rng, pairs) for rng in rngs]
 
     def conversations(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]]]:
         """(pictures, one list of (question, answer) each): questions of all kinds, an instruction, the caption last."""
-        scenes, talks = [self.look(index) for index in indices], []
+        scenes, talks = [self.styled_scene(index) for index in indices], []
         for index, scene in zip(indices, scenes):
             rng = self.rng("talk", index)
             kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "count", "relation")
-            asked = [*(question(scene, kind, rng) for kind in kinds), look_question(scene), grounding(scene, rng)]
-            talks.append([pair for pair in asked if pair] + [("describe the picture", caption(scene.objects))])
+            pairs = [*(question(scene, kind, rng) for kind in kinds), appearance_question(scene), grounding(scene, rng)]
+            talks.append([pair for pair in pairs if pair] + [("describe the picture", caption(scene.objects))])
         return draw(scenes, self.side), talks
 
-    def described(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str]]]:
+    def dialogue_samples(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str]]]:
         """(pictures, questions and answers about each, and each one's caption), for P1."""
         images, talks = self.conversations(indices)
         return images, [talk[:-1] for talk in talks], [talk[-1] for talk in talks]
 
     def things(self, indices) -> tuple[Tensor, Tensor, Tensor]:
         """For L_name: each thing's picture `t`, quarter `t`, and which word of each fact is right `t facts`."""
-        found = [(b, thing) for b, index in enumerate(indices) for thing in self.scene(index).objects]
-        right = [[words.index(thing.word(fact)) for fact, words in FACT_WORDS.items()] for _, thing in found]
-        return torch.tensor([b for b, _ in found]), torch.tensor([thing.place for _, thing in found]), torch.tensor(right)
+        things = [(b, thing) for b, index in enumerate(indices) for thing in self.scene(index).objects]
+        right = [[words.index(thing.word(fact)) for fact, words in FACT_WORDS.items()] for _, thing in things]
+        owners, places = zip(*((b, thing.place) for b, thing in things))
+        return torch.tensor(owners), torch.tensor(places), torch.tensor(right)
 
-    def drawings(self, indices, captions: float = 0.5) -> tuple[list[str], Tensor]:
+    def text_to_image_samples(self, indices, captions: float = 0.5) -> tuple[list[str], Tensor]:
         """(requests, a share `captions` of them whole, and pictures that fulfil them)."""
         requests = self.prompts(indices, captions=captions)
-        return [request.text for request in requests], self.drawn([request.scene for request in requests])
+        return [request.text for request in requests], self.pictures_of([request.scene for request in requests])
 
-    def changes(self, indices, outcomes: float = 0.5) -> tuple[list[str], Tensor, Tensor]:
+    def edit_samples(self, indices, outcomes: float = 0.5) -> tuple[list[str], Tensor, Tensor]:
         """(instructions, a share `outcomes` with what comes of them, pictures before, pictures after)."""
         edits = self.edits(indices)
-        told = [self.rng("told", i).random() < outcomes for i in indices]
-        texts = [f"{edit.instruction} {edit.outcome}" if tell else edit.instruction for edit, tell in zip(edits, told)]
-        return texts, self.drawn([edit.source for edit in edits]), self.drawn([edit.target for edit in edits])
+        complete = [self.rng("told", i).random() < outcomes for i in indices]
+        texts = [f"{edit.instruction} {edit.outcome}" if whole else edit.instruction
+                 for edit, whole in zip(edits, complete)]
+        before, after = ([getattr(edit, side) for edit in edits] for side in ("source", "target"))
+        return texts, self.pictures_of(before), self.pictures_of(after)
 
-    def drawn(self, scenes: list[Scene]) -> Tensor:
+    def pictures_of(self, scenes: list[Scene]) -> Tensor:
+        """`b 3 side side` in [-1, 1], b = 0 for no scenes."""
         return draw(scenes, self.side) if scenes else torch.empty(0, 3, self.side, self.side)
 
     def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:
         """(scenes, questions, answers) of one kind; scenes that allow no such question are passed over."""
         if kind not in QUESTION_KINDS:
             raise ValueError(f"unknown kind of question {kind!r}: one of {', '.join(QUESTION_KINDS)}")
-        found = []
+        samples = []
         for index in indices:
             rng = self.rng(f"question {kind}", index)
-            while (asked := question(scene := random_scene(rng), kind, rng)) is None:
+            while (pair := question(scene := random_scene(rng), kind, rng)) is None:
                 pass
-            found.append((scene, *asked))
-        return tuple(map(list, zip(*found)))
+            samples.append((scene, *pair))
+        return tuple(map(list, zip(*samples)))
 
     def texts(self, indices) -> list[tuple[str, str]]:
         """(given, to learn) without pictures."""
@@ -350,18 +280,13 @@ def show_samples(path: str = "") -> None:
     print("prompt       ", *(request.text for request in world.prompts(range(4))), sep=" | ")
     print("edit         ", *(change.instruction for change in world.edits(range(9))), sep=" | ")
     print("text          given, to learn", world.texts(range(2)))
-    if not path:
-        return
-    from PIL import Image
-    rows = [world.pictures(range(12)), world.pictures(range(12, 24))]
-    for kind in EDIT_KINDS:
-        edits = world.edits(range(6), kind)
-        pairs = zip(draw([edit.source for edit in edits]), draw([edit.target for edit in edits]))
-        rows.append([picture for pair in pairs for picture in pair])
-    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
-    levels = ((sheet + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-    Image.fromarray(levels).resize((12 * 96, len(rows) * 96), Image.Resampling.NEAREST).save(path)
-    print(f"{path}: two rows of scenes, then a row of each kind of edit ({', '.join(EDIT_KINDS)}), before and after")
+    if path:
+        rows = [world.pictures(range(12)), world.pictures(range(12, 24))]
+        rows += [draw([scene for edit in world.edits(range(6), kind) for scene in (edit.source, edit.target)])
+                 for kind in EDIT_KINDS]
+        save_sheet(rows, path)
+        kinds = ", ".join(EDIT_KINDS)
+        print(f"{path}: two rows of scenes, then a row of each kind of edit ({kinds}), before and after")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from world import language
 from world.language import FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, grounding, question, twin
 from world.judge import fulfils
-from world.drawing import (COLOURS, HELD_OUT, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene, draw,
+from world.drawing import (COLOURS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene, draw,
                            random_scene, repeated_scene)
 
 KINDS_OF_SAMPLE = ("pictures", "conversations", "prompts", "texts", "edits")
@@ -78,14 +78,14 @@ def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch
     texts += [p.text for p in prompts] + [e.instruction for e in edits]
     scenes = drawn + twins + [p.scene for p in prompts] + [s for e in edits for s in (e.source, e.target)]
     assert pairs_of(*scenes) == set(PAIRS) == set().union(*map(said_pairs, texts))  # all others do occur
-    assert len(drawn) == 6000 and not HELD_OUT & set(PAIRS)
+    assert len(drawn) == 6000 and not HELD_OUT_PAIRS & set(PAIRS)
 
 
 @pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "part", "knowledge"))
 def test_prompts_of_held_out_pairs_have_only_those(kind):
-    requests = DrawnWorld(split="test").prompts(range(200), kind, pairs=list(HELD_OUT))
-    assert pairs_of(*(r.scene for r in requests)) == HELD_OUT
-    assert set().union(*(said_pairs(r.text) for r in requests)) <= HELD_OUT
+    requests = DrawnWorld(split="test").prompts(range(200), kind, pairs=list(HELD_OUT_PAIRS))
+    assert pairs_of(*(r.scene for r in requests)) == HELD_OUT_PAIRS
+    assert set().union(*(said_pairs(r.text) for r in requests)) <= HELD_OUT_PAIRS
     assert {r.kind for r in requests} == {kind}
 
 
@@ -188,10 +188,10 @@ def test_an_instruction_as_a_question_is_answered_by_what_it_changes_and_into_wh
 def test_a_conversation_is_about_its_picture_and_ends_with_the_caption():
     world = DrawnWorld()
     pictures, talks = world.conversations(range(100))
-    assert torch.equal(pictures, draw([world.look(i) for i in range(100)]))
-    assert 10 < sum(world.look(i) != world.scene(i) for i in range(100)) < 40
+    assert torch.equal(pictures, draw([world.styled_scene(i) for i in range(100)]))
+    assert 10 < sum(world.styled_scene(i) != world.scene(i) for i in range(100)) < 40
     for i, talk in enumerate(talks):
-        assert all(right_answers(world.look(i), text) == [answer] for text, answer in talk[:-1])
+        assert all(right_answers(world.styled_scene(i), text) == [answer] for text, answer in talk[:-1])
         told = [f"a {t.size} {t.colour} {t.shape} {PLACES[t.place]}" for t in world.scene(i).objects]
         assert talk[-1] == ("describe the picture", " , ".join(told))
 

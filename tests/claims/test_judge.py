@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from world import drawing
 from world.language import EDIT_KINDS, PROMPT_KINDS, DrawnWorld, Request
 from world.judge import clean_accuracy, detect, fulfils, succeeds
-from world.drawing import COLOURS, HELD_OUT, PLAIN, SHAPES, SIZES, STYLES, Background, Object, Scene, draw
+from world.drawing import COLOURS, HELD_OUT_PAIRS, PLAIN, SHAPES, SIZES, STYLES, Background, Object, Scene, draw
 
 GROUND = Background((0.8, 0.75, 0.8), 0.08, 0.4, 2.0)
 CIRCLE, SQUARE = Object("circle", "red", "large", 0), Object("square", "blue", "small", 3)
@@ -46,7 +46,7 @@ def test_clean_drawings_are_read_without_error(side):
 
 def test_held_out_pairs_and_edited_looks_are_read_without_error():
     world = DrawnWorld(split="test")
-    scenes = [r.scene for r in world.prompts(range(150), "full", pairs=list(HELD_OUT))]
+    scenes = [r.scene for r in world.prompts(range(150), "full", pairs=list(HELD_OUT_PAIRS))]
     for ground in PLAIN.values():
         scenes += [replace(scene, background=Background(ground)) for scene in scenes[:50]]
     for style in ("", *STYLES):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attention import attention
 from benchmarks.attention import compare
 from plumbing import cost
 from spar import NAMES, make_config
@@ -84,6 +85,6 @@ def test_a_bench_times_steps_and_what_alignment_and_routing_cost(tiny, tmp_path)
 def test_the_attention_bench_compares_what_can_run_and_names_what_cannot():
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = compare((1, 2, 1, 33, 33, 32, True), device, torch.float32, rounds=1, repeats=1)
+    found = compare(attention, (1, 2, 1, 33, 33, 32, True), device, torch.float32, rounds=1, repeats=1)
     assert found["ours"]["error"] < 1e-5 and found["ours"]["forward"] > 0 and found["math"]["both_tflops"] > 0
     assert all("refused" in r or r["error"] < 1e-5 for r in found.values())

@@ -39,20 +39,20 @@ def test_each_layout_is_found_out_by_looking(make, layout, kinds, tmp_path):
     found = scan(make(tmp_path / "data"))
     assert not found.faults and set(found.layouts) == {layout} and found.layouts[layout] >= 24
     assert {kind for kind, samples in found.kinds.items() if samples} == kinds
-    assert 0 < sum(sample.held_out for sample in found.kinds["pictures"]) < 8 or len(found.kinds["pictures"]) < 30
+    assert 0 < sum(sample.is_test for sample in found.kinds["pictures"]) < 8 or len(found.kinds["pictures"]) < 30
 
 
 def test_the_same_samples_in_a_folder_and_in_shards_are_the_same(tmp_path):
     a, b = scan(folder_of_captions(tmp_path / "a")), scan(shards(tmp_path / "b"))
     for one, other in zip(a.kinds["captions"], b.kinds["captions"]):
-        assert one.key == other.key and one.caption() == other.caption() and one.held_out == other.held_out
+        assert one.key == other.key and one.caption() == other.caption() and one.is_test == other.is_test
         assert read_picture(one.has["image"]).tobytes() == read_picture(other.has["image"]).tobytes()
 
 
 def test_a_folder_named_test_is_held_out_and_nothing_else(tmp_path):
     folder_of_captions(tmp_path / "data"), folder_of_captions(tmp_path / "data" / "test", 3)
     samples = scan(tmp_path / "data").kinds["captions"]
-    assert [sample.key for sample in samples if sample.held_out] == ["test/000", "test/001", "test/002"]
+    assert [sample.key for sample in samples if sample.is_test] == ["test/000", "test/001", "test/002"]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -119,11 +119,11 @@ def test_pictures_are_mirrored_unless_words_name_a_side(tmp_path):
         image.paste("white", (0, 0, 8, 16))  # bright on the left
         image.save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("bright on the left" if i % 2 else "half bright")
-    words, pictures = DiskData(scan(tmp_path), 16, 0, 0).drawings(range(38))
+    words, pictures = DiskData(scan(tmp_path), 16, 0, 0).text_to_image_samples(range(38))
     mirrored = [bool(p[0, 8, 2] < 0) for p in pictures]
     assert not any(m for text, m in zip(words, mirrored) if "left" in text)
     assert 0.2 < sum(mirrored) / sum("half" in text for text in words) < 0.8
-    still = DiskData(scan(tmp_path), 16, 0, 0, flip=False).drawings(range(38))[1]
+    still = DiskData(scan(tmp_path), 16, 0, 0, flip=False).text_to_image_samples(range(38))[1]
     assert all(p[0, 8, 2] > 0 for p in still)
 
 
@@ -157,7 +157,7 @@ def test_a_pass_reads_every_sample_once_and_the_next_in_another_order(tmp_path):
     first, second = ([data.kinds["captions"][i].key for i in data.order("captions", epoch)] for epoch in (0, 1))
     assert sorted(first) == sorted(second) and first != second and len(set(first)) == count
     numbers = [i for i in range(4 * count) if i % 4 < 2]  # the half of each batch that draws
-    words = data.drawings(numbers)[0]
+    words = data.text_to_image_samples(numbers)[0]
     assert sorted(words[:count]) == sorted(words[count:]) and len(set(words[:count])) == count
     other = DiskData(found, 16, 1, 0)
     assert [other.kinds["captions"][i].key for i in other.order("captions", 0)] != first
@@ -165,12 +165,12 @@ def test_a_pass_reads_every_sample_once_and_the_next_in_another_order(tmp_path):
 
 def test_a_bad_sample_is_replaced_by_always_the_same_one_and_told(tmp_path):
     root = folder_of_captions(tmp_path / "data")
-    key = next(sample.key for sample in scan(root).kinds["captions"] if not sample.held_out)
+    key = next(sample.key for sample in scan(root).kinds["captions"] if not sample.is_test)
     (root / f"{key}.png").write_bytes(noise(5)[:200])
     readings = []
     for _ in range(2):
         data = DiskData(scan(root), 16, 0, 0)
-        readings.append((data.drawings(range(40)), data.bad))
+        readings.append((data.text_to_image_samples(range(40)), data.bad))
     (words, pictures), bad = readings[0]
     assert bad and {name for name, _ in bad} == {key} and all("is broken" in why for _, why in bad)
     assert readings[1][1] == bad and readings[1][0][0] == words and torch.equal(readings[1][0][1], pictures)
@@ -223,7 +223,7 @@ def test_where_nothing_is_held_out_training_goes_on_and_says_that_there_is_nothi
 
 def test_one_percent_of_bad_samples_trains_to_the_end_twice_with_the_same_logs(tiny, tmp_path, without_pictures):
     root = folder_of_captions(tmp_path / "data", 100)
-    keys = [sample.key for sample in scan(root).kinds["captions"] if not sample.held_out]
+    keys = [sample.key for sample in scan(root).kinds["captions"] if not sample.is_test]
     (root / f"{keys[77]}.png").write_bytes(noise(7)[:250])
     ends, logs = [], []
     for i in range(2):
@@ -274,7 +274,7 @@ def test_openmoji_is_a_data_set_like_any_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = scan(openmoji.write(16))
     assert not found.faults and found.kinds["edits"]
-    assert {sample.held_out for sample in found.kinds["captions"]} == {True, False}
+    assert {sample.is_test for sample in found.kinds["captions"]} == {True, False}
     owl = next(sample for sample in found.kinds["captions"] if sample.caption() == "owl")
     assert owl.turns()[0] == ("which group is it ?", "animals & nature")
     assert len(read_picture(owl.has["image"]).getcolors(256)) > 3

@@ -25,7 +25,7 @@ def test_ci_runs_the_readmes_commands():
 def test_every_file_that_a_readme_names_exists(path):
     if not path.exists():
         pytest.skip(f"there is no {path}")
-    for name in re.findall(r"`([\w/]+\.(?:py|json))`", path.read_text()):
+    for name in re.findall(r"`([\w/]+\.py|toy[\w-]*\.json|results/[\w-]+\.json)`", path.read_text()):
         assert (ROOT / name).exists() or (path.parent / name).exists() or [*ROOT.glob(f"*/**/{name}")], name
 
 
