@@ -51,12 +51,12 @@ class Batches(torch.utils.data.Dataset):
     rank: int = 0
     ranks: int = 1
     words: TextTokenizer = field(default_factory=lambda: WordTokenizer(WORDS))
-    found: DataFolder | None = None  # what `--data` holds; None: the drawn world
+    data_folder: DataFolder | None = None  # what `--data` holds; None: the drawn world
 
     def __post_init__(self):
         index = NAMES.index(self.name)
         self.batch = self.config.batch[index]
-        self.world = open_world(self.config, index, self.found, self.edits_among(self.batch))
+        self.world = open_world(self.config, index, self.data_folder, self.edits_among(self.batch))
         if self.batch % self.ranks:
             raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: "
                              "see --batch")
@@ -67,7 +67,7 @@ class Batches(torch.utils.data.Dataset):
             batch = self.make(self, range(step * self.batch, (step + 1) * self.batch))
         except BadFile as bad:  # told by the training process: out of a worker it would come with a traceback
             batch = {"stop": str(bad)}
-        if self.found:
+        if self.data_folder:
             batch["bad"], self.world.bad = self.world.bad, []
         return batch
 
@@ -151,12 +151,12 @@ def unified_batch(source: Batches, numbers: range) -> Batch:
     return batch
 
 
-def open_world(config: Config, epoch: int, found: DataFolder | None, edits: int = 0,
+def open_world(config: Config, epoch: int, data_folder: DataFolder | None, edits: int = 0,
                split: str = "train") -> DrawnWorld | DiskData:
     """Where a stage's samples come from; its number is their epoch's."""
-    if found is None:
+    if data_folder is None:
         return DrawnWorld(config.side, config.seed, split, epoch)
-    return DiskData(found, config.side, config.seed, epoch, split, config.flip, config.batch[epoch], edits)
+    return DiskData(data_folder, config.side, config.seed, epoch, split, config.flip, config.batch[epoch], edits)
 
 
 def to(batch, device):

@@ -217,10 +217,10 @@ def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> 
     model.latent_scale.fill_(1 / torch.cat(z).std())
 
 
-def training_of(model: SPAR, stage: Stage, found: DataFolder | None = None) -> Training:
+def training_of(model: SPAR, stage: Stage, data_folder: DataFolder | None = None) -> Training:
     """A stage before its first step."""
     extras = prepare(model, stage)
-    measure_latents(model, stage, open_world(model.config, NAMES.index(stage.name), found))
+    measure_latents(model, stage, open_world(model.config, NAMES.index(stage.name), data_folder))
     return begin(StepModule(model, stage, extras))
 
 
@@ -255,15 +255,15 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
 
 
 def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = lambda speed: 0.0, keep: bool = True,
-                found: DataFolder | None = None) -> None:
+                data_folder: DataFolder | None = None) -> None:
     """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)`: estimate for the stages after it.
-    `found`: the data on disk, None: the drawn world."""
+    `data_folder`: the data on disk, None: the drawn world."""
     config, index, device = model.config, NAMES.index(stage.name), model.device
     steps, batch = config.steps[index], config.batch[index]
     torch.manual_seed(1000 * config.seed + index)
     rank, ranks = process_rank()
-    source = Batches(config, stage.name, stage.sample, stage.shares(config), rank, ranks, model.words, found)
-    now = training_of(model, stage, found)
+    source = Batches(config, stage.name, stage.sample, stage.shares(config), rank, ranks, model.words, data_folder)
+    now = training_of(model, stage, data_folder)
     first, spent = load_newest(now, run)
     if first_process():
         cut_logs(run, stage.name, first)
@@ -272,7 +272,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
     batches = iter(DataLoader(source, batch_size=None, sampler=range(first, steps), num_workers=config.workers,
                               pin_memory=device.type == "cuda", worker_init_fn=Stop.leave_to_parent))
     bar = tqdm(range(first, steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True, disable=rank > 0)
-    check, count_bad = partial(check_finite, run=run if keep else None), bad_samples(run, found, config.max_bad)
+    check, count_bad = partial(check_finite, run=run if keep else None), bad_samples(run, data_folder, config.max_bad)
     start = last_save = time.time()
     waited = 0.0
     with Stop() as stop, (run / "log.jsonl").open("a", buffering=1) as log:
@@ -305,11 +305,11 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
 def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None = None,
           resume: bool = True) -> None:
     """Trains the named stages that `run` has not finished. `source`: a run whose untouched stages are taken over."""
-    names, found = stage_names(config), scan(Path(config.data)) if config.data else None
-    if found:
-        check_kinds(found, [name for name in names if name in stages], config.edits)
+    names, data_folder = stage_names(config), scan(Path(config.data)) if config.data else None
+    if data_folder:
+        check_kinds(data_folder, [name for name in names if name in stages], config.edits)
     if first_process():
-        open_run(config, run, stages, source, resume, found)
+        open_run(config, run, stages, source, resume, data_folder)
     wait_for_all()
     words, sound = text_tokenizer(config, run), finished_stages(run, config)
     for position, name in enumerate(names):
@@ -319,7 +319,8 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
                 print(f"stage {NAMES.index(name) + 1} of 9  {name}: finished before, in {run}")
         elif name in stages:
             model = build(config, device, words, run, names[:position])
-            train_stage(model, stage_named(name), run, partial(seconds_after, config, name, later[1:]), found=found)
+            left = partial(seconds_after, config, name, later[1:])
+            train_stage(model, stage_named(name), run, left, data_folder=data_folder)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
                 print(report_so_far(run, device, name))
         elif later:

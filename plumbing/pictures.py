@@ -194,9 +194,10 @@ class Few:
 
 def on_disk(run: Path, model: SPAR, device: str) -> tuple[list, Tensor]:
     """-> (sections, some held-out pictures)"""
-    found = scan(Path(model.config.data))
-    sections = measure(model, load_run(run, device, upto="P1"), found, Few())[1]
-    return sections, DiskData(found, model.config.side, model.config.seed, 0, "test", flip=False).pictures(range(8))
+    data_folder = scan(Path(model.config.data))
+    sections = measure(model, load_run(run, device, upto="P1"), data_folder, Few())[1]
+    test = DiskData(data_folder, model.config.side, model.config.seed, 0, "test", flip=False)
+    return sections, test.pictures(range(8))
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ def take_over(config: Config, run: Path, source: Path) -> None:
 
 
 def open_run(config: Config, run: Path, stages: list[str], source: Path | None, resume: bool,
-             found: DataFolder | None) -> None:
+             data_folder: DataFolder | None) -> None:
     """Makes the folder, or finds the same run there."""
     if source:
         load_config(source)  # a wrong folder is told before anything is written
@@ -198,8 +198,8 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
         shutil.rmtree(run / "resume", ignore_errors=True)
         for name in stages:
             (run / f"{name}.pt").unlink(missing_ok=True)
-    if found and not (run / "vocabulary.json").exists():
-        write_vocabulary(found.root, found.texts(), config.tokens, config.longest, run / "vocabulary.json")
+    if data_folder and not (run / "vocabulary.json").exists():
+        write_vocabulary(data_folder.root, data_folder.texts(), config.tokens, config.longest, run / "vocabulary.json")
 
 
 # ---------------------------------------------------------------- logs
@@ -225,10 +225,10 @@ def cut_logs(run: Path, stage: str, first: int) -> None:
         filter_lines(run / name, lambda line: line["stage"] != stage or line["step"] < first)
 
 
-def bad_samples(run: Path, found: DataFolder | None, max_bad: float):
+def bad_samples(run: Path, data_folder: DataFolder | None, max_bad: float):
     """-> a function that takes the bad samples of a step, writes them to bad.jsonl, and stops the run above
     `max_bad`."""
-    path, allowed = run / "bad.jsonl", max_bad * len(found.samples()) if found else 0
+    path, allowed = run / "bad.jsonl", max_bad * len(data_folder.samples()) if data_folder else 0
     known = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
 
     def count(stage: str, step: int, bad: list[tuple[str, str]]) -> None:

@@ -27,7 +27,7 @@ def tiny():
 def without_pictures(monkeypatch):
     """For claims about what a run learns: the report takes as long as a tiny stage."""
     import train
-    monkeypatch.setattr(train, "draw_report", lambda *_: "no pictures")
+    monkeypatch.setattr(train, "report_so_far", lambda *_: "no pictures")
 
 
 @pytest.fixture(scope="session")

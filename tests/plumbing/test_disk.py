@@ -132,7 +132,7 @@ def test_pictures_are_mirrored_unless_words_name_a_side(tmp_path):
 
 def seen(config, found, name, steps, rank=0, ranks=1, workers=0) -> list:
     stage = train.stage_named(name)
-    source = Batches(config, name, stage.sample, stage.shares(config), rank, ranks, found=found)
+    source = Batches(config, name, stage.sample, stage.shares(config), rank, ranks, data_folder=found)
     loader = torch.utils.data.DataLoader(source, batch_size=None, sampler=range(steps), num_workers=workers)
     return [batch["images"] for batch in loader]
 
@@ -183,7 +183,8 @@ def test_where_everything_is_bad_the_run_stops_in_one_line(tiny, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     with pytest.raises(BadFile, match="P2 step 0: 20 samples in a row are bad"):
-        train.train_stage(build(config, "cpu", words_of(tiny())), train.stage_named("P2"), run, found=scan(tmp_path))
+        model = build(config, "cpu", words_of(tiny()))
+        train.train_stage(model, train.stage_named("P2"), run, data_folder=scan(tmp_path))
 
 
 # ---------------------------------------------------------------- training on it

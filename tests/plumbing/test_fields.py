@@ -125,7 +125,7 @@ def samples(tmp_path, name, **changes):
     everything(root) if not root.exists() else None
     config = make_config(**TINY | {"data": str(root)} | changes)
     stage = train.stage_named(name)
-    return train.Batches(config, name, stage.sample, stage.shares(config), found=scan(root))[0]
+    return train.Batches(config, name, stage.sample, stage.shares(config), data_folder=scan(root))[0]
 
 
 def longest(end, tmp_path, monkeypatch):

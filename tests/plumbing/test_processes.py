@@ -45,7 +45,7 @@ def by_one(folder: Path, stages=NAMES, stop_at: tuple[str, int] | None = None) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_progress", watched)
-        patch.setattr(train, "draw_report", lambda *_: "no pictures")
+        patch.setattr(train, "report_so_far", lambda *_: "no pictures")
         train.train(tiny_config(BASE | {"save_minutes": 0.0 if stop_at else 60.0}), folder, list(stages), "cpu")
 
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("kills, workers", [(6, 0), (2, 2)])
 def test_a_run_killed_at_any_moment_ends_in_the_same_bits(kills, workers, tmp_path):
     seed, steps = (1, 3) if workers else (0, 4)
-    script = ("import pathlib, train; from tests.tools.torture import torture; train.draw_report = lambda *_: ''; "
+    script = ("import pathlib, train; from tests.tools.torture import torture; train.report_so_far = lambda *_: ''; "
               f"print(torture({kills}, {workers}, {seed}, pathlib.Path({str(tmp_path)!r}), {steps}))")
     command = [sys.executable, "-c", script]  # a process that has no threads yet
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)

@@ -42,7 +42,7 @@ def main() -> None:
         train_stage(model, stage, *rest, **options)
 
     train.save_progress, train.train_stage = watched, saving
-    train.draw_report = lambda *_: "no pictures"  # nothing here is about them
+    train.report_so_far = lambda *_: "no pictures"  # nothing here is about them
     device = join_processes("cpu", config.shard)
     train.train(config, folder, sys.argv[3].split(",") if sys.argv[3:] else list(NAMES), device)
     leave_processes()
