@@ -16,7 +16,10 @@ SOURCES = ("plumbing/flags.py", "sample.py", "evaluate.py", "disk/check.py", "di
 def test_ci_runs_the_readmes_commands():
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
     plain = [line.split(" --steps-scale")[0].replace(" --quiet", "") for line in ci]
-    for line in re.findall(r"```sh\n(python3 -m venv .*)\n```", README):
+    install = re.findall(r"```sh\n(python3 -m venv .*)\n```", README)
+    tests = re.findall(r"`(\.venv/bin/python -m pytest.*?)`", README)
+    assert install and tests
+    for line in install + tests:
         for part in line.split(" && "):
             assert any(command.startswith(part) for command in plain), part
 
