@@ -28,7 +28,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from parts.attention_triton import LOG2E, LOWEST, fused, fused_by_default, why_not_triton
-from parts.backend import BACKENDS, agrees, default_backend, small_inputs, use_backend
+from parts.backend import BACKENDS, agrees, constant_while_compiling, default_backend, small_inputs, use_backend
 
 TILE = 64  # queries and keys per tile of `tiled`
 COMPARED = (150, 200)  # queries and keys of the small input on which the kernels must agree with sdpa
@@ -88,7 +88,7 @@ def visible(rows: Tensor, columns: Tensor, shift: int, causal: bool, key_mask: T
     return mask
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while it traces, and does not look inside
+@constant_while_compiling
 def trusted(device: torch.device, dtype: torch.dtype, width: int, masked: bool, causal: bool, grouped: bool) -> bool:
     """Whether the fused kernels give on `device` what sdpa gives, on a small input; found out at its first call."""
     words = ["masked"] * masked + ["causal"] * causal + ["grouped"] * grouped

@@ -47,6 +47,14 @@ def default_backend() -> str:
     return _backend
 
 
+def constant_while_compiling(function: Callable) -> Callable:
+    """torch.compile calls it while it traces, and does not look inside: the mark that
+    torch.compiler.assume_constant_result makes, which would load all of the compiler into every process, 1.5 seconds of
+    its start."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def agrees(kind: tuple, device: torch.device, fused: Callable, plain: Callable, inputs: Callable) -> bool:
     """Whether `fused(*tensors)` gives on `device` what `plain` gives in float64 on the CPU: output and gradients.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from parts.attention_triton import fused_by_default, triton, why_not_triton
-from parts.backend import agrees, default_backend, small_inputs
+from parts.backend import agrees, constant_while_compiling, default_backend, small_inputs
 
 if triton is not None:
     import triton.language as tl
@@ -50,7 +50,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     return fused_linear(q, k, v) if backend == "triton" and not reason else plain(q, k, v)
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it while it traces, and does not look inside
+@constant_while_compiling
 def trusted(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether the fused kernels give on `device` what `plain` gives, on a small input; found out at the first call."""
     kind = ("linear attention,", str(dtype).removeprefix("torch."), f"heads of {width}")
