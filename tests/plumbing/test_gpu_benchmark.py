@@ -45,7 +45,8 @@ def test_part_2_and_part_3_measure_every_stage_and_a_whole_run_into_one_file(tmp
     gpu.main(["--part", "3", "--tiny", "--out", str(tmp_path)])
     figures = read(tmp_path)
     assert not errors(figures)
-    for row in (figures["a step of tiny"][name] for name in NAMES):
+    assert list(figures["a step of tiny"]) == ["P1", "T2", "U3"]  # one of each kind
+    for row in figures["a step of tiny"].values():
         assert row["step"] > 0 and row["flops"] > 0 and row["forecast_bytes"] > 0 and 0 <= row["waiting"] < 1
     whole = figures["tiny, whole"]
     assert list(whole["training"]["stages"]) == list(NAMES) and whole["evaluation"]["eval_id"]
