@@ -302,10 +302,10 @@ def main() -> None:
             folder = home / str(number)
             folder.mkdir()
             sys.stderr = open(os.devnull, "w")
-            sys.stdout, real = open(os.devnull, "w"), sys.stdout
+            sys.stdout = open(os.devnull, "w")
             verdict = json.dumps(judge(name, case, sound, folder))
             shutil.rmtree(folder, ignore_errors=True)
-            print(verdict, file=real, flush=True)
+            os.write(1, f"{verdict}\n".encode())  # at once: a print is two writes, and the other process writes as well
             os._exit(0)
     for _ in range(min(2, len(CASES))):
         os.wait()
