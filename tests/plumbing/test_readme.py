@@ -39,7 +39,7 @@ def test_every_flag_that_a_readme_names_exists(path):
     source = "".join(file.read_text() for pattern in SOURCES for file in ROOT.glob(pattern)) + '"--help"'
     fields = {"--" + field.replace("_", "-") for field in Config.__dataclass_fields__}
     fields |= {"--no-" + field[2:] for field in fields}
-    others = {"--standalone", "--nproc-per-node", "--max-restarts", "--index-url",
+    others = {"--standalone", "--nproc-per-node", "--max-restarts",
               "--include"}  # of torchrun, pip, grep
     for flag in set(re.findall(r"(--[a-z][a-z-]+)", path.read_text())) - others:
         assert flag in fields or f'"{flag.replace("--no-", "--")}"' in source, flag
