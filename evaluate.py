@@ -1,6 +1,6 @@
 """Every figure of a run, from its folder: reconstruction, understanding, generation, editing, routing.
 
-    python evaluate.py runs/toy              prints the tables, writes results.json
+    python evaluate.py runs/toy              prints the tables, writes results.json and the pictures of report/
     python evaluate.py runs/toy --count 50   fewer samples for each figure
 
 The same weights, seed, sampler and counts give the same `eval_id` and the same figures. Pictures are judged by
@@ -12,7 +12,6 @@ samples (disk/measure.py).
 import hashlib
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,8 +22,9 @@ from disk.measure import measure
 from parts.metrics import frechet_distance, psnr, share, ssim
 from plumbing.command import Parser, UserError, run_command, write_text
 from plumbing.devices import best_device
+from plumbing.pictures import draw_report
 from plumbing.run_folder import config_diff, load_run
-from spar import SAMPLING, SPAR
+from spar import SPAR, Protocol
 from world.drawing import HELD_OUT_PAIRS, draw
 from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
@@ -33,17 +33,6 @@ from world.language import PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
 TABLES = ("reconstruction", "understanding", "retrieval", "generation", "generation_direct", "editing",
           "editing_direct")
 GENERATED = (*PROMPT_KINDS, "held_out", "knowledge")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a run is measured; part of `eval_id`."""
-
-    count: int = 200  # samples of each figure
-    seed: int = 0  # of the sampler's noise
-    steps: int = SAMPLING["steps"]
-    guidance: float = SAMPLING["guidance"]
-    sampler: str = SAMPLING["sampler"]
 
 
 def reconstruction(model: SPAR, before: SPAR, world: DrawnWorld, how: Protocol) -> dict:
@@ -182,6 +171,7 @@ def main() -> None:
     if given["count"] < 2 or given["steps"] < 1:
         raise UserError("--count must be at least 2 and --steps at least 1")
     print_tables(evaluate(run, Protocol(**given), device))
+    print(draw_report(run, device))
 
 
 if __name__ == "__main__":

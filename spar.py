@@ -29,6 +29,17 @@ NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stage
 SAMPLING = {"steps": 12, "guidance": 1.5, "sampler": "dpm"}  # drawing's defaults (paper: 20 steps, guidance 4.5)
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """How a run is measured; part of `eval_id`."""
+
+    count: int = 200  # samples of each figure
+    seed: int = 0  # of the sampler's noise
+    steps: int = SAMPLING["steps"]
+    guidance: float = SAMPLING["guidance"]
+    sampler: str = SAMPLING["sampler"]
+
+
 @dataclass
 class Config:
     """Every number of a run; each field is a flag of train.py, and its comment that flag's help. The letters are the

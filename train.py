@@ -322,7 +322,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             left = partial(seconds_after, config, name, later[1:])
             train_stage(model, stage_named(name), run, left, data_folder=data_folder)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
-                print(report_so_far(run, device, name))
+                print(report_so_far(run, device, name, data_folder))
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
         else:

@@ -22,8 +22,9 @@ Cell = tuple[list[Tensor], str, bool | None]  # pictures side by side, the words
 Section = tuple[str, list[Cell]]  # its heading, its cells
 
 
-def measure(model, before, folder: DataFolder, how) -> tuple[dict[str, Table], list[Section]]:
-    """-> (a table of all that the finished stages allow for each use, sections of pictures)."""
+def measure(model, before, folder: DataFolder, how, figures: bool = True) -> tuple[dict[str, Table], list[Section]]:
+    """-> (a table of all that the finished stages allow for each use, sections of pictures). Without `figures` only
+    what the sections need is computed: a report while training goes on reads no training sample but eight."""
     config, stages = model.config, set(model.finished_stages)
     test, train = (DiskData(folder, config.side, config.seed, 0, split, flip=False) for split in ("test", "train"))
     kind = "described" if test.kinds["described"] else "pictures"
@@ -31,16 +32,19 @@ def measure(model, before, folder: DataFolder, how) -> tuple[dict[str, Table], l
     samples, pictures = readable(samples, "image", config.side, how.count)
     pictures, tables, sections = pictures.to(model.device), {}, []
     if stages & {"T1", "T2"}:
-        tables["reconstruction"] = reconstruction(model, before, pictures, train)
+        if figures:
+            tables["reconstruction"] = reconstruction(model, before, pictures, train)
         sections.append(reconstruction_section(model, pictures))
     if kind == "described":
-        tables["understanding"] = understanding(model, samples, pictures, train)
-        tables["understanding"]["before_t3"] = understanding(before, samples, pictures, train)["overall"]
+        if figures:
+            tables["understanding"] = understanding(model, samples, pictures, train)
+            tables["understanding"]["before_t3"] = understanding(before, samples, pictures, train)["overall"]
         sections.append(answer_section(model, samples, pictures))
     if test.kinds["captions"]:
-        samples, pictures = readable(test.kinds["captions"], "image", config.side, 100)
+        samples, pictures = readable(test.kinds["captions"], "image", config.side, 100 if figures else how.count)
         captions = [sample.caption() for sample in samples]
-        tables["retrieval"] = retrieval(model, pictures, captions)
+        if figures:
+            tables["retrieval"] = retrieval(model, pictures, captions)
         if "U1" in stages:
             sections.append(training_caption_section(model, train, how))
             tables["generation"], section = generation(model, before, pictures, captions, how)

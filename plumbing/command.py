@@ -44,7 +44,7 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
     """`write(beside)` makes the file, which then gets its name: a stopped or full machine leaves the old one or the new
     one, never half of one. The ending stays, since libraries go by it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.stem}.part{path.suffix}")
+    beside = path.with_name(f".{path.stem}.part{path.suffix}")  # dot: what a kill leaves is never read as data
     try:
         write(beside)
         with beside.open("r+b") as file:

@@ -7,18 +7,17 @@ allow.
 import json
 import math
 import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from disk.layouts import scan
+from disk.layouts import DataFolder, scan
 from disk.measure import measure
 from disk.reading import DiskData
 from plumbing.run_folder import load_run
-from spar import NAMES, SAMPLING, SPAR
+from spar import NAMES, SPAR, Protocol
 from world.drawing import draw
 from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
@@ -155,11 +154,12 @@ def loss_curves(run: Path) -> Image.Image:
     return image
 
 
-def draw_report(run: Path, device: str = "cpu") -> str:
-    """Writes every picture that the finished stages allow into `run`/report; -> where."""
+def draw_report(run: Path, device: str = "cpu", data_folder: DataFolder | None = None) -> str:
+    """Writes every picture that the finished stages allow into `run`/report; -> where. `data_folder`: what `scan` saw
+    of the run's data on disk, where somebody has it already."""
     model, folder = load_run(run, device), run / "report"
     folder.mkdir(exist_ok=True)
-    sections, images = on_disk(run, model, device) if model.config.data else drawn(model)
+    sections, images = on_disk(run, model, device, data_folder) if model.config.data else drawn(model)
     extra = []
     if {"T1", "T2"} & set(model.finished_stages):
         streams(model, images.to(device)).save(folder / "streams.png")
@@ -172,30 +172,20 @@ def draw_report(run: Path, device: str = "cpu") -> str:
     return f"pictures after {model.finished_stages[-1]}: {folder / 'summary.png'}, and beside it losses.png and others"
 
 
-def report_so_far(run: Path, device: str, stage: str) -> str:
+def report_so_far(run: Path, device: str, stage: str, data_folder: DataFolder | None = None) -> str:
     """The same while training goes on, which is worth more than its pictures: what hinders them is said and passed
     over."""
     try:
-        return draw_report(run, device)
+        return draw_report(run, device, data_folder)
     except (ValueError, RuntimeError, OSError) as error:
         return f"no pictures after {stage}: {error}"
 
 
-@dataclass
-class Few:
-    """What disk.measure asks of an evaluate.Protocol: enough samples for pictures."""
-
-    count: int = 8
-    seed: int = 0
-    steps: int = SAMPLING["steps"]
-    guidance: float = SAMPLING["guidance"]
-    sampler: str = SAMPLING["sampler"]
-
-
-def on_disk(run: Path, model: SPAR, device: str) -> tuple[list, Tensor]:
+def on_disk(run: Path, model: SPAR, device: str, data_folder: DataFolder | None) -> tuple[list, Tensor]:
     """-> (sections, some held-out pictures)"""
-    data_folder = scan(Path(model.config.data))
-    sections = measure(model, load_run(run, device, upto="P1"), data_folder, Few())[1]
+    data_folder = data_folder or scan(Path(model.config.data))
+    before = load_run(run, device, upto="P1")
+    sections = measure(model, before, data_folder, Protocol(count=8), figures=False)[1]
     test = DiskData(data_folder, model.config.side, model.config.seed, 0, "test", flip=False)
     return sections, test.pictures(range(8))
 

@@ -126,7 +126,10 @@ def test_of_a_run_with_some_stages_what_is_there_is_measured(last, tables, whole
     done = call("evaluate.py", run, "--count", "4", "--steps", "1")
     assert done.returncode == 0, done.stderr
     results = json.loads((run / "results.json").read_text())
-    assert set(results) & set(TABLES) == tables == {line.split()[0] for line in done.stdout.splitlines()[:-1]}
+    *lines, of_the_run, pictures = done.stdout.splitlines()
+    assert set(results) & set(TABLES) == tables == {line.split()[0] for line in lines}
+    assert of_the_run.startswith("eval_id") and pictures.startswith(f"pictures after {last}: ")
+    assert (run / "report" / "summary.png").exists()
     direct = set() if last < "P3" else {"knowledge_p3"} | (DIRECT if last == "U1" else set())
     assert set(results.get("generation_direct", {})) == direct
 

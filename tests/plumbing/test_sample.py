@@ -79,7 +79,7 @@ def test_wrong_input_ends_in_one_line_with_nothing_written(arguments, words, run
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(run, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    (tmp_path / "out.part.png").symlink_to("/dev/full")
+    (tmp_path / ".out.part.png").symlink_to("/dev/full")
     done = sample(run, "generate", "a red circle", "--out", str(tmp_path / "out.png"))
     assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
