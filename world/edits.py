@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass, replace
 
-from world.drawing import (PAIRS, PLACES, PLAIN, STYLES, Background, Object, Scene, describe, name, random_object,
-                           random_scene)
+from world.drawing import PAIRS, PLACES, PLAIN, STYLES, Background, Object, Scene, describe, name
+from world.scenes import may_be_shown, options, random_scene, somewhere
 
 EDIT_KINDS = ("add", "adjust", "extract", "replace", "remove", "background", "style", "hybrid", "action")  # ImgEdit's
 
@@ -19,18 +19,25 @@ class Edit:
 
 
 def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS) -> Edit:
-    """One of ImgEdit's nine kinds with its exact target. The target differs from the source as the words say, no more.
-    Raises ValueError for another kind, and for a hybrid of a scene with one object."""
-    scene = scene or random_scene(rng, rng.randint(2, 3) if kind in ("extract", "hybrid", "remove") else 0, pairs)
+    """One of ImgEdit's nine kinds with its exact target, which training may show too. The target differs from the
+    source as the words say, no more. Raises ValueError for another kind, for a hybrid of a scene with one object, and
+    where a given scene has no such edit."""
+    for _ in range(100):
+        source = scene or random_scene(rng, rng.randint(2, 3) if kind in ("extract", "hybrid", "remove") else 0, pairs)
+        change = proposed(kind, rng, source, pairs)
+        if change and may_be_shown(change.target.objects):
+            return change
+    raise ValueError(f"no edit {kind!r} of {len(source.objects)} objects: kinds are {', '.join(EDIT_KINDS)}; "
+                     "a hybrid needs two objects")
+
+
+def proposed(kind: str, rng: random.Random, scene: Scene, pairs) -> Edit | None:
     thing = rng.choice(scene.objects)
     if kind in ("add", "adjust", "replace", "remove", "action"):
         return object_edit(kind, rng, scene, thing, pairs)
     if kind in ("extract", "background", "style"):
         return picture_edit(kind, rng, scene, thing)
-    if kind == "hybrid" and len(scene.objects) > 1:
-        return hybrid_edit(rng, scene, pairs)
-    raise ValueError(f"no edit {kind!r} of {len(scene.objects)} objects: kinds are {', '.join(EDIT_KINDS)}; "
-                     "a hybrid needs two objects")
+    return hybrid_edit(rng, scene, pairs) if kind == "hybrid" and len(scene.objects) > 1 else None
 
 
 def object_edit(kind: str, rng: random.Random, scene: Scene, thing: Object, pairs) -> Edit:
@@ -38,7 +45,7 @@ def object_edit(kind: str, rng: random.Random, scene: Scene, thing: Object, pair
     free = [place for place in range(4) if place not in {other.place for other in scene.objects}]
     fresh = unused_pairs(scene, pairs)
     if kind == "add":
-        new = random_object(rng, rng.choice(free), pairs=fresh)
+        new = somewhere(rng, rng.choice(options(rng.choice(free), tuple(fresh), True)))
         return Edit(kind, f"add {describe(new)}", scene, scene.with_objects([*scene.objects, new]),
                     f"{PLACES[new.place]} , {describe(new)}")
     others, place = [other for other in scene.objects if other is not thing], PLACES[thing.place]
@@ -80,10 +87,10 @@ def picture_edit(kind: str, rng: random.Random, scene: Scene, thing: Object) -> 
 def hybrid_edit(rng: random.Random, scene: Scene, pairs) -> Edit:
     """One change to an object, then one to what is behind it or to another object: the second is offered neither the
     object that the first has changed nor a pair of colour and shape that the scene had."""
-    first = edit(rng.choice(("adjust", "remove", "action")), rng, scene, pairs)
+    first = proposed(rng.choice(("adjust", "remove", "action")), rng, scene, pairs)
     new = [thing for thing in first.target.objects if thing not in scene.objects]
     rest = replace(first.target, objects=tuple(thing for thing in first.target.objects if thing in scene.objects))
-    second = edit(rng.choice(("background", "adjust")), rng, rest, unused_pairs(scene, pairs))
+    second = proposed(rng.choice(("background", "adjust")), rng, rest, unused_pairs(scene, pairs))
     return Edit("hybrid", f"{first.instruction} and {second.instruction}", scene,
                 second.target.with_objects([*second.target.objects, *new]), f"{first.outcome} and {second.outcome}")
 

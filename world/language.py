@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from world.drawing import (COLOURS, FACT_WORDS, NUMBERS, PAIRS, PLACES, PLAIN, RELATIONS, SHAPES, SIZES, STYLES,
-                           Object, Scene, describe, draw, name, random_scene, repeated_scene, save_sheet)
+from world.drawing import (COLOURS, FACT_WORDS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, PLAIN, RELATIONS, SHAPES, SIZES,
+                           STYLES, Object, Scene, describe, draw, name, save_sheet)
 from world.edits import EDIT_KINDS, Edit, edit
+from world.scenes import FACTS, UNTAUGHT, Combination, position, random_scene, related, repeated_scene, unordered
 
-FACTS = {"grass": "green", "tomato": "red", "sky": "blue", "lemon": "yellow", "grape": "purple", "carrot": "orange",
-         "wheel": "circle", "window": "square", "tent": "triangle", "plus": "cross"}  # told in words, never shown
-QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation")
+QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation", "appearance")
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "binding")  # GenEval's six
 
 WORDS = [*COLOURS, *SHAPES, "circles", "squares", "triangles", "crosses", *SIZES, *PLACES,
@@ -41,13 +40,6 @@ def plural(shape: str) -> str:
     return "crosses" if shape == "cross" else shape + "s"
 
 
-def related(first: Object, second: Object, relation: str) -> bool:
-    """Is `first` left of (right of, above, below) `second`? By quarter: same column is neither left nor right."""
-    axis = 1 if relation in ("left", "right") else 0
-    a, b = (divmod(thing.place, 2)[axis] for thing in (first, second))
-    return a < b if relation in ("left", "above") else a > b
-
-
 def labels(thing: Object, things: tuple[Object, ...], secret: str) -> list[str]:
     """Every way to name `thing` that fits it alone among `things` and does not give away the fact `secret`."""
     ways = {("shape",): f"the {thing.shape}", ("colour",): f"the {thing.colour} object",
@@ -60,10 +52,16 @@ def labels(thing: Object, things: tuple[Object, ...], secret: str) -> list[str]:
 
 
 def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """One question of `kind` about the scene with its one right answer; None where the scene allows none. The answer to
+    """One question of `kind` about the scene with its one right answer; None where the scene allows none. "appearance"
+    asks what an edit may have done to the whole picture: a plain background, a style. The answer to
     a relation gives its reasons first, both places, then the way: "top-left , bottom-right , left above". These are two
     look-ups that are learned one by one, and no answer that is right by chance half of the time."""
     things = scene.objects
+    if kind == "appearance":
+        plain = [word for word, tint in PLAIN.items() if scene.background.tint == tint]
+        if scene.style:
+            return "how is the picture", scene.style
+        return ("how is the background", plain[0]) if plain else None
     if kind == "count":
         if rng.random() < 0.4:
             return "how many objects are there", NUMBERS[len(things)]
@@ -79,14 +77,6 @@ def question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | N
         label, thing = rng.choice(candidates)
         return f"where is {label}" if kind == "place" else f"what {kind} is {label}", thing.word(kind)
     return None
-
-
-def appearance_question(scene: Scene) -> tuple[str, str] | None:
-    """What an edit may have done to the whole picture; None for one that is as it was."""
-    if scene.style:
-        return "how is the picture", scene.style
-    plain = [word for word, tint in PLAIN.items() if scene.background.tint == tint]
-    return ("how is the background", plain[0]) if plain else None
 
 
 def twin(scene: Scene, rng: random.Random) -> tuple[Scene, str, str, str]:
@@ -117,40 +107,73 @@ class Request:
     scene: Scene  # one scene that fulfils it
     relation: str = ""
     things: tuple[Object, ...] = ()  # the scene's objects, in the order in which the text names them
+    combination: Combination = ()  # by which it is taught or untaught, see scenes.py
 
 
-def prompt(kind: str, rng: random.Random, pairs=PAIRS) -> Request:
-    """A request of one of GenEval's kinds; "full" leaves nothing unsaid, "part" a few facts; "knowledge" needs a fact
-    told in words alone."""
+NAMED = {  # beside shapes: the facts that a prompt of each kind names, and those that half of them name as well
+    "single": ("size place", "colour"), "two": ("size", "place"), "counting": ("", "colour"),
+    "colours": ("colour size", "place"), "position": ("", "colour"), "binding": ("colour", "size"),
+    "full": ("colour size place", ""), "knowledge": ("colour size place", "")}
+NOT_NAMED = {"colour": "", "size": "", "place": None}
+WORDINGS = ("", "", "", "", "there {is} ", "a picture of ", "a picture with ", "make ")
+
+
+def prompt(kind: str, rng: random.Random, pairs=PAIRS, taught: bool = True) -> Request:
+    """A request of one of GenEval's kinds; "full" leaves nothing unsaid, "part" any facts; "knowledge" needs a fact
+    told in words alone. `taught`: its scene and its words are such as training has; else they may be any."""
     if kind == "counting" or kind == "full" and rng.random() < 0.15:
-        scene = repeated_scene(rng, rng.randint(2, 3), pairs)
+        scene = repeated_scene(rng, rng.randint(2, 3), pairs, taught)
     else:
-        scene = random_scene(rng, {"full": 0, "part": 0, "two": 2, "position": 2, "binding": 2}.get(kind, 1), pairs)
+        count = {"full": 0, "part": 0, "two": 2, "position": 2, "binding": 2}.get(kind, 1)
+        scene = random_scene(rng, count, pairs, taught)
     things = tuple(scene.objects if kind == "counting" else rng.sample(scene.objects, len(scene.objects)))
-    first, relation = things[0], ""
-    coloured = kind in ("colours", "binding") or kind in ("counting", "position") and rng.random() < 0.5
-    wanted = tuple(Object(thing.shape, thing.colour if coloured else "") for thing in things)
-    if kind == "full":
-        wanted, text = things, caption(things)
-    elif kind == "part":
-        nothing = {"size": "", "colour": "", "place": None}
-        omissions = [{fact: nothing[fact] for fact in nothing if rng.random() < 0.5} for _ in things]
-        wanted = tuple(replace(thing, **facts) for thing, facts in zip(things, omissions))
-        text = rng.choice((" , ", " and ")).join(map(describe, wanted))
-    elif kind == "counting":
+    always, sometimes = NAMED.get(kind, ("", ""))
+    named = [always + " " + sometimes if rng.random() < 0.5 else always] * len(things)
+    if kind == "part":
+        named = [[fact for fact in NOT_NAMED if rng.random() < 0.5] for _ in things]
+    wanted = tuple(replace(thing, **{fact: nothing for fact, nothing in NOT_NAMED.items() if fact not in facts})
+                   for thing, facts in zip(things, named))
+    first, relation, text = things[0], "", caption(wanted)
+    combination = combination_of(kind, things) if kind != "counting" or wanted[0].colour else ()
+    if kind == "counting":
         text = " ".join(word for word in (NUMBERS[len(things)], wanted[0].colour, plural(first.shape)) if word)
     elif kind == "knowledge":
         word = rng.choice([word for word, value in FACTS.items() if value in first.facts])
-        hint = (f"{first.shape} in the colour of {word}" if FACTS[word] == first.colour else
-                f"{first.colour} object shaped like a {word}")
-        wanted, text = things, f"a {first.size} {hint} {PLACES[first.place]}"
+        by_colour = FACTS[word] == first.colour
+        combination = kind, word, first.shape if by_colour else first.colour
+        if taught and combination in UNTAUGHT:
+            return prompt(kind, rng, pairs)
+        hint = f"{first.shape} in the colour of {word}" if by_colour else f"{first.colour} object shaped like a {word}"
+        text = f"a {first.size} {hint} {PLACES[first.place]}"
     elif kind == "position":
         relation = rng.choice([relation for relation in RELATIONS if related(*things, relation)])
-        words = f"{relation} of" if relation in ("left", "right") else relation
-        text = f"{describe(wanted[0])} {words} {describe(wanted[1])}"
-    else:
-        text = " and ".join(map(describe, wanted))
-    return Request(kind, text, wanted, scene, relation, things)
+        combination = position(first.shape, relation, things[1].shape)
+        text = (f" {relation} of " if relation in ("left", "right") else f" {relation} ").join(map(describe, wanted))
+    elif kind in ("two", "binding", "part"):
+        text = rng.choice((" and ", " with ", " , ")).join(map(describe, wanted))
+    wording = "" if kind == "full" else rng.choice(WORDINGS).format(**{"is": "are" if len(things) > 1 else "is"})
+    return Request(kind, wording + text, wanted, scene, relation, things, combination)
+
+
+def combination_of(kind: str, things: tuple[Object, ...]) -> Combination:
+    """The words of one kind that hold of these objects together; () for a kind that has none."""
+    first = things[0]
+    if kind in ("two", "binding"):
+        return unordered(kind, *(f"{t.size if kind == 'two' else t.colour} {t.shape}" for t in things))
+    return {"single": (kind, first.size, first.shape, PLACES[first.place]),
+            "colours": (kind, first.size, first.colour, first.shape),
+            "counting": (kind, NUMBERS[len(things)], first.colour, first.shape)}.get(kind, ())
+
+
+def measured_prompt(kind: str, rng: random.Random, which: str = "untaught") -> Request:
+    """`which`: "taught", as in training; "untaught", a combination that no training text has. Of the kind "held_out":
+    colour and shape that training never has together."""
+    if kind == "held_out":
+        return prompt("colours", rng, tuple(sorted(HELD_OUT_PAIRS)), taught=False)
+    request = prompt(kind, rng, taught=which == "taught")
+    while which == "untaught" and request.combination not in UNTAUGHT:
+        request = prompt(kind, rng, taught=False)
+    return request
 
 
 def written_text(rng: random.Random) -> tuple[str, str]:
@@ -158,15 +181,32 @@ def written_text(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.15:
         word = rng.choice(list(FACTS))
         return f"what {'colour' if FACTS[word] in COLOURS else 'shape'} is {word}", FACTS[word]
-    request = prompt(rng.choice((*PROMPT_KINDS, "full", "part", "knowledge", "knowledge")), rng)
+    request = prompt(rng.choice((*PROMPT_KINDS, "full", "part", "part", "knowledge", "knowledge")), rng)
     return f"describe {request.text}", caption(request.things)
 
 
 def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """An instruction as a question: what does it change, and into what? None where a name in it may fit two things."""
-    change = edit(rng.choice([kind for kind in EDIT_KINDS if kind != "hybrid" or len(scene.objects) > 1]), rng, scene)
+    """An instruction as a question: what does it change, and into what? None where a name in it may fit two things, or
+    where the scene has no such edit."""
+    kind = rng.choice([kind for kind in EDIT_KINDS if kind != "hybrid" or len(scene.objects) > 1])
     alike = len({name(thing) for thing in scene.objects}) < len(scene.objects)
-    return None if alike and change.kind not in ("add", "background", "style") else (change.instruction, change.outcome)
+    if alike and kind not in ("add", "background", "style"):
+        return None
+    try:
+        change = edit(kind, rng, scene)
+    except ValueError:
+        return None
+    return change.instruction, change.outcome
+
+
+def any_scene(rng: random.Random) -> Scene:
+    """One in seven with objects that are alike."""
+    return repeated_scene(rng, rng.randint(2, 3)) if rng.random() < 0.15 else random_scene(rng)
+
+
+def dressed(scene: Scene, rng: random.Random) -> Scene:
+    """One in four with a plain background or a style, as edits give them."""
+    return edit(rng.choice(("background", "style")), rng, scene).target if rng.random() < 0.25 else scene
 
 
 # ---------------------------------------------------------------- batches
@@ -189,32 +229,32 @@ class DrawnWorld:
         return torch.Generator().manual_seed(self.rng(what, index).getrandbits(60))
 
     def scene(self, index: int, what: str = "scene") -> Scene:
-        rng = self.rng(what, index)
-        return repeated_scene(rng, rng.randint(2, 3)) if rng.random() < 0.15 else random_scene(rng)
+        return any_scene(self.rng(what, index))
 
     def styled_scene(self, index: int) -> Scene:
-        """The scene; one in four with a plain background or a style, as edits give them."""
-        rng, scene = self.rng("look", index), self.scene(index)
-        return edit(rng.choice(("background", "style")), rng, scene).target if rng.random() < 0.25 else scene
+        return dressed(self.scene(index), self.rng("look", index))
 
     def pictures(self, indices) -> Tensor:
         """Pictures alone."""
         return draw([self.styled_scene(index) for index in indices], self.side)
 
-    def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS) -> list[Request]:
-        """Requests of one kind, or whole captions (a share `captions`) and GenEval's six; `draw` makes the pictures."""
+    def prompts(self, indices, captions: float = 0.5) -> list[Request]:
+        """Whole captions (a share `captions`), GenEval's six kinds, and "part"; `draw` makes the pictures."""
         def choose(rng):
-            return kind or ("full" if rng.random() < captions else rng.choice(PROMPT_KINDS))
-        rngs = [self.rng(f"prompt{kind}", index) for index in indices]
-        return [prompt(choose(rng), rng, pairs) for rng in rngs]
+            return "full" if rng.random() < captions else rng.choice((*PROMPT_KINDS, "part"))
+        return [prompt(choose(rng), rng) for rng in (self.rng("prompt", index) for index in indices)]
+
+    def measured_prompts(self, indices, kind: str, which: str = "untaught") -> list[Request]:
+        """Requests of one kind, see `measured_prompt`."""
+        return [measured_prompt(kind, self.rng(f"{which} {kind}", index), which) for index in indices]
 
     def conversations(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]]]:
         """(pictures, one list of (question, answer) each): questions of all kinds, an instruction, the caption last."""
         scenes, talks = [self.styled_scene(index) for index in indices], []
         for index, scene in zip(indices, scenes):
             rng = self.rng("talk", index)
-            kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "count", "relation")
-            pairs = [*(question(scene, kind, rng) for kind in kinds), appearance_question(scene), grounding(scene, rng)]
+            kinds = (*rng.sample(("colour", "shape", "size"), 2), "place", "count", "relation", "appearance")
+            pairs = [*(question(scene, kind, rng) for kind in kinds), grounding(scene, rng)]
             talks.append([pair for pair in pairs if pair] + [("describe the picture", caption(scene.objects))])
         return draw(scenes, self.side), talks
 
@@ -249,13 +289,14 @@ class DrawnWorld:
         return draw(scenes, self.side) if scenes else torch.empty(0, 3, self.side, self.side)
 
     def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:
-        """(scenes, questions, answers) of one kind; scenes that allow no such question are passed over."""
+        """(scenes, questions, answers) of one kind, as P1 sees them; scenes that allow no such question are passed
+        over."""
         if kind not in QUESTION_KINDS:
             raise ValueError(f"unknown kind of question {kind!r}: one of {', '.join(QUESTION_KINDS)}")
         samples = []
         for index in indices:
             rng = self.rng(f"question {kind}", index)
-            while (pair := question(scene := random_scene(rng), kind, rng)) is None:
+            while (pair := question(scene := dressed(any_scene(rng), rng), kind, rng)) is None:
                 pass
             samples.append((scene, *pair))
         return tuple(map(list, zip(*samples)))
