@@ -97,7 +97,7 @@ def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tm
 
 
 @pytest.mark.parametrize("change, first", [
-    ({"router": "last"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
+    ({"router": "last"}, "P3"), ({"router": "concat"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
     ({"tokenizer": "pixel-only"}, "T1"),
     ({"skip_stage": "T2"}, "T2"), ({"steps": (2,) * 7 + (3, 2)}, "U2"), ({"d": 64, "llm_mlp": 64}, "P1")])
 def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_path):
