@@ -110,6 +110,12 @@ def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_
     assert {path.stem for path in run.glob("*.pt")} == set(NAMES[:NAMES.index(first)])
 
 
+@pytest.mark.parametrize("k, said", [(3, 1), (4, 0)])
+def test_a_run_that_starts_says_once_that_its_layers_are_uneven(k, said, tiny, tmp_path, capsys):
+    train.train(tiny(k=k), tmp_path, [], "cpu", None)
+    assert capsys.readouterr().out.count("layers [1, 2, 4], an uneven menu") == said
+
+
 def test_averaged_weights_are_what_a_run_loads(tiny, tmp_path):
     train.train(tiny(), tmp_path, ["P1"], "cpu", None)
     content = torch.load(tmp_path / "P1.pt", weights_only=True)
