@@ -166,11 +166,11 @@ class MLLM(nn.Module):
             raise ValueError(f"queries {queries}: with positions they are a square grid, so take 4, 9, 16, …")
         self.words, self.llm, self.positions = words, llm, positions
         self.choice = layer_choice(len(llm.layers), k)
-        self.router = ROUTERS[router](d, k)
-        nn.init.eye_(self.router.W_p.weight)  # paper leaves open: W_p starts as the identity, so that the connector,
-        nn.init.zeros_(self.router.W_p.bias)  # a copy of LLM layers, first reads states much like those it was made for
         self.queries = nn.Parameter(torch.randn(queries, d) * 0.02)
         self.connector = Connector(llm, connector_layers, condition_width, connector_share)
+        self.router = ROUTERS[router](d, k)  # last: whichever it is, all else starts with the same random numbers
+        nn.init.eye_(self.router.W_p.weight)  # paper leaves open: W_p starts as the identity, so that the connector,
+        nn.init.zeros_(self.router.W_p.bias)  # a copy of LLM layers, first reads states much like those it was made for
 
     def embed(self, ids: Tensor, f_v: Tensor | None = None) -> Tensor:
         """Ids `b l` -> embeddings `b l d`; the places of `image_id` take the visual tokens f_v `b n d` in order."""
@@ -251,13 +251,13 @@ class MLLM(nn.Module):
         return torch.cat([at_words, at_queries], 1)
 
     def text_condition(self, ids: Tensor, mask: Tensor) -> Condition:
-        """What a plain text-to-image model reads (P3, in SANA's place): the LLM's states, without queries or routing.
-        # paper leaves open: which states; here the mean of the K layers, as which DTR starts, through the connector.
+        """What a plain text-to-image model reads (P3, in SANA's place): the LLM's states at the words, without queries.
+        # paper leaves open: which states; here what the router, untrained, makes of the K layers: U1 starts from there.
         """
         with torch.no_grad():
             hidden, _ = self.llm(self.llm.embedding(ids), mask)
-            H_mean = torch.stack([hidden[i] for i in self.choice], 2).mean(2)
-        return Condition(self.connector(F.layer_norm(H_mean, H_mean.shape[-1:]), mask), mask)
+            H_mixed, _ = self.router(torch.stack([hidden[i] for i in self.choice], 2))
+        return Condition(self.connector(H_mixed, mask), mask)
 
 
 # ---------------------------------------------------------------- what P1 learns from

@@ -10,6 +10,8 @@ listens to (DTR's α, which scales each layer for all tokens, is not in it).
     Concat   all K side by side, one Linear(K·d, d)
     Static   one learned weight per layer, shared by all tokens
 
+All but Last start as the mean: at its start a router is a fixed function of H, and P3 reads the LLM through that.
+
     python router.py               shape trace
 
 Letters: b batch, l sequence, k layers to choose from, d width of the LLM.
@@ -24,13 +26,18 @@ def layer_choice(layers: int, k: int) -> list[int]:
     """Sec. 3.3: which of the L hidden states the K routed ones are: s, 2s, … with s = ⌊L/K⌋, the last one L. The
     embedding, state 0, is not among them (configuration).
 
-    The rule is made for L far above K: 24 layers give 6, 12, 18, 24. The toy's 6 give 1, 2, 3, 6. Three of these four
-    lie in the lower half: read a picture of the toy's routing with that in mind.
+    24 layers and K = 4 give 6, 12, 18, 24; the toy's 6 and K = 3 give 2, 4, 6. The rule is made for L far above K: of 6
+    layers K = 4 takes 1, 2, 3, 6, three of them from the lower half. A run says so when it starts (`is_uneven`).
     """
     if not 1 <= k <= layers:
         raise ValueError(f"cannot route {k} of {layers} layers: k must be between 1 and the LLM's layers")
     step = layers // k
     return [step * i for i in range(1, k)] + [layers]
+
+
+def is_uneven(choice: list[int]) -> bool:
+    """Whether the gap before the last of the chosen layers is more than 1.5 times the others."""
+    return len(choice) > 1 and choice[-1] - choice[-2] > 1.5 * choice[0]
 
 
 class Router(nn.Module):
@@ -94,6 +101,7 @@ class Concat(Router):
     def __init__(self, d: int, k: int):
         super().__init__(d, k)
         self.blocks = nn.Linear(k * d, d, bias=False)
+        self.blocks.weight = nn.Parameter(torch.eye(d).repeat(1, k) / k)  # paper leaves open: starts as the mean
 
     def parts(self, H):
         return torch.einsum("b l k i, o k i -> b l k o", H, rearrange(self.blocks.weight, "o (k i) -> o k i", k=self.k))
@@ -121,7 +129,7 @@ ROUTERS = {"dtr": DTR, "last": Last, "mean": Mean, "concat": Concat, "static": S
 if __name__ == "__main__":
     b, l, k, d = 2, 7, 4, 128
     H = torch.randn(b, l, k, d)
-    print(f"layers       {layer_choice(24, k)} of 24,  {layer_choice(6, k)} of 6")
+    print(f"layers       {layer_choice(24, k)} of 24,  {layer_choice(6, 3)} of 6")
     print("H            b l k d", tuple(H.shape))
     for name, router in ROUTERS.items():
         out, w = router(d, k)(H)

@@ -77,7 +77,7 @@ class Config:
     ae_resample: str = "shuffle"  # shuffle: pixels to channels and back | conv: strided, and pixels four times (SANA)
 
     # unified model
-    k: int = 4  # layers that DTR chooses from
+    k: int = 3  # layers that DTR chooses from
     queries: int = 16  # learnable queries behind the words
     connector_layers: int = 2  # the connector's copies of the LLM's last layers
     connector_share: float = 0.1  # share of their change that counts at first (paper: 1)
@@ -231,12 +231,12 @@ class SPAR(nn.Module):
             raise ValueError(f"vocabulary {rows}: there are {len(words)} words or tokens, take as many or 0")
         llm = LanguageModel(rows, config.d, config.llm_layers, config.llm_heads, config.llm_kv_heads, config.llm_mlp,
                             config.tied)
-        self.mllm = MLLM(words, llm, config.k, config.queries, config.connector_layers, config.condition_width,
-                         config.router, config.connector_share, config.positions)
         self.dit = DiT(config.p, config.c, config.dit_layers, config.dit_heads, config.dit_cross_heads,
                        config.condition_width, config.dit_mlp_ratio, config.align_block, config.positions,
                        config.reference == "latent")
         self.align_head = AlignmentHead(config.c, config.align_hidden, config.d)  # φ_a
+        self.mllm = MLLM(words, llm, config.k, config.queries, config.connector_layers, config.condition_width,
+                         config.router, config.connector_share, config.positions)  # last, as the router is in it
         self.register_buffer("latent_scale", torch.ones(()))  # for variance 1, see train.measure_latents (paper: 10.6)
 
     @property

@@ -26,6 +26,7 @@ from plumbing.checkpoints import BrokenCheckpoint, load_stage, read_stage
 from plumbing.command import UserError, write_beside, write_text
 from plumbing.devices import compile_parts, set_up_torch
 from plumbing.processes import first_process
+from router import is_uneven, layer_choice
 from spar import HOW, NAMES, SPAR, Config, make_config
 from world.language import WORDS
 
@@ -160,12 +161,12 @@ def check_same_run(config: Config, run: Path) -> None:
 
 
 FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
-    "k": "P3", "connector_layers": "P3", "shift": "P3", "noises_per_picture": "P3",
+    "k": "P3", "router": "P3", "connector_layers": "P3", "shift": "P3", "noises_per_picture": "P3",
     "lambda_lpips": "T1", "lpips_weights": "T1", "lambda_p": "T1", "lambda_f": "T1",
     "tokenizer": "T1", "symmetric": "T1", "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1",
     "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "gan_width": "T3", "lecam": "T3", "encoder_rate": "T3",
     "anchor": "T3", "freeze_encoder": "T3",
-    "router": "U1", "queries": "U1",
+    "queries": "U1",
     "lambda_a": "U2", "edits": "U2", "align": "U2", "teacher": "U2", "align_hidden": "U2", "reference": "U2"}
 
 
@@ -177,7 +178,8 @@ def take_over(config: Config, run: Path, source: Path) -> None:
         if key in ("steps", "batch", "lr"):
             touched = min([touched, *(i for i in range(9) if before[key][i] != now[key][i])])
         else:
-            touched = min(touched, NAMES.index(FIRST_TOUCHED.get(key, "P1")))
+            alike = key == "router" and "last" not in (before[key], now[key])  # P3 knows their start alone: the mean
+            touched = min(touched, NAMES.index("U1" if alike else FIRST_TOUCHED.get(key, "P1")))
     if before["skip_stage"] != now["skip_stage"]:
         touched = min([touched, *(NAMES.index(name) for name in (before["skip_stage"], now["skip_stage"]) if name)])
     for name in NAMES[:touched]:
@@ -187,7 +189,9 @@ def take_over(config: Config, run: Path, source: Path) -> None:
 
 def open_run(config: Config, run: Path, stages: list[str], source: Path | None, resume: bool,
              data_folder: DataFolder | None) -> None:
-    """Makes the folder, or finds the same run there."""
+    """Makes the folder, or finds the same run there. Prints a warning where the layers to choose from are uneven."""
+    if is_uneven(choice := layer_choice(config.llm_layers, config.k)):
+        print(f"--k {config.k} of {config.llm_layers} layers: the router chooses from layers {choice}, an uneven menu")
     if source:
         load_config(source)  # a wrong folder is told before anything is written
     run.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from spar import NAMES, make_config
 
 TINY = dict(
     side=16, patch=2, vision_width=16, vision_layers=2, vision_heads=2, d=32, llm_layers=4, llm_heads=2, llm_kv_heads=1,
-    llm_mlp=48, p=8, pixel_layers=1, pixel_heads=2, stream_blocks=1, ae_widths=(8, 16, 32), ae_depths=(0, 1, 1),
+    llm_mlp=48, k=4, p=8, pixel_layers=1, pixel_heads=2, stream_blocks=1, ae_widths=(8, 16, 32), ae_depths=(0, 1, 1),
     ae_decoder_depths=(0, 1, 1), queries=16, connector_layers=1, condition_width=24, c=32, dit_layers=2, dit_heads=1,
     dit_cross_heads=2, align_block=1, align_hidden=16, gan_width=8, gan_start=0.0, steps=(2,) * 9, batch=(8,) * 9)
 

@@ -287,6 +287,18 @@ def test_padding_moves_no_token_of_the_condition(n):
         same(plain.tokens[1][mask[1]], mllm.text_condition(*prompts(TEXT[1])).tokens[0])
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_words_reach_the_connector_in_u1_as_in_p3_through_any_router_at_its_start(router):
+    start, (ids, mask) = model(router), prompts(*TEXT)
+    start.router = MLLM(WORDS, start.llm, 2, QUERIES, 2, 16, router).double().router
+    read, _ = bridge(start, ids, mask)
+    hidden, _ = start.llm(start.llm.embedding(ids), mask)
+    mixed = hidden[4] if router == "last" else (hidden[2] + hidden[4]) / 2
+    known = torch.nn.functional.layer_norm(mixed, (D,))
+    same(read[:, :T][mask], known[mask])
+    same(start.text_condition(ids, mask).tokens, start.connector(known, mask))
+
+
 def test_copy_layers_equals_the_last_layers_of_the_llm_and_shares_no_storage_and_trains():
     mllm = model()
     mllm.llm.requires_grad_(False)

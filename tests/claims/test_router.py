@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from router import ROUTERS, layer_choice
+from router import ROUTERS, is_uneven, layer_choice
 
 B, L, K, D = 2, 5, 4, 16
 
@@ -15,13 +15,21 @@ def test_dtr_starts_as_the_mean():
     assert torch.equal(ROUTERS["dtr"](D, K).weights(torch.randn(2, 3, K, D)), torch.full((2, 3, K), 1 / K))
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_router_mixes_the_layers_to_their_mean_at_its_start_and_last_to_the_last(name):
+    H, router = states(), ROUTERS[name](D, K).double()
+    torch.testing.assert_close(router.mix(H, router.weights(H)), H[:, :, -1] if name == "last" else H.mean(2))
+
+
 def router_named(name, like=None):
     torch.manual_seed(1)
     module = ROUTERS[name](D, K).double()
     for parameter in module.norm.parameters():
         torch.nn.init.normal_(parameter)
-    if name == "dtr":  # it starts as the mean, where no claim about choosing could fail
+    if name == "dtr":  # it starts as the mean, where no claim about choosing could fail; so does concat
         torch.nn.init.normal_(module.gate[-1].weight)
+    if name == "concat":
+        torch.nn.init.normal_(module.blocks.weight)
     if like is not None:
         module.norm, module.W_p = like.norm, like.W_p
     return module
@@ -148,9 +156,15 @@ def test_the_five_routers_differ_pairwise():
 
 
 @pytest.mark.parametrize("layers, k, chosen", [(24, 4, [6, 12, 18, 24]), (28, 4, [7, 14, 21, 28]), (4, 4, [1, 2, 3, 4]),
-                                               (26, 4, [6, 12, 18, 26]), (24, 1, [24]), (5, 2, [2, 5])])
+                                               (26, 4, [6, 12, 18, 26]), (24, 1, [24]), (5, 2, [2, 5]),
+                                               (6, 3, [2, 4, 6])])
 def test_layers_are_chosen_evenly_and_end_with_the_last(layers, k, chosen):
-    assert layer_choice(layers, k) == chosen
+    assert layer_choice(layers, k) == chosen and not is_uneven(chosen)
+
+
+@pytest.mark.parametrize("layers, k, chosen", [(6, 4, [1, 2, 3, 6]), (7, 4, [1, 2, 3, 7]), (27, 4, [6, 12, 18, 27])])
+def test_a_last_gap_of_half_a_step_more_is_still_even_and_a_larger_one_is_not(layers, k, chosen):
+    assert layer_choice(layers, k) == chosen and is_uneven(chosen) == (layers != 27)
 
 
 @pytest.mark.parametrize("k", [0, -1, 5])

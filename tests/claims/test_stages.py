@@ -7,7 +7,9 @@ import torch
 
 import train
 from mllm import naming_loss
+from plumbing.run_folder import build
 from plumbing.training import schedule
+from router import ROUTERS
 from spar import NAMES
 from tests.tools.models import model_of, run_stage, state
 from world.drawing import FACT_WORDS, Object
@@ -115,6 +117,31 @@ def test_every_ablation_trains_and_differs_from_the_standard(tiny, tmp_path):
         assert len(same) < len(standard), f"{change} changed nothing"
         moved = [key for key in standard if key not in other or not torch.equal(standard[key], other[key])]
         assert moved or set(other) != set(standard), change
+
+
+def test_all_but_the_router_starts_with_the_same_bits_whichever_router_it_is(tiny):
+    starts = {}
+    for name in ROUTERS:
+        model = build(tiny(router=name), "cpu")
+        starts[name] = {key: value for key, value in state(model).items() if not key.startswith("mllm.router.")}
+    for name, start in starts.items():
+        different = [key for key in starts["dtr"] if not torch.equal(start[key], starts["dtr"][key])]
+        assert start.keys() == starts["dtr"].keys() and different == [], name
+
+
+def test_u1_starts_from_what_p3_learned_through_the_same_router(tiny, tmp_path):
+    """Four routers start as the mean: to them P3 gives one DiT and one connector, and U1's first loss is the same."""
+    first = {}
+    for name in ROUTERS:
+        model = build(tiny(router=name), "cpu")
+        before = state(model)
+        p3 = run_stage(model, "P3", tmp_path / name)
+        assert all(torch.equal(state(model)[key], before[key]) for key in before if key.startswith("mllm.router."))
+        first[name] = p3[-1]["L_fm"], run_stage(model, "U1", tmp_path / name)[0]["L_fm"]
+    last = first.pop("last")
+    for name, losses in first.items():
+        assert losses == pytest.approx(first["dtr"], rel=1e-4), name
+        assert losses != pytest.approx(last, rel=1e-4), name
 
 
 def test_the_schedule_warms_up_and_ends_where_it_says():

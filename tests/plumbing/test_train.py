@@ -97,7 +97,7 @@ def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tm
 
 
 @pytest.mark.parametrize("change, first", [
-    ({"router": "last"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
+    ({"router": "last"}, "P3"), ({"router": "concat"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
     ({"tokenizer": "pixel-only"}, "T1"),
     ({"skip_stage": "T2"}, "T2"), ({"steps": (2,) * 7 + (3, 2)}, "U2"), ({"d": 64, "llm_mlp": 64}, "P1")])
 def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_path):
@@ -108,6 +108,12 @@ def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_
     run.mkdir()
     take_over(tiny(**change), run, source)
     assert {path.stem for path in run.glob("*.pt")} == set(NAMES[:NAMES.index(first)])
+
+
+@pytest.mark.parametrize("k, said", [(3, 1), (4, 0)])
+def test_a_run_that_starts_says_once_that_its_layers_are_uneven(k, said, tiny, tmp_path, capsys):
+    train.train(tiny(k=k), tmp_path, [], "cpu", None)
+    assert capsys.readouterr().out.count("layers [1, 2, 4], an uneven menu") == said
 
 
 def test_averaged_weights_are_what_a_run_loads(tiny, tmp_path):
