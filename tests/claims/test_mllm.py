@@ -178,6 +178,15 @@ def test_text_losses_are_those_of_each_row_read_alone_after_its_own_picture():
     assert loss.item() == pytest.approx(sum(losses) / 6)
 
 
+def test_words_without_a_picture_follow_bos_alone_beside_those_with_one():
+    mllm, (ids, said, before) = model(), dialogue()
+    said[1, 0] = True  # also the word behind <bos>
+    begin = WORDS.pad([[WORDS.bos_id, *[WORDS.image_id] * VISUAL]] * 2 + [[WORDS.bos_id]])[0]
+    beside = mllm.text_losses(turns(ids, said, torch.tensor([1, 2])), mllm.read_prefix(begin, before))
+    alone = mllm.text_losses(turns(ids[1:], said[1:]), mllm.read_prefix(torch.tensor([[WORDS.bos_id]])))
+    assert torch.allclose(beside[-len(alone):], alone, atol=1e-5)
+
+
 def test_text_losses_ignore_words_after_the_last_place_said():
     mllm, (ids, said, before) = model(), dialogue()
     start, other = prefix(mllm, before), ids.clone()
