@@ -101,27 +101,30 @@ class Batches(torch.utils.data.Dataset):
 
 
 def language_batch(source: Batches, numbers: range) -> Batch:
-    """P1: pictures; questions about them, short and long ones apart so that the short are not padded to the length of
-    the long; captions; words without a picture; and what stands where, for L_name."""
+    """P1: pictures; questions about them, captions and words without a picture, of all of which those of like length
+    stand together ("turns 0", …); and what stands where, for L_name."""
     numbers, world, words = source.share_of(numbers), source.world, source.words
     images, talks, captions = world.dialogue_samples(numbers)
-    batch = {"images": images, "prefix": source.prompts([""] * len(images), has_image=True)[0]}
-    turns = [(i, turn) for i, talk in enumerate(talks) for turn in talk]
-    turns.sort(key=lambda pair: sum(text.count(" ") for text in pair[1]))
-    cut = len(turns) * 3 // 4
-    for name, part in (("short", turns[:cut]), ("long", turns[cut:])):
-        if part:
-            batch[name] = dialogue(words, [turn for _, turn in part], [i for i, _ in part])
-    captioned = [i for i, caption in enumerate(captions) if caption]
-    if captioned:
-        owner = captioned if len(captioned) < len(images) else None
-        batch["caption"] = dialogue(words, [captions[i] for i in captioned], owner)
-    if texts := world.texts(numbers):
-        batch["text"] = dialogue(words, texts)
+    begin, picture = [words.bos_id], [words.image_id] * source.config.grid**2
+    batch = {"images": images, "prefix": words.pad([begin + picture for _ in images] + [begin])[0]}
+    turns = [(turn, i, "L_lm") for i, talk in enumerate(talks) for turn in talk]
+    turns += [(turn, i, "L_caption") for i, turn in enumerate(captions) if turn]
+    turns += [(turn, len(images), "L_text") for turn in world.texts(numbers)]  # behind <bos> alone
+    turns = sorted((sum(text.count(" ") for text in turn), turn, i, kind) for turn, i, kind in turns)
+    for number, part in enumerate(of_like_length(turns)):
+        batch[f"turns {number}"] = dialogue(words, *zip(*(row[1:] for row in part)))
     if things := world.things(numbers):
         batch["things"] = things
         batch["names"] = tuple(torch.tensor([words.ids[word] for word in options]) for options in FACT_WORDS.values())
     return batch
+
+
+def of_like_length(rows: list[tuple], cuts: int = 2) -> list[list[tuple]]:
+    """Rows (length, …), sorted, cut in two where padding each part to its longest adds least, and the parts again."""
+    if not cuts or len(rows) < 2:
+        return [rows] if rows else []
+    cut = min(range(1, len(rows)), key=lambda i: i * rows[i - 1][0] + (len(rows) - i) * rows[-1][0])
+    return of_like_length(rows[:cut], cuts - 1) + of_like_length(rows[cut:], cuts - 1)
 
 
 def picture_batch(source: Batches, numbers: range) -> Batch:

@@ -70,15 +70,18 @@ class LinearSelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """Several noises of a picture, x `(draws b) n c`, read its condition `b l c` together, as more queries."""
+
     def __init__(self, c: int, heads: int):
         super().__init__()
         self.heads = heads
         self.q, self.kv, self.out = nn.Linear(c, c), nn.Linear(c, 2 * c), nn.Linear(c, c)
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None) -> Tensor:
-        q = rearrange(self.q(x), "b n (a e) -> b a n e", a=self.heads)
+        q = rearrange(self.q(x), "(draws b) n (a e) -> b a (draws n) e", b=len(condition), a=self.heads)
         k, v = rearrange(self.kv(condition), "b l (two a e) -> two b a l e", two=2, a=self.heads)
-        return self.out(rearrange(attention(q, k, v, key_mask=mask), "b a n e -> b n (a e)"))
+        y = attention(q, k, v, key_mask=mask)
+        return self.out(rearrange(y, "b a (draws n) e -> (draws b) n (a e)", n=x.shape[1]))
 
 
 class DiTBlock(Layer):
@@ -115,7 +118,7 @@ class TimeEmbedding(nn.Module):
 
 class DiT(nn.Module):
     """(x_t `b p h w`, σ `b`, condition `b l u`, mask `b l`) -> (velocity `b p h w`, tokens `b n c` after
-    `align_block`).
+    `align_block`). x_t and σ may be `(draws b)`, several noises for each condition.
 
     `positions`: add sines of row and column to the latent tokens.
     # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner.
@@ -267,8 +270,7 @@ def flow_losses(dit: DiT, z: Tensor, tokens: Tensor, mask: Tensor, noise: Noise,
     """-> (L_fm, f_dit `(draws b) n c`) for clean latents z `b p h w`, each at as many random times as `noise` holds:
     what is dear, the condition, is computed once for all of them."""
     draws = len(noise.sigma) // len(z)
-    z, tokens, mask, reference = (None if x is None else repeat(x, "b ... -> (draws b) ...", draws=draws)
-                                  for x in (z, tokens, mask, reference))
+    z, reference = (None if x is None else repeat(x, "b ... -> (draws b) ...", draws=draws) for x in (z, reference))
     x_t = add_noise(z, noise.epsilon, noise.sigma)
     velocity, f_dit = change_from_reference(dit, x_t, noise.sigma, tokens, mask, reference)
     return flow_matching_loss(velocity, z, noise.epsilon), f_dit

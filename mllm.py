@@ -26,7 +26,7 @@ from attention import attention
 from parts.layer import Layer, RMSNorm
 from parts.positions import grid_positions, rotary, rotate, word_positions
 from parts.shared_batch import share_of_mean
-from parts.words import TextTokenizer, Turns, WordTokenizer
+from parts.words import TEXT_LOSSES, TextTokenizer, Turns, WordTokenizer
 from router import ROUTERS, layer_choice
 
 # ---------------------------------------------------------------- language model
@@ -144,6 +144,7 @@ class Condition(NamedTuple):
 class Prefix(NamedTuple):  # how a sequence begins, once read
     cache: list  # each layer's keys and values, `b a l e`
     last: Tensor  # `b 1 d`, the state that the next word follows
+    mask: Tensor  # `b l`, true = a word
 
 
 # ---------------------------------------------------------------- multimodal model
@@ -180,19 +181,23 @@ class MLLM(nn.Module):
         return x.masked_scatter((ids == self.words.image_id)[..., None], f_v.to(x.dtype))
 
     def read_prefix(self, ids: Tensor, f_v: Tensor | None = None) -> Prefix:
-        """<bos> and perhaps a picture, read once: many questions then follow it, none of which sees another."""
-        hidden, cache = self.llm(self.embed(ids, f_v))
-        return Prefix(cache, hidden[-1][:, -1:])
+        """<bos> and perhaps a picture (left-padded ids `b l`), read once: many questions then follow it, none of which
+        sees another."""
+        mask = ids != self.words.pad_id
+        hidden, cache = self.llm(self.embed(ids, f_v), mask)
+        return Prefix(cache, hidden[-1][:, -1:], mask)
 
-    def text_loss(self, turns: Turns, prefix: Prefix) -> Tensor:
-        """Mean next-word loss, in float32, where the model is to speak."""
-        cache, last = prefix
+    def text_losses(self, turns: Turns, prefix: Prefix) -> Tensor:
+        """The next-word loss, in float32, of each word that the model is to speak."""
+        cache, last, mask = prefix
         if turns.owner is not None:
             cache, last = [(k[turns.owner], v[turns.owner]) for k, v in cache], last[turns.owner]
-        hidden, _ = self.llm(self.embed(turns.ids), cache=cache)
-        states = torch.cat([last.expand(len(turns.ids), -1, -1), hidden[-1]], 1)  # column i: what word i follows
+            mask = mask[turns.owner]
+        mask = F.pad(mask, (0, turns.ids.shape[1]), value=True)  # causal, no word sees the padding behind it
+        hidden, _ = self.llm(self.embed(turns.ids), mask, cache)
+        states = torch.cat([last, hidden[-1]], 1)  # column i: what word i follows
         logits = self.llm.logits(states[turns.rows, turns.columns]).float()
-        return F.cross_entropy(logits, turns.ids[turns.rows, turns.columns])
+        return F.cross_entropy(logits, turns.ids[turns.rows, turns.columns], reduction="none")
 
     @torch.no_grad()
     def answer(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None, max_new: int = 24, temperature: float = 0.0,
@@ -267,23 +272,16 @@ def language_losses(mllm: MLLM, vision: nn.Module, batch: dict, weights: dict[st
     """P1, in place of InternVL3: the next word of answers (L_lm) and captions (L_caption) about pictures, and of words
     without a picture: facts, and requests written out (L_text); and names for what each visual token shows (L_name)."""
     f_v = vision(batch["images"])
-    picture, losses = mllm.read_prefix(batch["prefix"], f_v), {}
-    nothing = 0 * f_v.sum()  # a kind of text that a batch lacks: loss 0, and a gradient that no process waits for
-
-    def next_word(turns: Turns | None, prefix: Prefix) -> Tensor:
-        mean, count = (nothing, 0) if turns is None else (mllm.text_loss(turns, prefix), len(turns.rows))
-        return share_of_mean(mean, count)
-
-    answers = [batch[name] for name in ("short", "long") if name in batch]  # two widths, so that less is padding
-    count = sum(len(turns.rows) for turns in answers)
-    mean = sum((mllm.text_loss(turns, picture) * len(turns.rows) / count for turns in answers), nothing)
-    losses["L_lm"] = share_of_mean(mean, count)
-    losses["L_caption"] = next_word(batch.get("caption"), picture)
+    prefix, losses = mllm.read_prefix(batch["prefix"], f_v), {}
+    texts = [part for part in batch.values() if isinstance(part, Turns)]
+    of_words = torch.cat([mllm.text_losses(part, prefix) for part in texts])
+    kinds = torch.cat([part.kind for part in texts])
+    for kind, symbol in enumerate(TEXT_LOSSES):
+        words = kinds == kind  # none in this batch: loss 0, and a gradient that no process waits for
+        losses[symbol] = share_of_mean((of_words * words).sum() / words.sum().clamp(min=1), words.sum())
     if "L_name" in weights and "things" in batch:
         named = naming_loss(f_v, mllm.llm.embedding.weight, batch["things"], batch["names"])
         losses["L_name"] = share_of_mean(named, len(batch["things"][0]))
-    if "L_text" in weights:
-        losses["L_text"] = next_word(batch.get("text"), mllm.read_prefix(batch["prefix"][:, :1]))  # behind <bos> alone
     return losses
 
 

@@ -22,12 +22,13 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = matrix.mT if tall else matrix
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    if x.shape[-1] > 2 * x.shape[-2]:  # long rows: all steps on the small r × r side, x is touched twice
+    if x.shape[-1] >= 2 * x.shape[-2]:  # long rows: all steps on the small r × r side, x is touched twice
         gram, one = x @ x.mT, torch.eye(x.shape[-2], device=x.device, dtype=x.dtype)
-        turn = one
-        for _ in range(steps):
+        turn = step = a * one + b * gram + c * gram @ gram
+        for _ in range(steps - 1):
+            gram = step @ gram @ step
             step = a * one + b * gram + c * gram @ gram
-            turn, gram = step @ turn, step @ gram @ step
+            turn = step @ turn
         x = turn @ x
     else:
         for _ in range(steps):

@@ -64,19 +64,26 @@ class WordTokenizer(TextTokenizer):
         return " ".join(self.words[i] for i in ids if self.image_id < i < len(self))
 
 
+TEXT_LOSSES = ("L_lm", "L_caption", "L_text")  # of answers, of captions, of words without a picture
+
+
 class Turns(NamedTuple):
     """Questions with their answers, one a row, and where the answers' words stand."""
 
     ids: Tensor  # `r t`, padded on the right
     rows: Tensor  # of each word of an answer its row
     columns: Tensor  # and its column
-    owner: Tensor | None = None  # `r`: which picture each row is about; None: row i is about picture i, or about none
+    owner: Tensor | None = None  # `r`: which beginning each row goes on from; None: row i from beginning i
+    kind: Tensor | None = None  # of each word of an answer the place of its loss in TEXT_LOSSES
 
 
-def dialogue(words: TextTokenizer, turns: list[tuple[str, str]], owner: list[int] | None = None) -> Turns:
+def dialogue(words: TextTokenizer, turns: list[tuple[str, str]], owner: list[int] | None = None,
+             losses: list[str] | None = None) -> Turns:
     """(question, answer) pairs -> ids of both with <eos>, and where the answers stand."""
     questions = [words.encode(question) for question, _ in turns]
     rows = [question + words.encode(answer) + [words.eos_id] for question, (_, answer) in zip(questions, turns)]
     ids, mask = words.pad(rows, left=False)
     answers = mask & (torch.arange(ids.shape[1]) >= torch.tensor([len(question) for question in questions])[:, None])
-    return Turns(ids, *answers.nonzero(as_tuple=True), None if owner is None else torch.tensor(owner))
+    rows, columns = answers.nonzero(as_tuple=True)
+    owner = None if owner is None else torch.tensor(owner)
+    return Turns(ids, rows, columns, owner, losses and torch.tensor([*map(TEXT_LOSSES.index, losses)])[rows])

@@ -8,6 +8,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from data import Batches, language_batch, of_like_length
+from parts.words import TEXT_LOSSES, Turns
+from spar import Config
 from world import language
 from world.language import FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, grounding, question, twin
 from world.judge import fulfils
@@ -250,3 +253,27 @@ def test_a_text_without_a_picture_is_a_fact_or_a_request_written_out():
         assert {thing.place for thing in things} and len({thing.place for thing in things}) == len(things)
         kinds["copied"] += given == f"describe {answer}"
     assert kinds["fact"] > 100 and kinds["copied"] > 50
+
+
+def test_texts_of_like_length_stand_together_and_none_is_lost():
+    rng = random.Random(0)
+    for count in (0, 1, 2, 3, 50):
+        rows = sorted((rng.randrange(5, 40), i) for i in range(count))
+        groups = of_like_length(rows)
+        assert [row for group in groups for row in group] == rows and all(groups) and len(groups) <= 4
+        padded = sum(len(group) * group[-1][0] for group in of_like_length(rows, 1))
+        assert all(i * rows[i - 1][0] + (count - i) * rows[-1][0] >= padded for i in range(1, count))
+    real = {kind: 0 for kind in TEXT_LOSSES}
+    batch = Batches(Config(), "P1", language_batch, {})[0]
+    turns = [part for part in batch.values() if isinstance(part, Turns)]
+    for part in turns:
+        assert (part.ids[part.rows, part.columns] > 0).all() and part.kind.shape == part.rows.shape
+        for kind, symbol in enumerate(TEXT_LOSSES):
+            real[symbol] += (part.kind == kind).sum().item()
+            alone = part.owner[part.rows[part.kind == kind]] == len(batch["images"])
+            assert (alone == (symbol == "L_text")).all()  # behind <bos> alone
+    source = Batches(Config(), "P1", language_batch, {})
+    _, talks, captions = source.world.dialogue_samples(range(24))
+    words = lambda pairs: sum(len(source.words.encode(answer)) + 1 for _, answer in pairs)
+    assert real == {"L_lm": words(pair for talk in talks for pair in talk), "L_caption": words(captions),
+                    "L_text": words(source.world.texts(range(24)))}

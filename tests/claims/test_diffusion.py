@@ -135,6 +135,14 @@ def test_padding_of_the_condition_changes_nothing():
     assert distance(model(x, sigma, longer, torch.cat([mask, mask[:, :3]], 1))[0], v) > 1e-2
 
 
+def test_several_noises_of_each_condition_are_drawn_as_if_it_stood_there_for_each():
+    model, (x, sigma, condition, mask) = dit(), inputs()
+    x, sigma = torch.cat([x, x.flip(0) + 1]), torch.cat([sigma, sigma / 2])
+    for together, apart in zip(model(x, sigma, condition, mask), model(x, sigma, condition.repeat(2, 1, 1),
+                                                                       mask.repeat(2, 1))):
+        assert distance(together, apart) < 1e-5
+
+
 def test_x_and_sigma_and_the_words_each_change_the_velocity_of_their_own_row_only():
     model, given = dit(), inputs()
     v, _ = model(*given)

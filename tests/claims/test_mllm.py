@@ -165,25 +165,34 @@ def prefix(mllm, f_v):
     return mllm.read_prefix(prompts(*[""] * len(f_v), n=VISUAL)[0], f_v)
 
 
-def test_text_loss_is_the_mean_over_the_places_said_of_each_row_read_alone_after_its_own_picture():
+def test_text_losses_are_those_of_each_row_read_alone_after_its_own_picture():
     mllm, (ids, said, before) = model(), dialogue()
     losses = []
     for row, places, first in zip(ids, said, before):
         whole = torch.cat([mllm.llm.embedding(torch.tensor([WORDS.bos_id])), first, mllm.llm.embedding(row)])
         logits = mllm.llm.logits(mllm.llm(whole[None])[0][-1][0])
         losses += [-logits[VISUAL + i].log_softmax(-1)[row[i]].item() for i in range(len(row)) if places[i]]
-    loss = mllm.text_loss(turns(ids, said), prefix(mllm, before))
+    loss = mllm.text_losses(turns(ids, said), prefix(mllm, before)).mean()
     assert loss.item() == pytest.approx(sum(losses) / 6)
-    loss = mllm.text_loss(turns(ids.flip(0), said.flip(0), torch.tensor([1, 0])), prefix(mllm, before))
+    loss = mllm.text_losses(turns(ids.flip(0), said.flip(0), torch.tensor([1, 0])), prefix(mllm, before)).mean()
     assert loss.item() == pytest.approx(sum(losses) / 6)
 
 
-def test_text_loss_ignores_words_after_the_last_place_said():
+def test_words_without_a_picture_follow_bos_alone_beside_those_with_one():
+    mllm, (ids, said, before) = model(), dialogue()
+    said[1, 0] = True  # also the word behind <bos>
+    begin = WORDS.pad([[WORDS.bos_id, *[WORDS.image_id] * VISUAL]] * 2 + [[WORDS.bos_id]])[0]
+    beside = mllm.text_losses(turns(ids, said, torch.tensor([1, 2])), mllm.read_prefix(begin, before))
+    alone = mllm.text_losses(turns(ids[1:], said[1:]), mllm.read_prefix(torch.tensor([[WORDS.bos_id]])))
+    assert torch.allclose(beside[-len(alone):], alone, atol=1e-5)
+
+
+def test_text_losses_ignore_words_after_the_last_place_said():
     mllm, (ids, said, before) = model(), dialogue()
     start, other = prefix(mllm, before), ids.clone()
-    loss = mllm.text_loss(turns(ids, said), start)
+    loss = mllm.text_losses(turns(ids, said), start)
     other[1, 5:] = 7
-    assert torch.equal(mllm.text_loss(turns(other, said), start), loss)
+    assert torch.equal(mllm.text_losses(turns(other, said), start), loss)
 
 
 def test_the_answer_to_an_empty_question_follows_the_picture_as_it_does_when_the_model_answers():
@@ -200,7 +209,7 @@ def test_the_answer_to_an_empty_question_follows_the_picture_as_it_does_when_the
             states = mllm.llm(mllm.embed(ids, picture[None]))[0][-1]
             losses.append(-mllm.llm.logits(states[0, -1]).log_softmax(-1)[word].item())
             ids = torch.cat([ids, torch.tensor([[word]])], 1)
-    assert mllm.text_loss(batch, start).item() == pytest.approx(sum(losses) / len(losses))
+    assert mllm.text_losses(batch, start).mean().item() == pytest.approx(sum(losses) / len(losses))
     ids, mask = prompts("", "", n=VISUAL)
     likeliest = mllm.llm.logits(start.last[:, 0]).argmax(-1).tolist()
     assert [reply[:1] for reply in mllm.answer(ids, mask, f_v, 1)] == [
