@@ -25,7 +25,7 @@ COLOUR_TOLERANCE = 0.28  # largest RGB distance (range 0–1 per channel) at whi
 COVER_TOLERANCE = 0.25  # largest squared error of a cover, as a share of the drawn cover's square
 OPACITY = 0.6  # least opacity of an object: how far its core went from the ground's colour to the named one
 TRACE = 0.1  # least RGB distance, gray aside, of a pixel that is seen: an opacity of 0.13 (blue) to 0.3 (green)
-EDIT_TOLERANCES = torch.tensor([0.06, 0.15, 1.0, 0.16])  # of `side_effects`: a tokenizer of 30 dB stays below
+EDIT_TOLERANCES = torch.tensor([0.06, 0.15, 1.0, 0.16])  # of `side_effects`; above what a tokenizer of 30 dB does
 
 
 def quarters(images: Tensor, style: str) -> Tensor:
