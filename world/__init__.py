@@ -4,5 +4,5 @@ claim of the paper can be tested in minutes. It stands in for the paper's data (
     drawing     objects, backgrounds, scenes, and how they are drawn           first
     edits       instructions with their exact target                           to see what U2 and U3 are taught
     language    captions, questions, requests; samples by number               to see what the other stages are taught
-    judge       reads a picture back by arithmetic                             to know what a figure means
+    judge       reads a picture back by arithmetic, compares an edited one     to know what a figure means
 """

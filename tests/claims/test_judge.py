@@ -1,11 +1,14 @@
 """The judge reads clean drawings without error, and errs where, and only where, an object is wrong."""
 
+import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from parts.metrics import psnr
 from world import drawing
 from world.language import EDIT_KINDS, PROMPT_KINDS, DrawnWorld, Request
 from world.judge import clean_accuracy, detect, fulfils, succeeds
@@ -36,6 +39,24 @@ def blur(images, sigma):
     kernel = torch.exp(-torch.arange(-3, 4.0) ** 2 / (2 * sigma**2))
     kernel = (kernel[:, None] * kernel / kernel.sum() ** 2).expand(3, 1, 7, 7)
     return F.conv2d(F.pad(images, (3,) * 4, mode="replicate"), kernel, groups=3)
+
+
+def worn(images):
+    """As a tokenizer of 30 dB gives them back: blurred, with noise, coarse spots and a cast as strong as the contrast."""
+    generator = torch.Generator().manual_seed(0)
+    noise, spots, cast = (torch.randn(len(images), 3, side, side, generator=generator) for side in (32, 8, 1))
+    wear = 0.03 * noise + 0.04 * F.interpolate(spots, size=32, mode="bilinear") + 0.015 * cast
+    return blur(images, 0.6) + 3 * images.std((1, 2, 3), keepdim=True) * wear
+
+
+def share(verdicts):
+    return sum(verdicts) / len(verdicts)
+
+
+def faded(scene, ghosts, opacity):
+    """The scene's picture, with those objects of it that are `ghosts` at this opacity."""
+    without = draw([scene.with_objects(thing for thing in scene.objects if thing not in ghosts)])
+    return without + opacity * (draw([scene]) - without)
 
 
 @pytest.mark.parametrize("side", (32, 64))
@@ -105,6 +126,90 @@ def test_an_edit_fails_where_another_object_changed_too():
         assert succeeds(change, draw([change.target.with_objects([other, *rest])])) == [False]
 
 
+def mixed_edits(count):
+    return [change for kind in EDIT_KINDS for change in DrawnWorld(split="judge").edits(range(count), kind)
+            if len(change.target.objects) < 4]
+
+
+def kept(change):
+    """What an edit leaves in its place or moves, and nothing else says of it: no new thing."""
+    new = change.kind in ("add", "replace")
+    return [t for t in change.target.objects if not (new and t not in change.source.objects)]
+
+
+def with_fault(change, fault, size, rng):
+    """The target's picture with one thing wrong that no object's facts tell; None where the edit allows none."""
+    target, things = change.target, [t for t in kept(change) if fault != "turn" or t.shape != "circle"]
+    if fault == "ground":
+        shade = tuple(x + (size if x < 0.5 else -size) for x in target.background.tint)
+        return draw([replace(target, background=replace(target.background, tint=shade))])
+    if not things:
+        return None
+    thing = rng.choice(things)
+    others, angle = [t for t in target.objects if t is not thing], rng.uniform(0, 6.28)
+    x, y = size * math.cos(angle), size * math.sin(angle)
+    if fault == "shift":
+        other = replace(thing, offset=(thing.offset[0] + x, thing.offset[1] + y))
+    elif fault == "turn":
+        other = replace(thing, turn=thing.turn + rng.choice((-size, size)))
+    with pytest.MonkeyPatch.context() as patch:
+        if fault == "tint":
+            r, g, b = COLOURS[thing.colour]
+            shade = (c + (abs(d) if c < 0.5 else -abs(d)) for c, d in ((g, x), (b, y)))
+            patch.setitem(drawing.COLOURS, "other", (r, *shade))
+            other = replace(thing, colour="other")
+        return draw([target.with_objects([*others, other])])
+
+
+def passing(fault, size, wear=lambda images: images):
+    """Share of the edits with one fault of this size that succeed all the same."""
+    rng, verdicts = random.Random(0), []
+    for change in mixed_edits(14):
+        scale = STYLES.get(change.target.style, (1.0, 0.0))[0]  # a style shrinks what is wrong with colours
+        image = with_fault(change, fault, size / scale if fault in ("ground", "tint") else size, rng)
+        verdicts += [] if image is None else succeeds(change, wear(image))
+    assert len(verdicts) > 80
+    return share(verdicts)
+
+
+@pytest.mark.parametrize("fault, size", [("ground", 0.1), ("shift", 2.0), ("turn", 0.3), ("tint", 0.22)])
+def test_an_edit_fails_where_what_nobody_named_has_changed(fault, size):
+    assert passing(fault, size) <= 0.01 and passing(fault, size, worn) <= 0.01
+
+
+@pytest.mark.parametrize("fault, size", [("ground", 0.04), ("shift", 0.4), ("turn", 0.05), ("tint", 0.03)])
+def test_an_edit_succeeds_with_a_fault_that_a_tokenizer_makes(fault, size):
+    assert passing(fault, size) == 1.0
+
+
+def test_an_edit_succeeds_with_its_target_as_a_tokenizer_gives_it_back():
+    changes = mixed_edits(30)
+    exact = draw([change.target for change in changes])
+    images = worn(exact)
+    assert 29 < psnr(exact, images).mean() < 31
+    assert share([succeeds(change, image[None])[0] for change, image in zip(changes, images)]) >= 0.99
+
+
+@pytest.mark.parametrize("kind", ("add", "replace"))
+def test_a_new_thing_may_have_any_offset_and_turn(kind):
+    for change in DrawnWorld(split="judge").edits(range(30), kind):
+        new, = (thing for thing in change.target.objects if thing not in change.source.objects)
+        rest = [thing for thing in change.target.objects if thing is not new]
+        others = [replace(new, offset=(-x, -y), turn=-new.turn) for x, y in (new.offset, (0.9, -0.9))]
+        assert succeeds(change, draw([change.target.with_objects([*rest, other]) for other in others])) == [True] * 2
+
+
+@pytest.mark.parametrize("kind", ("remove", "action"))
+def test_an_edit_fails_where_its_object_has_left_a_ghost_or_a_stain(kind):
+    for change in DrawnWorld(split="judge").edits(range(30), kind):
+        gone, = (thing for thing in change.source.objects if thing not in change.target.objects)
+        both, target = change.target.with_objects([*change.target.objects, gone]), draw([change.target])
+        row, column = divmod(gone.place, 2)
+        stain = target.clone()
+        stain[:, :, 16 * row + 4:16 * row + 12, 16 * column + 4:16 * column + 12] -= 0.3  # gray: no object
+        assert succeeds(change, torch.cat([faded(both, [gone], 0.4), stain, target])) == [False, False, True]
+
+
 @pytest.mark.parametrize("plain", PLAIN)
 def test_a_background_edit_fails_with_the_colour_of_another_name(plain):
     for change in [c for c in DrawnWorld().edits(range(60), "background") if c.instruction.endswith(plain)]:
@@ -163,3 +268,28 @@ def test_small_noise_and_blur_do_not_change_the_verdict():
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     for changed in (images + 0.03 * noise, blur(images, 0.7), blur(images + 0.03 * noise, 0.7)):
         assert sum(fulfils(seen, r) for seen, r in zip(detect(changed), requests)) >= 0.97 * 300
+
+
+def test_a_wanted_ghost_is_not_what_was_wanted():
+    requests = DrawnWorld().prompts(range(200))
+    for opacity, least, most in ((0.3, 0, 0), (0.5, 0, 0.01), (0.7, 0.99, 1), (1.0, 1, 1)):
+        images = torch.cat([faded(r.scene, r.scene.objects, opacity) for r in requests])
+        for pictures in (images, worn(images)):
+            assert least <= share([fulfils(seen, r) for seen, r in zip(detect(pictures), requests)]) <= most
+
+
+def test_an_unwanted_ghost_is_an_object_too_many_and_a_trace_is_nothing():
+    requests = [r for r in DrawnWorld().prompts(range(200), "two")]
+    for opacity, least, most in ((0.05, 1, 1), (0.4, 0, 0), (0.6, 0, 0)):
+        scenes = [r.scene.with_objects([*r.scene.objects, replace(CIRCLE, place=place)]) for r in requests
+                  for place in range(4) if place not in {t.place for t in r.scene.objects}]
+        images = torch.cat([faded(s, [t for t in s.objects if t.offset == (0.0, 0.0)], opacity) for s in scenes])
+        verdicts = [fulfils(seen, r) for seen, r in zip(detect(images), [r for r in requests for _ in range(2)])]
+        assert least <= share(verdicts) <= most
+
+
+def test_what_has_no_colour_or_no_shape_is_never_wanted():
+    for thing in (replace(CIRCLE, colour="?"), replace(CIRCLE, shape="?", size="?")):
+        for wanted in (Object("circle"), Object("", "red"), Object("", "", "", 0)):
+            assert not fulfils([thing], Request("part", "", (wanted,), SCENE))
+            assert fulfils([CIRCLE], Request("part", "", (wanted,), SCENE))
