@@ -23,9 +23,10 @@ def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS)
     source as the words say, no more. Raises ValueError for another kind, for a hybrid of a scene with one object, and
     where a given scene has no such edit."""
     for _ in range(100):
-        source = scene or random_scene(rng, rng.randint(2, 3) if kind in ("extract", "hybrid", "remove") else 0, pairs)
+        few, many = {"add": (1, 2), "extract": (2, 3), "hybrid": (2, 3), "remove": (2, 3)}.get(kind, (1, 3))
+        source = scene or random_scene(rng, rng.randint(few, many), pairs)
         change = proposed(kind, rng, source, pairs)
-        if change and may_be_shown(change.target.objects):
+        if change and len(change.target.objects) <= 3 and may_be_shown(change.target.objects):
             return change
     raise ValueError(f"no edit {kind!r} of {len(source.objects)} objects: kinds are {', '.join(EDIT_KINDS)}; "
                      "a hybrid needs two objects")
