@@ -1,17 +1,20 @@
-"""Every figure of a run, from its folder: reconstruction, understanding, generation, editing, routing.
+"""Every figure of a run, from its folder: reconstruction, understanding, generation, editing.
 
     python evaluate.py runs/toy              prints the tables, writes results.json and the pictures of report/
     python evaluate.py runs/toy --count 50   fewer samples for each figure
 
-The same weights, seed, sampler and counts give the same `eval_id` and the same figures. Pictures are judged by
-arithmetic (world/judge.py), answers by exact match. Test scenes come from seeds of their own.
-Of a run with some stages only what is there is measured; one that learned from data on disk is measured on its held-out
-samples (disk/measure.py).
+Prompts are those that no training text implies (world/scenes.py); the tables `_taught` are beside them. Each is drawn
+twice: `direct`, as the paper does it, and rewritten, the LLM writing the prompt out first; P3 alone too. Pictures are
+judged by arithmetic (world/judge.py), answers by exact match. Test scenes come from seeds of their own. Each table has
+its `interval`s, 95 %, over samples and texts of one run: how far seeds differ, several runs tell.
+The same weights, seed, sampler and counts give the same `eval_id` and the same figures. Of a run with some stages only
+what is there is measured; one that learned from data on disk is measured on its held-out samples (disk/measure.py).
 """
 
 import hashlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,20 +22,34 @@ from tqdm import tqdm
 
 from disk.layouts import scan
 from disk.measure import measure
-from parts.metrics import frechet_distance, psnr, share, ssim
+from parts.metrics import frechet_distance, mean_interval, psnr, share, share_interval, ssim
 from plumbing.command import Parser, UserError, run_command, write_text
 from plumbing.devices import best_device
 from plumbing.pictures import draw_report
 from plumbing.run_folder import config_diff, load_run
 from spar import SPAR, Protocol
-from world.drawing import HELD_OUT_PAIRS, draw
+from world.drawing import draw
 from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
 from world.language import PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
 
-TABLES = ("reconstruction", "understanding", "retrieval", "generation", "generation_direct", "editing",
-          "editing_direct")
+TABLES = ("reconstruction", "understanding", "retrieval", "generation", "generation_direct", "generation_taught",
+          "generation_direct_taught", "p3_generation", "p3_generation_direct", "editing", "editing_direct")
 GENERATED = (*PROMPT_KINDS, "held_out", "knowledge")
+Verdicts = dict[str, list[tuple[str, bool]]]  # kind -> (text, right) of each sample
+
+
+def table_of(verdicts: Verdicts, kinds) -> dict:
+    """Shares that are right, `overall` the mean of those of `kinds`; `texts`: distinct ones; `interval`: [low,
+    high]."""
+    shares = {kind: share(right for _, right in samples) for kind, samples in verdicts.items()}
+    intervals = {kind: share_interval(samples) for kind, samples in verdicts.items()}
+    if set(kinds) <= set(shares):
+        shares["overall"] = share(shares[kind] for kind in kinds)
+        half = sum(((intervals[kind][1] - intervals[kind][0]) / 2) ** 2 for kind in kinds) ** 0.5 / len(kinds)
+        intervals["overall"] = [round(max(0, shares["overall"] - half), 4), round(min(1, shares["overall"] + half), 4)]
+    texts = {kind: len({text for text, _ in samples}) for kind, samples in verdicts.items()}
+    return shares | {"texts": texts, "interval": intervals}
 
 
 def reconstruction(model: SPAR, before: SPAR, world: DrawnWorld, how: Protocol) -> dict:
@@ -41,60 +58,60 @@ def reconstruction(model: SPAR, before: SPAR, world: DrawnWorld, how: Protocol) 
     copies = model.reconstruct(images)
     with torch.no_grad():
         features, of_copies = (before.tokenizer.features(x).mean(1) for x in (images, copies))
-    return {"psnr": round(psnr(images, copies).mean().item(), 3), "ssim": round(ssim(images, copies).mean().item(), 4),
-            "rfd": round(frechet_distance(features, of_copies), 5)}
+    values = {"psnr": psnr(images, copies), "ssim": ssim(images, copies)}
+    return {key: round(value.mean().item(), 4) for key, value in values.items()} | {
+        "rfd": round(frechet_distance(features, of_copies), 5),
+        "interval": {key: mean_interval(value) for key, value in values.items()}}
 
 
 def understanding(model: SPAR, world: DrawnWorld, how: Protocol) -> dict:
     """Exact match of the greedy answer, kind by kind; `twins`: both pictures of a pair right."""
-    table = {}
+    verdicts = {}
     for kind in QUESTION_KINDS:
         scenes, questions, answers = world.questions(range(how.count), kind)
         replies = model.answer(draw(scenes, world.side).to(model.device), questions)
-        table[kind] = share(reply == answer for reply, answer in zip(replies, answers))
-    table["overall"] = share(table[kind] for kind in QUESTION_KINDS)
+        verdicts[kind] = [(question, reply == answer) for question, reply, answer in zip(questions, replies, answers)]
     scenes = [world.scene(index) for index in range(how.count)]
     pairs = [twin(scene, world.rng("twin", index)) for index, scene in enumerate(scenes)]
     pictures = draw(scenes + [pair[0] for pair in pairs], world.side).to(model.device)
     replies = model.answer(pictures, [pair[1] for pair in pairs] * 2)
-    table["twins"] = share(replies[i] == pair[2] and replies[how.count + i] == pair[3] for i, pair in enumerate(pairs))
-    return table
+    verdicts["twins"] = [(pair[1], replies[i] == pair[2] and replies[how.count + i] == pair[3])
+                         for i, pair in enumerate(pairs)]
+    return table_of(verdicts, QUESTION_KINDS)
 
 
-def generation(model: SPAR, world: DrawnWorld, how: Protocol, kinds=GENERATED, rewrite: bool = True,
+def generation(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True, which: str = "untaught",
                **options) -> dict:
     """GenEval's six kinds, combinations held out of training, prompts that need a fact told in words. `rewrite`: the
     LLM first writes the prompt out as a whole caption (a departure); without, the paper's path."""
-    table = {}
-    for kind in kinds:
-        pairs = {"pairs": sorted(HELD_OUT_PAIRS)} if kind == "held_out" else {}
-        requests = world.prompts(range(how.count), "colours" if pairs else kind, **pairs)
+    verdicts, count = {}, how.count if which == "untaught" and not options else how.count // 2
+    for kind in GENERATED if which == "untaught" else (*PROMPT_KINDS, "knowledge"):
+        requests = world.measured_prompts(range(count), kind, which)
         texts = [request.text for request in requests]
-        texts = model.rewrite(texts, seed=how.seed) if rewrite else texts
-        drawn = model.generate(texts, None, how.seed, how.steps, how.guidance, how.sampler, **options)[0]
-        table[kind] = share(fulfils(seen, request) for seen, request in zip(detect(drawn.cpu()), requests))
-    if set(PROMPT_KINDS) <= set(table):
-        table["overall"] = share(table[kind] for kind in PROMPT_KINDS)
-    return table
+        given = model.rewrite(texts, seed=how.seed) if rewrite else texts
+        drawn = model.generate(given, None, how.seed, how.steps, how.guidance, how.sampler, **options)[0]
+        verdicts[kind] = [(request.text, fulfils(seen, request))
+                          for seen, request in zip(detect(drawn.cpu()), requests)]
+    return table_of(verdicts, PROMPT_KINDS)
 
 
 def editing(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True) -> dict:
     """ImgEdit's nine kinds. `rewrite`: the LLM first says what the instruction changes, and into what; without, the
     paper's path. `preservation_psnr`: against the source, where the instruction changes nothing."""
-    table, kept = {}, []
+    verdicts, kept = {}, []
     for kind in EDIT_KINDS:
         edits = world.edits(range(how.count // 2), kind)
         sources, targets = (draw([getattr(e, side) for e in edits], world.side) for side in ("source", "target"))
         texts, given = [edit.instruction for edit in edits], sources.to(model.device)
-        texts = model.rewrite(texts, given) if rewrite else texts
-        drawn = model.generate(texts, given, how.seed, how.steps, how.guidance, how.sampler)[0].cpu()
-        table[kind] = share(succeeds(edit, drawn[i:i + 1])[0] for i, edit in enumerate(edits))
+        asked = model.rewrite(texts, given) if rewrite else texts
+        drawn = model.generate(asked, given, how.seed, how.steps, how.guidance, how.sampler)[0].cpu()
+        verdicts[kind] = [(edit.instruction, succeeds(edit, picture[None])[0]) for edit, picture in zip(edits, drawn)]
         same = (sources - targets).abs().amax(1) < 1e-4  # pixels that the instruction leaves alone
         enough = same.float().mean((1, 2)) > 0.05
         kept.append(psnr(sources[enough], drawn[enough], same[enough]))
-    table["overall"] = share(table[kind] for kind in EDIT_KINDS)
-    table["preservation_psnr"] = round(torch.cat(kept).mean().item(), 3)
-    return table
+    table, kept = table_of(verdicts, EDIT_KINDS), torch.cat(kept)
+    table["interval"]["preservation_psnr"] = mean_interval(kept)
+    return table | {"preservation_psnr": round(kept.mean().item(), 3)}
 
 
 def evaluation_id(run: Path, how: Protocol) -> str:
@@ -130,30 +147,33 @@ def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: st
         jobs["reconstruction"] = lambda: reconstruction(model, before, world, how)
     jobs["understanding"] = lambda: understanding(model, world, how)
     jobs["before_t3"] = lambda: understanding(before, world, how)["overall"]
+    if "P3" in done:  # P3 alone: no queries, no U stages
+        p3 = load_run(run, device, upto="P3")
+        jobs["p3_generation"] = lambda: generation(p3, world, how, text_only=True)
+        jobs["p3_generation_direct"] = lambda: generation(p3, world, how, rewrite=False, text_only=True)
     if "U1" in done:
-        jobs["generation"] = lambda: generation(model, world, how)
-        jobs["generation_direct"] = lambda: generation(model, world, how, rewrite=False)
+        for name, which in (("", "untaught"), ("_taught", "taught")):
+            jobs["generation" + name] = partial(generation, model, world, how, True, which)
+            jobs["generation_direct" + name] = partial(generation, model, world, how, False, which)
     if "U2" in done:
         jobs["editing"] = lambda: editing(model, world, how)
         jobs["editing_direct"] = lambda: editing(model, world, how, rewrite=False)
-    if "P3" in done:
-        p3 = load_run(run, device, upto="P3")
-        jobs["p3"] = lambda: generation(p3, world, how, ("knowledge",), rewrite=False, text_only=True)
     results = {}
     for name, job in (bar := tqdm(jobs.items(), desc="evaluation", dynamic_ncols=True)):
         bar.set_postfix_str(name)
         results[name] = job()
-    tables = {name: results[name] for name in TABLES if name in results}
-    tables["understanding"]["before_t3"] = results["before_t3"]
-    if "P3" in done:  # P3 alone: no queries, no U stages
-        tables.setdefault("generation_direct", {})["knowledge_p3"] = results["p3"]["knowledge"]
-    return tables
+    results["understanding"]["before_t3"] = results.pop("before_t3")
+    return results
 
 
 def print_tables(results: dict) -> None:
     for name in TABLES:
-        for key, value in results.get(name, {}).items():
-            print(f"{name:18} {key:18} {value:8.3f}")
+        table = results.get(name, {})
+        for key, value in table.items():
+            if not isinstance(value, dict):
+                interval, texts = table.get("interval", {}).get(key), table.get("texts", {}).get(key)
+                between = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+                print(f"{name:24} {key:18} {value:8.3f}{between}{f'   {texts} texts' if texts else ''}")
     print(f"eval_id {results['eval_id']}   seed {results['seed']}   {results['seconds']:.0f} s")
 
 

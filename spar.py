@@ -33,7 +33,8 @@ SAMPLING = {"steps": 12, "guidance": 1.5, "sampler": "dpm"}  # drawing's default
 class Protocol:
     """How a run is measured; part of `eval_id`."""
 
-    count: int = 200  # samples of each figure
+    version: int = 2  # 2: untaught prompts, a strict judge
+    count: int = 200  # samples of each figure; half as many for editing's kinds, taught prompts and P3 alone
     seed: int = 0  # of the sampler's noise
     steps: int = SAMPLING["steps"]
     guidance: float = SAMPLING["guidance"]

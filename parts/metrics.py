@@ -1,6 +1,8 @@
 """Picture metrics, all on pictures `b 3 H W` in [-1, 1], each checked against another way to compute it
 (tests/plumbing/test_evaluate.py)."""
 
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -49,3 +51,24 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def share(verdicts) -> float:
     verdicts = list(verdicts)
     return round(sum(verdicts) / max(1, len(verdicts)), 4)
+
+
+def mean_interval(values: Tensor) -> list[float]:
+    """95 % interval of a mean over independent values `n`: [low, high]."""
+    half = 1.96 * values.double().std().item() / len(values) ** 0.5
+    return [round(values.double().mean().item() + sign * half, 4) for sign in (-1, 1)]
+
+
+def share_interval(verdicts: list[tuple[str, bool]]) -> list[float]:
+    """95 % interval of the share that is right, of (text, right): Wilson's, for as many independent verdicts as the
+    spread between texts leaves, since those of one text are alike. With one verdict throughout there is no spread, and
+    the distinct texts are counted."""
+    n, p, groups = len(verdicts), sum(right for _, right in verdicts) / len(verdicts), defaultdict(float)
+    for text, right in verdicts:
+        groups[text] += right - p
+    m = len(groups)
+    variance = sum(total**2 for total in groups.values()) / n**2 * m / max(1, m - 1)  # of the mean, clustered by text
+    n = min(n, p * (1 - p) / variance) if variance > 0 else m
+    z = 1.96**2 / n
+    middle, half = (p + z / 2) / (1 + z), (z * p * (1 - p) + z**2 / 4) ** 0.5 / (1 + z)
+    return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]

@@ -18,21 +18,21 @@ class Edit:
     outcome: str  # what it changes, and into what: "top-left , a large blue circle top-left"
 
 
-def edit(kind: str, rng: random.Random, scene: Scene | None = None, pairs=PAIRS) -> Edit:
+def edit(kind: str, rng: random.Random, scene: Scene | None = None) -> Edit:
     """One of ImgEdit's nine kinds with its exact target, which training may show too. The target differs from the
     source as the words say, no more. Raises ValueError for another kind, for a hybrid of a scene with one object, and
     where a given scene has no such edit."""
     for _ in range(100):
         few, many = {"add": (1, 2), "extract": (2, 3), "hybrid": (2, 3), "remove": (2, 3)}.get(kind, (1, 3))
-        source = scene or random_scene(rng, rng.randint(few, many), pairs)
-        change = proposed(kind, rng, source, pairs)
+        source = scene or random_scene(rng, rng.randint(few, many))
+        change = proposed(kind, rng, source)
         if change and len(change.target.objects) <= 3 and may_be_shown(change.target.objects):
             return change
     raise ValueError(f"no edit {kind!r} of {len(source.objects)} objects: kinds are {', '.join(EDIT_KINDS)}; "
                      "a hybrid needs two objects")
 
 
-def proposed(kind: str, rng: random.Random, scene: Scene, pairs) -> Edit | None:
+def proposed(kind: str, rng: random.Random, scene: Scene, pairs=PAIRS) -> Edit | None:
     thing = rng.choice(scene.objects)
     if kind in ("add", "adjust", "replace", "remove", "action"):
         return object_edit(kind, rng, scene, thing, pairs)

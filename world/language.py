@@ -238,11 +238,13 @@ class DrawnWorld:
         """Pictures alone."""
         return draw([self.styled_scene(index) for index in indices], self.side)
 
-    def prompts(self, indices, captions: float = 0.5) -> list[Request]:
-        """Whole captions (a share `captions`), GenEval's six kinds, and "part"; `draw` makes the pictures."""
+    def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS, taught: bool = True) -> list[Request]:
+        """Requests of one kind, or whole captions (a share `captions`), GenEval's six kinds and "part"; `draw` makes the
+        pictures. Of other `pairs` of colour and shape nothing is `taught`."""
         def choose(rng):
-            return "full" if rng.random() < captions else rng.choice((*PROMPT_KINDS, "part"))
-        return [prompt(choose(rng), rng) for rng in (self.rng("prompt", index) for index in indices)]
+            return kind or ("full" if rng.random() < captions else rng.choice((*PROMPT_KINDS, "part")))
+        rngs = [self.rng(f"prompt{kind}", index) for index in indices]
+        return [prompt(choose(rng), rng, pairs, taught) for rng in rngs]
 
     def measured_prompts(self, indices, kind: str, which: str = "untaught") -> list[Request]:
         """Requests of one kind, see `measured_prompt`."""

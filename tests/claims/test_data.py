@@ -1,5 +1,6 @@
 """The drawn world keeps its promises: same index, same bits; and its words are true of its pictures."""
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -12,10 +13,13 @@ from data import Batches, language_batch, of_like_length
 from parts.words import TEXT_LOSSES, Turns
 from spar import Config
 from world import language
-from world.language import FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, grounding, question, twin
+from world.language import (FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, dressed,
+                            grounding, question, twin)
 from world.judge import fulfils
-from world.drawing import (COLOURS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene, draw,
-                           random_scene, repeated_scene)
+from world.drawing import (COLOURS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, SIZES, Background, Object, Scene,
+                           draw)
+from world.scenes import (UNTAUGHT, all_combinations, implied, may_meet, options, position, random_scene,
+                          repeated_scene)
 
 KINDS_OF_SAMPLE = ("pictures", "conversations", "prompts", "texts", "edits")
 PLAIN_NAMES = {(1.0, 1.0, 1.0): "white", (0.55, 0.55, 0.55): "gray", (0.05, 0.05, 0.05): "black"}
@@ -86,7 +90,7 @@ def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch
 
 @pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "part", "knowledge"))
 def test_prompts_of_held_out_pairs_have_only_those(kind):
-    requests = DrawnWorld(split="test").prompts(range(200), kind, pairs=list(HELD_OUT_PAIRS))
+    requests = DrawnWorld(split="test").prompts(range(200), kind, pairs=list(HELD_OUT_PAIRS), taught=False)
     assert pairs_of(*(r.scene for r in requests)) == HELD_OUT_PAIRS
     assert set().union(*(said_pairs(r.text) for r in requests)) <= HELD_OUT_PAIRS
     assert {r.kind for r in requests} == {kind}
@@ -166,7 +170,8 @@ def what_changes(words, thing):
 
 @pytest.mark.parametrize("kind", QUESTION_KINDS)
 def test_a_question_has_exactly_one_right_answer(kind):
-    asked = [(scene, question(scene, kind, rng)) for scene, rng in some_scenes(1500)]
+    scenes = [(dressed(scene, rng), rng) for scene, rng in some_scenes(3000 if kind == "appearance" else 1500)]
+    asked = [(scene, question(scene, kind, rng)) for scene, rng in scenes]
     asked = [(scene, *pair) for scene, pair in asked if pair]
     assert len(asked) > 600
     for scene, text, answer in asked:
@@ -277,3 +282,88 @@ def test_texts_of_like_length_stand_together_and_none_is_lost():
     words = lambda pairs: sum(len(source.words.encode(answer)) + 1 for _, answer in pairs)
     assert real == {"L_lm": words(pair for talk in talks for pair in talk), "L_caption": words(captions),
                     "L_text": words(source.world.texts(range(24)))}
+
+
+# ---------------------------------------------------------------- what no training text says
+
+EVERY = all_combinations()
+WHAT = re.compile(r"(?:(large|small) )?(?:(red|green|blue|yellow|purple|orange) )?(circle|square|triangle|cross)s?(?:es)?"
+                  r"(?: ((?:top|bottom)-(?:left|right)))?\b")
+
+
+def read_from(text):
+    """Every combination that the words of one sentence imply, read without world/language.py's own reading. What an
+    instruction names and what comes of it are two sentences: they are never in one picture."""
+    text, found = re.sub(r"\breplace (.+) with ", "", text), set()  # the thing that goes is in no picture with the new one
+    spoken = [match.groups() for match in WHAT.finditer(text)]
+    for size, colour, shape, place in spoken:
+        found |= {("single", size, shape, place)} if size and place else set()
+        found |= {("colours", size, colour, shape)} if size and colour else set()
+    for (s1, c1, a, p1), (s2, c2, b, p2) in itertools.combinations(spoken, 2):
+        found |= {("two", *sorted((f"{s1} {a}", f"{s2} {b}")))} if s1 and s2 else set()
+        found |= {("binding", *sorted((f"{c1} {a}", f"{c2} {b}")))} if c1 and c2 else set()
+        for first, second, one, other in ((a, b, p1, p2), (b, a, p2, p1)):
+            if one and other and first != second:
+                found |= {("position", first, "left", second)} if "left" in one and "right" in other else set()
+                found |= {("position", first, "above", second)} if "top" in one and "bottom" in other else set()
+    for number, colour, shapes in re.findall(r"(two|three) (\w+) (\w+s)\b", text):
+        found |= {("counting", number, colour, PLURALS[shapes])} if shapes in PLURALS else set()
+    for first, relation, second in re.findall(r"(\w+) (left of|right of|above|below) an? (?:\w+ )?(circle|square|\w+)", text):
+        found.add(position(first, relation.split()[0], second))
+    for other, word in re.findall(r"(\w+) in the colour of (\w+)", text):
+        found.add(("knowledge", word, other))
+    for other, word in re.findall(r"(\w+) object shaped like a (\w+)", text):
+        found.add(("knowledge", word, other))
+    return found & {one for every in EVERY.values() for one in every}
+
+
+def test_one_combination_in_five_is_untaught_and_every_word_is_taught_beside_every_other():
+    for kind, every in EVERY.items():
+        hidden = [one for one in every if one in UNTAUGHT]
+        assert 0.15 <= len(hidden) / len(every) <= 0.2, kind
+        words = Counter(word for one in every for word in one[1:])
+        assert all(sum(word in one for one in hidden) <= 0.5 * count for word, count in words.items()), kind
+
+
+def test_the_whole_support_of_scenes_implies_no_untaught_combination():
+    """Every object, every pair and every repeated set that `random_scene` and `repeated_scene` can choose from."""
+    things = [thing for place in range(4) for thing in options(place, tuple(PAIRS), True)]
+    pairs = [(a, b) for a, b in itertools.combinations(things, 2) if a.place != b.place and may_meet(a, b)]
+    assert len(things) > 80 and len(pairs) > 500
+    said = set().union(*(implied(pair) - {one for one in implied(pair) if one[0] == "counting"} for pair in pairs))
+    assert not said & UNTAUGHT
+    for kind in ("single", "colours", "two", "binding", "position"):  # nearly all of the rest can be shown
+        assert len([one for one in EVERY[kind] if one in said]) >= 0.6 * len(EVERY[kind])
+    scenes = [repeated_scene(random.Random(i), 2 + i % 2) for i in range(2000)]
+    assert not set().union(*(implied(scene.objects) for scene in scenes)) & UNTAUGHT
+
+
+def training_texts(count):
+    world = DrawnWorld()
+    yield from (text for talk in world.conversations(range(count))[1] for pair in talk for text in pair)
+    yield from (text for pair in world.texts(range(3 * count)) for text in pair)
+    yield from (request.text for request in world.prompts(range(2 * count)))
+    yield from (text for edit in world.edits(range(count)) for text in (edit.instruction, edit.outcome))
+
+
+def test_no_training_text_implies_what_is_untaught_but_all_else_is_said():
+    said = Counter(one for text in training_texts(3000) for one in read_from(text))
+    assert not set(said) & UNTAUGHT
+    for kind in ("single", "colours", "two", "position", "counting", "knowledge"):
+        assert len([one for one in EVERY[kind] if said[one]]) >= 0.6 * len(EVERY[kind]), kind
+
+
+@pytest.mark.parametrize("kind", (*PROMPT_KINDS, "knowledge"))
+def test_measured_prompts_are_untaught_or_taught_as_asked_and_say_so_themselves(kind):
+    world = DrawnWorld(split="test")
+    untaught = world.measured_prompts(range(200), kind)
+    assert {request.combination for request in untaught} <= UNTAUGHT
+    assert all(read_from(request.text) & UNTAUGHT >= {request.combination} for request in untaught)
+    assert len({request.text for request in untaught}) >= (30 if kind == "counting" else 80)
+    taught = world.measured_prompts(range(200), kind, "taught")
+    assert not set().union(*(read_from(request.text) for request in taught)) & UNTAUGHT
+
+
+def test_held_out_pairs_are_asked_in_many_ways():
+    requests = DrawnWorld(split="test").measured_prompts(range(200), "held_out")
+    assert pairs_of(*(r.scene for r in requests)) == HELD_OUT_PAIRS and len({r.text for r in requests}) >= 80
