@@ -38,12 +38,13 @@ from plumbing.command import UserError, run_command
 from plumbing.cost import bench, plan
 from plumbing.devices import check_precision
 from plumbing.flags import parse
-from plumbing.pictures import draw_report, report_so_far
+from plumbing.pictures import draw_data, draw_report, report_so_far
 from plumbing.processes import (Stop, decided_by_first, first_process, gather, join_processes, leave_processes,
                                 mean_of_metrics, process_rank, unsharded, wait_for_all)
 from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
 from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
+from plumbing.yardstick import take_reading
 from spar import NAMES, SPAR, Config
 from tokenizer import Losses, autoencoder_losses, tokenizer_losses
 from world.language import DrawnWorld
@@ -233,11 +234,14 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
     one of them wants to stop. `check(now, step, metrics, batch)` raises where a number is not finite."""
     config, steps = now.config, now.config.steps[NAMES.index(now.stage.name)]
     batch, bad, waiting = read(batches, now.device, f"{now.stage.name} step {step}")  # 1. read
+    now.clock("waiting")  # what the time since the last of these went to; only a bench listens
     rate = now.set_rate(step, steps)  # 2. rate
     losses, reconstruction = now.module(batch, now.loss_weights, step >= config.gan_start * steps)  # 3. forward
     loss = sum(now.loss_weights[symbol] * value for symbol, value in losses.items())
+    now.clock("forward")
     now.optimizer.zero_grad()
     now.scaler.scale(loss).backward()  # 4. backward
+    now.clock("backward")
     now.scaler.unscale_(now.optimizer)
     norm = unsharded(nn.utils.clip_grad_norm_(list(now.weights.values()), config.clip))  # 5. clip
     metrics = mean_of_metrics(losses | {"loss": loss, "gradient": norm, "stopping": stopping, "bad": len(bad)})
@@ -248,6 +252,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
         adversary_step(now.extras.discriminator, now.extras.adversary, batch["images"],  # 8. adversary
                        reconstruction.detach().float(), config.lecam)
     now.move_average(step)  # 9. average
+    now.clock("optimizer")
     return metrics | {"rate": rate, "waiting": waiting, "bad": gather(bad) if metrics["bad"] else []}
 
 
@@ -255,15 +260,16 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
 
 
 def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = lambda speed: 0.0, keep: bool = True,
-                data_folder: DataFolder | None = None) -> None:
+                data_folder: DataFolder | None = None, clock: Callable | None = None) -> None:
     """Trains one stage and, with `keep`, writes <stage>.pt. `seconds_after(speed)`: estimate for the stages after it.
-    `data_folder`: the data on disk, None: the drawn world."""
+    `data_folder`: the data on disk, None: the drawn world. `clock`: a bench's."""
     config, index, device = model.config, NAMES.index(stage.name), model.device
     steps, batch = config.steps[index], config.batch[index]
     torch.manual_seed(1000 * config.seed + index)
     rank, ranks = process_rank()
     source = Batches(config, stage.name, stage.sample, stage.shares(config), rank, ranks, model.words, data_folder)
     now = training_of(model, stage, data_folder)
+    now.clock = clock or now.clock
     first, spent = load_newest(now, run)
     if first_process():
         cut_logs(run, stage.name, first)
@@ -312,6 +318,10 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
         open_run(config, run, stages, source, resume, data_folder)
     wait_for_all()
     words, sound = text_tokenizer(config, run), finished_stages(run, config)
+    if set(stages) - sound and first_process():
+        take_reading(run, device, "start")
+        if not data_folder:
+            print(draw_data(run, DrawnWorld(config.side, config.seed)))
     for position, name in enumerate(names):
         later = [other for other in names[position:] if other in stages and other not in sound]
         if name in sound:
@@ -321,6 +331,8 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
             model = build(config, device, words, run, names[:position])
             left = partial(seconds_after, config, name, later[1:])
             train_stage(model, stage_named(name), run, left, data_folder=data_folder)
+            if first_process():
+                take_reading(run, device, name)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
                 print(report_so_far(run, device, name, data_folder))
         elif later:
@@ -345,9 +357,9 @@ def step_module(model: SPAR, stage: Stage) -> StepModule:  # for a forecast
     return StepModule(model, stage, prepare(model, stage))
 
 
-def some_steps(config: Config, stage: Stage, folder: Path, device: str) -> list[dict]:
+def some_steps(config: Config, stage: Stage, folder: Path, device: str, clock: Callable | None = None) -> list[dict]:
     """Trains a stage from random weights; -> the lines of its log."""
-    train_stage(build(config, device), stage, folder, keep=False)
+    train_stage(build(config, device), stage, folder, keep=False, clock=clock)
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 

@@ -8,9 +8,12 @@ what autograd keeps for backward and counts the multiplications.
 import json
 import statistics
 import tempfile
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from tqdm import tqdm
 
 from parts.layer import layers
 from plumbing.command import write_text
+from plumbing.devices import processor
 from plumbing.run_folder import text_tokenizer
 from spar import NAMES, SPAR, Config
 
@@ -116,16 +120,17 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
 
 
 def bench(config: Config, device: str, out: Path, stages: list, one_batch: Callable, step_module: Callable,
-          run_stage: Callable[..., list[dict]], rounds: int = 3) -> dict:
-    """Times the steps of each stage as they are trained, `run_stage(config, stage, folder)` -> the lines of their log;
-    prints a table and writes `out`/bench.json.
+          run_stage: Callable, rounds: int = 3, steps: int = 31) -> dict:
+    """Times the steps of each stage as `run_stage(config, stage, folder, clock=…)` trains them; prints a table and writes
+    `out`/bench.json.
 
-    Per stage: seconds of a step, pictures per second, share of the time spent waiting for data, FLOP per second and,
-    where the device's peak is known, the share of it; on CUDA the peak memory beside the forecast. Of U2 also what
-    L_align and DTR cost: its step with ÷ its step without, taken by turns."""
+    Per stage: seconds of a step and of its "parts" (`timed`), and of making its "data", which without workers is the
+    same as waiting for it; pictures per second, share of the time spent waiting for data, FLOP per second and, where
+    the device's peak is known, the share of it; on CUDA the peak memory beside the forecast. Of U2 also what L_align
+    and DTR cost: its step with ÷ its step without, taken by turns."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
     peak = next((value for key, value in PEAKS.items() if key in name), None)
-    config = replace(config, steps=(31,) * len(NAMES))
+    config = replace(config, steps=(steps,) * len(NAMES))
     result = {"device": name, "torch": torch.__version__, "preset": config.preset, "precision": config.precision,
               "compile": config.compile, "stages": {}}
     print(f"{name}, torch {torch.__version__}, preset {config.preset}, {config.precision}")
@@ -133,14 +138,20 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         cost = forecast(config, stage, one_batch, step_module)
-        step, waiting = timed(config, stage, run_stage)
-        row = {"step": step, "images_per_second": config.batch[NAMES.index(stage.name)] / step, "waiting": waiting,
+        parts = timed(config, stage, run_stage)
+        step, start = sum(parts.values()), time.perf_counter()
+        one_batch(config, stage)
+        data = time.perf_counter() - start if config.workers else parts["waiting"]
+        row = {"step": step, "parts": parts, "data": data,
+               "images_per_second": config.batch[NAMES.index(stage.name)] / step, "waiting": parts["waiting"] / step,
                "flops": cost["flops"] / step, "utilisation": cost["flops"] / step / peak if peak else None}
         if device.startswith("cuda"):
             row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "forecast_bytes": cost["total"]}
         result["stages"][stage.name] = row
-        line = (f"{stage.name}  {step * 1e3:8.1f} ms a step  {row['images_per_second']:8.1f} images/s  "
-                f"waiting {waiting:6.1%}  {row['flops'] / 1e12:8.3f} TFLOP/s")
+        line = (f"{stage.name}  {step * 1e3:8.1f} ms a step = "
+                + " + ".join(f"{seconds * 1e3:.1f} {part}" for part, seconds in parts.items())
+                + f"; data takes {row['data'] * 1e3:.1f}  {row['images_per_second']:8.1f} images/s  "
+                f"{row['flops'] / 1e12:8.3f} TFLOP/s")
         if peak:
             line += f" = {row['utilisation']:.1%} of the peak"
         if "peak_bytes" in row:
@@ -148,12 +159,12 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
         print(line)
     u2 = next(stage for stage in stages if stage.name == "U2")
     variants = {"all": config, "L_align": replace(config, align="none"), "DTR": replace(config, router="last")}
-    steps = {key: [] for key in variants}
+    taken = {key: [] for key in variants}
     for _ in range(rounds):
         for key, changed in variants.items():
-            steps[key].append(timed(changed, u2, run_stage)[0])
+            taken[key].append(sum(timed(changed, u2, run_stage).values()))
     for key in ("L_align", "DTR"):
-        result[key] = statistics.median(steps["all"]) / statistics.median(steps[key])
+        result[key] = statistics.median(taken["all"]) / statistics.median(taken[key])
         print(f"{key} costs: step with it ÷ step without = {result[key]:.3f}")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "bench.json", json.dumps(result, indent=1) + "\n")
@@ -161,18 +172,19 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
     return result
 
 
-def timed(config: Config, stage, run_stage: Callable) -> tuple[float, float]:
-    """-> (seconds of a step, share of it spent waiting for data), from steps 11 to 31."""
+def timed(config: Config, stage, run_stage: Callable) -> dict[str, float]:
+    """-> mean seconds of a step "waiting" for data, "forward", "backward", and from there to its end, "optimizer":
+    clipping, update, adversary, running average. The first third of the steps does not count."""
+    marks = []
+
+    def clock(part: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        marks.append((part, time.perf_counter()))
+
     with tempfile.TemporaryDirectory() as folder:
-        lines = run_stage(config, stage, Path(folder))
-    begin, end = ((line["seconds"], line["seconds"] * line["waiting"]) for line in (lines[1], lines[-1]))
-    return (end[0] - begin[0]) / 20, (end[1] - begin[1]) / max(end[0] - begin[0], 1e-9)
-
-
-def processor() -> str:
-    """The processor's own name, as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "CPU"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+        run_stage(config, stage, Path(folder), clock=clock)
+    counted, seconds = marks[4 * (len(marks) // 12) - 1:], Counter()
+    for (_, begin), (part, end) in pairwise(counted):
+        seconds[part] += end - begin
+    return {part: total / (len(counted) // 4) for part, total in seconds.items()}

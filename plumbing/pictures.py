@@ -190,6 +190,19 @@ def on_disk(run: Path, model: SPAR, device: str, data_folder: DataFolder | None)
     return sections, test.pictures(range(8))
 
 
+def draw_data(run: Path, world: DrawnWorld) -> str:
+    """Before there is anything that a run can do: `run`/report/data.png, what it is to learn; -> where."""
+    (run / "report").mkdir(exist_ok=True)
+    scenes, talks = world.conversations(range(8))
+    requests, wanted = world.text_to_image_samples(range(8), 0.5)
+    instructions, before, after = world.edit_samples(range(8), 0.0)
+    sheet([("ask: a question, the answer", [([scene], "? ".join(talk[0]), None) for scene, talk in zip(scenes, talks)]),
+           ("draw: a prompt, a picture of it", [([one], text, None) for one, text in zip(wanted, requests)]),
+           ("edit: before, after", [([a, b], text, None) for a, b, text in zip(before, after, instructions)]),
+           ]).save(run / "report" / "data.png")
+    return f"what there is to learn: {run / 'report' / 'data.png'}"
+
+
 @torch.no_grad()
 def drawn(model: SPAR) -> tuple[list, Tensor]:
     """-> (sections, some test pictures). The judge says what is right; an answer must be the one right answer."""

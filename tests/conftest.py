@@ -8,7 +8,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the fused kernels then run on CPU
 
+from plumbing import yardstick
 from spar import NAMES, make_config
+
+yardstick.STEPS = 1  # a reading takes as long as a tiny stage
 
 TINY = dict(
     side=16, patch=2, vision_width=16, vision_layers=2, vision_heads=2, d=32, llm_layers=4, llm_heads=2, llm_kv_heads=1,

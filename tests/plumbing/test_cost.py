@@ -1,16 +1,24 @@
 """Forecasts say what really happens, and cost nothing themselves."""
 
 import json
+import os
 import resource
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
+import train
 from attention import attention
 from benchmarks.attention import compare
-from plumbing import cost
+from plumbing import cost, devices, yardstick
+from plumbing.training import Training
 from spar import NAMES, make_config
+from tests.conftest import TINY
 from tests.tools.models import model_of
 from train import one_batch, some_steps, stage_named, step_module
 
@@ -74,12 +82,89 @@ def test_a_forecast_for_a_billion_parameters_takes_no_memory_for_them():
 def test_a_bench_times_steps_and_what_alignment_and_routing_cost(tiny, tmp_path):
     stages = [stage_named("P2"), stage_named("U2")]
     result = cost.bench(tiny(**SHALLOW), "cpu", tmp_path / "out", stages, one_batch, step_module,
-                        lambda *given: some_steps(*given, "cpu"), rounds=1)
+                        partial(some_steps, device="cpu"), rounds=1, steps=6)
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
     assert set(result["stages"]) == {"P2", "U2"} and result["L_align"] > 0 and result["DTR"] > 0
     for found in result["stages"].values():
         assert found["step"] > 0 and 0 <= found["waiting"] < 1 and found["flops"] > 0
         assert found["images_per_second"] == pytest.approx(8 / found["step"])
+        assert set(found["parts"]) == {"waiting", "forward", "backward", "optimizer"}
+        assert found["step"] == pytest.approx(sum(found["parts"].values()))
+        assert found["data"] == found["parts"]["waiting"] == pytest.approx(found["waiting"] * found["step"])
+
+
+@pytest.mark.parametrize("part, slow", [
+    ("waiting", (train.Batches, "__getitem__")), ("forward", (train.StepModule, "forward")),
+    ("backward", (torch.amp.GradScaler, "scale")), ("optimizer", (nn.utils, "clip_grad_norm_")),
+    ("optimizer", (train, "adversary_step")), ("optimizer", (Training, "move_average"))])
+def test_a_part_of_a_step_that_takes_longer_is_seen_in_that_part_alone(part, slow, tiny, monkeypatch):
+    where, name = slow
+    before = getattr(where, name)
+
+    def slower(*given, **options):
+        time.sleep(0.3)
+        return before(*given, **options)
+
+    monkeypatch.setattr(where, name, slower)
+    parts = cost.timed(tiny(**SHALLOW, steps=(3,) * 9), stage_named("T3"), partial(some_steps, device="cpu"))
+    assert {name for name, seconds in parts.items() if seconds > 0.3} == {part}
+
+
+def test_steps_until_all_is_warm_do_not_count(tiny):
+    def run_stage(config, stage, folder, clock):
+        for step in range(6):
+            for part in ("waiting", "forward", "backward", "optimizer"):
+                time.sleep(0.1 if step < 2 else 0.001)
+                clock(part)
+
+    assert sum(cost.timed(tiny(), stage_named("P2"), run_stage).values()) < 0.1
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def test_a_reading_is_the_median_of_its_steps_and_leaves_the_random_state(monkeypatch):
+    monkeypatch.setattr(yardstick, "STEPS", 3)
+    times = iter([0, 9, 0, 9, 0, 9, 0, 5, 0, 1, 0, 2])  # three warm up
+    monkeypatch.setattr(yardstick.time, "perf_counter", lambda: next(times))
+    before = torch.get_rng_state()
+    assert yardstick.reading() == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_minutes_of_a_run_are_those_of_its_stages_and_evaluation_at_the_yardsticks_speed(tmp_path, monkeypatch):
+    assert yardstick.machine(tmp_path, 60.0) == {}
+    for name, seconds in (("P1", 300.0), ("U3", 240.0)):
+        torch.save({"seconds": seconds}, tmp_path / f"{name}.pt")
+    for after, factor in (("start", 9), ("P1", 2), ("U3", 2)):  # somebody was in the way at first
+        monkeypatch.setattr(yardstick, "reading", lambda: factor * yardstick.CALIBRATION)
+        yardstick.take_reading(tmp_path, "cpu", after)
+    yardstick.take_reading(tmp_path, "cuda", "none")
+    found = yardstick.machine(tmp_path, 60.0)
+    assert found["normalised_minutes"] == 5.0 and found == yardstick.machine(tmp_path, 60.0)
+    assert found["machine"] == {"processor": devices.processor(), "threads": torch.get_num_threads(),
+                                "torch": torch.__version__, "yardstick": 2 * yardstick.CALIBRATION}
+
+
+def test_readings_are_taken_at_the_start_and_after_each_stage_and_not_of_a_finished_run(whole_run):
+    lines = [json.loads(line) for line in (whole_run / "machine.jsonl").read_text().splitlines()]
+    assert [line["after"] for line in lines] == ["start", *NAMES]
+    train.train(make_config(**TINY), whole_run, list(NAMES), "cpu")
+    assert len((whole_run / "machine.jsonl").read_text().splitlines()) == len(lines)
+
+
+def test_threads_of_a_run_go_to_sleep_while_others_push_it_off_its_cores(monkeypatch):
+    held, often, count = [], threading.Event(), iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(devices, "pushed_off", lambda: next(count) if often.is_set() else 0)
+    monkeypatch.setattr(devices, "hold_threads", lambda until: (held.append(until), until.wait()))
+    threading.Thread(target=devices.watch, args=(0.01,), daemon=True).start()
+    time.sleep(0.1)
+    assert not held
+    often.set()
+    time.sleep(0.2)
+    assert len(held) == os.cpu_count() // torch.get_num_threads() and not held[0].is_set()
+    often.clear()
+    assert held[0].wait(2)
 
 
 def test_the_attention_bench_compares_what_can_run_and_names_what_cannot():

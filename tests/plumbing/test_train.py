@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from plumbing.checkpoints import save
@@ -28,6 +29,17 @@ def test_not_a_number_stops_before_the_update_and_names_stage_step_and_term(tiny
         run_stage(model, replace(stage, compute=spoiled), tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in state(model).items())
     assert not (tmp_path / "P2.pt").exists()
+
+
+def test_the_first_picture_is_there_before_the_first_step(tiny, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_stage", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny(), tmp_path, ["P1"], "cpu", None)
+    picture = Image.open(tmp_path / "report" / "data.png")
+    assert picture.width > 800 and len(picture.getcolors(1 << 20)) > 100
 
 
 @pytest.mark.usefixtures("without_pictures")
