@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from benchmarks.yardstick import machine
 from disk.layouts import scan
 from disk.measure import measure
 from parts.metrics import frechet_distance, mean_interval, psnr, share, share_interval, ssim
@@ -134,8 +135,10 @@ def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu") -> dict
         tables = measure(model, before, scan(Path(model.config.data)), how)[0]
     else:
         tables = drawn_tables(run, model, before, how, device)
-    results = {"eval_id": evaluation_id(run, how), "seed": model.config.seed, "seconds": round(time.time() - start, 1),
-               "data": model.config.data, "protocol": vars(how)} | tables | {"ablation": config_diff(model.config)}
+    seconds = time.time() - start
+    results = {"eval_id": evaluation_id(run, how), "seed": model.config.seed, "seconds": round(seconds, 1),
+               "data": model.config.data, "protocol": vars(how)} | machine(run, seconds) | tables
+    results["ablation"] = config_diff(model.config)
     write_text(run / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 

@@ -42,7 +42,7 @@ from parts import backend
 from parts import linear_attention as linear
 from parts.attention_triton import no_triton_here, triton
 from plumbing.command import write_text
-from plumbing.cost import PEAKS, forecast, processor
+from benchmarks.cost import PEAKS, forecast, processor
 from plumbing.flags import parse
 from plumbing.pictures import draw_report
 from spar import NAMES, Config, make_config
@@ -181,7 +181,7 @@ def configuration(preset: str, figures: Figures, **changes) -> Config:
 
 
 def one_step(config: Config, stage, figures: Figures, tiny: bool) -> dict:
-    """As `plumbing.cost.bench` measures a stage, in as many steps as there is time for."""
+    """As `benchmarks.cost.bench` measures a stage, in as many steps as there is time for."""
     cost = forecast(config, stage, train.one_batch, train.step_module)
     slow = cost["flops"] / (SLOWEST_SHARE * (figures.peak or 1e14))
     number = 3 if tiny else 51 if 51 * slow < 10 else 21 if 21 * slow < 20 else 11

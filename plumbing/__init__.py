@@ -9,7 +9,5 @@ file says how runs go on, where they run, and what a run folder holds.
     run_folder   what a run folder holds, whether it fits, the model in it     to load a run
     checkpoints  files of stages, finished and in progress                     when a file is refused
     replay       a step that is not finite, computed again                     when a loss is nan
-    cost         memory and arithmetic forecast, speed measured                before a long run
-    yardstick    how fast the machine was while it trained                     to compare minutes
     pictures     the report of a run                                           to draw something else
 """

@@ -1,7 +1,6 @@
 """Which device, in which precision, with which settings of torch, beside which neighbours."""
 
 import os
-import resource
 import threading
 import time
 from functools import cache
@@ -9,6 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 from plumbing.command import UserError
 
@@ -113,10 +117,11 @@ def watch(seconds: float = 1.0) -> None:
 
 def pushed_off() -> int:
     """How often a thread of this process had to leave its core although it had work to do."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
 
 
 def hold_threads(until: threading.Event) -> None:
-    """libgomp spins only shortly where a process has more threads than there are cores: these are too many, and idle."""
+    """libgomp spins only shortly where a process has more threads than there are cores: these are too many, and
+    idle."""
     torch.ones(1 << 20).add_(1)
     until.wait()

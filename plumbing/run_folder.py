@@ -2,7 +2,7 @@
 
     config.json      every number of the run
     log.jsonl        a line for every tenth step
-    machine.jsonl    how fast the machine was between the stages (yardstick.py)
+    machine.jsonl    how fast the machine was between the stages (benchmarks/yardstick.py)
     <stage>.pt       what the stage trained, once it is finished
     resume/          the stage in progress, as PyTorch's distributed checkpoints: two, until the next stage ends
     replay/          a step whose loss was not finite

@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the fused kernels then run on CPU
 
-from plumbing import yardstick
+from benchmarks import yardstick
 from spar import NAMES, make_config
 
 yardstick.STEPS = 1  # a reading takes as long as a tiny stage

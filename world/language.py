@@ -18,7 +18,7 @@ from torch import Tensor
 from world.drawing import (COLOURS, FACT_WORDS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, PLAIN, RELATIONS, SHAPES, SIZES,
                            STYLES, Object, Scene, describe, draw, name, save_sheet)
 from world.edits import EDIT_KINDS, Edit, edit
-from world.scenes import FACTS, UNTAUGHT, Combination, position, random_scene, related, repeated_scene, unordered
+from world.scenes import FACTS, UNTAUGHT, Combination, implied, position, random_scene, related, repeated_scene
 
 QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation", "appearance")
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "binding")  # GenEval's six
@@ -134,7 +134,8 @@ def prompt(kind: str, rng: random.Random, pairs=PAIRS, taught: bool = True) -> R
     wanted = tuple(replace(thing, **{fact: nothing for fact, nothing in NOT_NAMED.items() if fact not in facts})
                    for thing, facts in zip(things, named))
     first, relation, text = things[0], "", caption(wanted)
-    combination = combination_of(kind, things) if kind != "counting" or wanted[0].colour else ()
+    said = implied(things) if kind != "counting" or wanted[0].colour else ()
+    combination = next((one for one in said if one[0] == kind), ())
     if kind == "counting":
         text = " ".join(word for word in (NUMBERS[len(things)], wanted[0].colour, plural(first.shape)) if word)
     elif kind == "knowledge":
@@ -153,16 +154,6 @@ def prompt(kind: str, rng: random.Random, pairs=PAIRS, taught: bool = True) -> R
         text = rng.choice((" and ", " with ", " , ")).join(map(describe, wanted))
     wording = "" if kind == "full" else rng.choice(WORDINGS).format(**{"is": "are" if len(things) > 1 else "is"})
     return Request(kind, wording + text, wanted, scene, relation, things, combination)
-
-
-def combination_of(kind: str, things: tuple[Object, ...]) -> Combination:
-    """The words of one kind that hold of these objects together; () for a kind that has none."""
-    first = things[0]
-    if kind in ("two", "binding"):
-        return unordered(kind, *(f"{t.size if kind == 'two' else t.colour} {t.shape}" for t in things))
-    return {"single": (kind, first.size, first.shape, PLACES[first.place]),
-            "colours": (kind, first.size, first.colour, first.shape),
-            "counting": (kind, NUMBERS[len(things)], first.colour, first.shape)}.get(kind, ())
 
 
 def measured_prompt(kind: str, rng: random.Random, which: str = "untaught") -> Request:
@@ -238,9 +229,10 @@ class DrawnWorld:
         """Pictures alone."""
         return draw([self.styled_scene(index) for index in indices], self.side)
 
-    def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS, taught: bool = True) -> list[Request]:
-        """Requests of one kind, or whole captions (a share `captions`), GenEval's six kinds and "part"; `draw` makes the
-        pictures. Of other `pairs` of colour and shape nothing is `taught`."""
+    def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS,
+                taught: bool = True) -> list[Request]:
+        """Requests of one kind, or whole captions (a share `captions`), GenEval's six kinds and "part"; `draw` makes
+        the pictures. Of other `pairs` of colour and shape nothing is `taught`."""
         def choose(rng):
             return kind or ("full" if rng.random() < captions else rng.choice((*PROMPT_KINDS, "part")))
         rngs = [self.rng(f"prompt{kind}", index) for index in indices]

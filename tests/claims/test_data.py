@@ -16,7 +16,7 @@ from world import language
 from world.language import (FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, dressed,
                             grounding, question, twin)
 from world.judge import fulfils
-from world.drawing import (COLOURS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, SIZES, Background, Object, Scene,
+from world.drawing import (COLOURS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene,
                            draw)
 from world.scenes import (UNTAUGHT, all_combinations, implied, may_meet, options, position, random_scene,
                           repeated_scene)
@@ -287,14 +287,14 @@ def test_texts_of_like_length_stand_together_and_none_is_lost():
 # ---------------------------------------------------------------- what no training text says
 
 EVERY = all_combinations()
-WHAT = re.compile(r"(?:(large|small) )?(?:(red|green|blue|yellow|purple|orange) )?(circle|square|triangle|cross)s?(?:es)?"
-                  r"(?: ((?:top|bottom)-(?:left|right)))?\b")
+WHAT = re.compile(r"(?:(large|small) )?(?:(red|green|blue|yellow|purple|orange) )?"
+                  r"(circle|square|triangle|cross)s?(?:es)?(?: ((?:top|bottom)-(?:left|right)))?\b")
 
 
 def read_from(text):
     """Every combination that the words of one sentence imply, read without world/language.py's own reading. What an
     instruction names and what comes of it are two sentences: they are never in one picture."""
-    text, found = re.sub(r"\breplace (.+) with ", "", text), set()  # the thing that goes is in no picture with the new one
+    text, found = re.sub(r"\breplace (.+) with ", "", text), set()  # what goes is not beside the new
     spoken = [match.groups() for match in WHAT.finditer(text)]
     for size, colour, shape, place in spoken:
         found |= {("single", size, shape, place)} if size and place else set()
@@ -308,7 +308,8 @@ def read_from(text):
                 found |= {("position", first, "above", second)} if "top" in one and "bottom" in other else set()
     for number, colour, shapes in re.findall(r"(two|three) (\w+) (\w+s)\b", text):
         found |= {("counting", number, colour, PLURALS[shapes])} if shapes in PLURALS else set()
-    for first, relation, second in re.findall(r"(\w+) (left of|right of|above|below) an? (?:\w+ )?(circle|square|\w+)", text):
+    relations = r"(\w+) (left of|right of|above|below) an? (?:\w+ )?(\w+)"
+    for first, relation, second in re.findall(relations, text):
         found.add(position(first, relation.split()[0], second))
     for other, word in re.findall(r"(\w+) in the colour of (\w+)", text):
         found.add(("knowledge", word, other))

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from world.language import EDIT_KINDS, DrawnWorld, edit
+from world.language import EDIT_KINDS, DrawnWorld
 from world.drawing import COLOURS, HELD_OUT_PAIRS, PLACES, PLAIN, SHAPES, SIZES, STYLES, Background, Object, draw
-from world.scenes import random_scene
 
 COUNT = 300
 FIRST_WORDS = {"add": "add", "adjust": "make the", "extract": "extract", "replace": "replace", "remove": "remove",

@@ -42,7 +42,8 @@ def blur(images, sigma):
 
 
 def worn(images):
-    """As a tokenizer of 30 dB gives them back: blurred, with noise, coarse spots and a cast as strong as the contrast."""
+    """As a tokenizer of 30 dB gives them back: blurred, with noise, coarse spots and a cast as strong as the
+    contrast."""
     generator = torch.Generator().manual_seed(0)
     noise, spots, cast = (torch.randn(len(images), 3, side, side, generator=generator) for side in (32, 8, 1))
     wear = 0.03 * noise + 0.04 * F.interpolate(spots, size=32, mode="bilinear") + 0.015 * cast
@@ -187,7 +188,8 @@ def test_an_edit_succeeds_with_its_target_as_a_tokenizer_gives_it_back():
     exact = draw([change.target for change in changes])
     images = worn(exact)
     assert 29 < psnr(exact, images).mean() < 31
-    # its spots are larger than a trained tokenizer's, and a few pass for a thing; what that one reaches: results/README.md
+    # its spots are larger than a trained tokenizer's, and a few pass for a thing; what that one reaches:
+    # results/README.md
     assert share([succeeds(change, image[None])[0] for change, image in zip(changes, images)]) >= 0.96
 
 

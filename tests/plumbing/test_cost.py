@@ -15,7 +15,8 @@ from torch import nn
 import train
 from attention import attention
 from benchmarks.attention import compare
-from plumbing import cost, devices, yardstick
+from benchmarks import cost, yardstick
+from plumbing import devices
 from plumbing.training import Training
 from spar import NAMES, make_config
 from tests.conftest import TINY

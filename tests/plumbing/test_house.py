@@ -102,8 +102,9 @@ def may_import(name: str, other: str) -> bool:
         return target in ("parts", *MODELS) or (name, other) == ("attention", "benchmarks.attention")
     if name == "plumbing.command":
         return False
-    if target == "benchmarks":
-        return folder == "benchmarks"
+    if target == "benchmarks":  # what a run costs and how fast its machine is, forecast or measured
+        return folder == "benchmarks" or other in ("benchmarks.cost", "benchmarks.yardstick") and name in (
+            "train", "evaluate")
     return {"parts": target == "parts",
             "spar": target in ("parts", *MODELS),
             "world": target in ("parts", "world"),

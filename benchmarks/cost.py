@@ -121,8 +121,8 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
 
 def bench(config: Config, device: str, out: Path, stages: list, one_batch: Callable, step_module: Callable,
           run_stage: Callable, rounds: int = 3, steps: int = 31) -> dict:
-    """Times the steps of each stage as `run_stage(config, stage, folder, clock=…)` trains them; prints a table and writes
-    `out`/bench.json.
+    """Times the steps of each stage as `run_stage(config, stage, folder, clock=…)` trains them; prints a table and
+    writes `out`/bench.json.
 
     Per stage: seconds of a step and of its "parts" (`timed`), and of making its "data", which without workers is the
     same as waiting for it; pictures per second, share of the time spent waiting for data, FLOP per second and, where
