@@ -40,11 +40,11 @@ GENERATED = (*PROMPT_KINDS, "held_out", "knowledge")
 Verdicts = dict[str, list[tuple[str, bool]]]  # kind -> (text, right) of each sample
 
 
-def table_of(verdicts: Verdicts, kinds) -> dict:
+def table_of(verdicts: Verdicts, kinds, pictures: bool = False) -> dict:
     """Shares that are right, `overall` the mean of those of `kinds`; `texts`: distinct ones; `interval`: [low,
-    high]."""
+    high]. `pictures`: each sample is about another picture."""
     shares = {kind: share(right for _, right in samples) for kind, samples in verdicts.items()}
-    intervals = {kind: share_interval(samples) for kind, samples in verdicts.items()}
+    intervals = {kind: share_interval(samples, pictures) for kind, samples in verdicts.items()}
     if set(kinds) <= set(shares):
         shares["overall"] = share(shares[kind] for kind in kinds)
         half = sum(((intervals[kind][1] - intervals[kind][0]) / 2) ** 2 for kind in kinds) ** 0.5 / len(kinds)
@@ -78,7 +78,7 @@ def understanding(model: SPAR, world: DrawnWorld, how: Protocol) -> dict:
     replies = model.answer(pictures, [pair[1] for pair in pairs] * 2)
     verdicts["twins"] = [(pair[1], replies[i] == pair[2] and replies[how.count + i] == pair[3])
                          for i, pair in enumerate(pairs)]
-    return table_of(verdicts, QUESTION_KINDS)
+    return table_of(verdicts, QUESTION_KINDS, pictures=True)
 
 
 def generation(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True, which: str = "untaught",
@@ -110,7 +110,7 @@ def editing(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True)
         same = (sources - targets).abs().amax(1) < 1e-4  # pixels that the instruction leaves alone
         enough = same.float().mean((1, 2)) > 0.05
         kept.append(psnr(sources[enough], drawn[enough], same[enough]))
-    table, kept = table_of(verdicts, EDIT_KINDS), torch.cat(kept)
+    table, kept = table_of(verdicts, EDIT_KINDS, pictures=True), torch.cat(kept)
     table["interval"]["preservation_psnr"] = mean_interval(kept)
     return table | {"preservation_psnr": round(kept.mean().item(), 3)}
 

@@ -59,16 +59,16 @@ def mean_interval(values: Tensor) -> list[float]:
     return [round(values.double().mean().item() + sign * half, 4) for sign in (-1, 1)]
 
 
-def share_interval(verdicts: list[tuple[str, bool]]) -> list[float]:
+def share_interval(verdicts: list[tuple[str, bool]], pictures: bool = False) -> list[float]:
     """95 % interval of the share that is right, of (text, right): Wilson's, for as many independent verdicts as the
-    spread between texts leaves, since those of one text are alike. With one verdict throughout there is no spread, and
-    the distinct texts are counted."""
+    spread between texts leaves, since those of one text are alike. With one verdict throughout there is no spread:
+    then the distinct texts count, or every sample where each is about other `pictures`."""
     n, p, groups = len(verdicts), sum(right for _, right in verdicts) / len(verdicts), defaultdict(float)
     for text, right in verdicts:
         groups[text] += right - p
     m = len(groups)
     variance = sum(total**2 for total in groups.values()) / n**2 * m / max(1, m - 1)  # of the mean, clustered by text
-    n = min(n, p * (1 - p) / variance) if variance > 0 else m
+    n = min(n, p * (1 - p) / variance) if variance > 0 else n if pictures else m
     z = 1.96**2 / n
     middle, half = (p + z / 2) / (1 + z), (z * p * (1 - p) + z**2 / 4) ** 0.5 / (1 + z)
     return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]

@@ -10,7 +10,7 @@ import torch
 
 import train
 from evaluate import TABLES, Protocol, evaluate, evaluation_id
-from parts.metrics import frechet_distance, psnr, ssim
+from parts.metrics import frechet_distance, mean_interval, psnr, share_interval, ssim
 from plumbing import pictures
 from plumbing.pictures import draw_report
 from plumbing.run_folder import load_run
@@ -174,3 +174,16 @@ def test_the_first_pictures_are_there_after_p1_and_the_run_says_where(tiny, tmp_
     train.train(tiny(), tmp_path, ["P1"], "cpu")
     assert (tmp_path / "report" / "summary.png").exists() and (tmp_path / "report" / "losses.png").exists()
     assert f"pictures after P1: {tmp_path / 'report' / 'summary.png'}" in capsys.readouterr().out
+
+
+def test_an_interval_counts_texts_that_are_alike_once():
+    spread = [(str(i), i % 4 > 0) for i in range(200)]  # 200 texts: the interval of 200 independent verdicts
+    alike = [(str(i % 8), i % 8 < 6) for i in range(200)]  # eight texts, each always right or always wrong
+    low, high = share_interval(spread)
+    assert 0.68 < low < 0.69 < 0.80 < high < 0.81  # Wilson, n = 200, p = 0.75
+    wide = share_interval(alike)
+    assert wide[1] - wide[0] > 4 * (high - low)
+    assert share_interval([("a", True)] * 50 + [("b", True)] * 50)[0] < 0.4 < 0.96 < share_interval(
+        [("a", True)] * 100, pictures=True)[0]
+    low, high = mean_interval(torch.arange(100.0))
+    assert low == pytest.approx(49.5 - 1.96 * 29.0115 / 10, abs=1e-3) and high == pytest.approx(99 - low, abs=1e-3)
