@@ -1,18 +1,10 @@
-"""Which device, in which precision, with which settings of torch, beside which neighbours."""
+"""Which device, in which precision, with which settings of torch."""
 
-import os
-import threading
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
-
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
 
 from plumbing.command import UserError
 
@@ -56,8 +48,7 @@ def check_precision(precision: str, device: str) -> None:
 
 
 def set_up_torch(device: str) -> None:
-    """The same bits for the same seed on CPU; TF32 products on GPUs; neighbours are noticed."""
-    notice_neighbours()
+    """The same bits for the same seed on CPU; TF32 products on GPUs."""
     # On two threads, sums into one place have no order of their own.
     torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
     # That would also fill every new tensor, which costs 5 % of U2; what is made empty here is written before it is
@@ -84,44 +75,3 @@ def processor() -> str:
     except OSError:
         return "CPU"
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
-
-
-# ---------------------------------------------------------------- several runs on one machine
-
-
-@cache
-def notice_neighbours() -> None:
-    """From now on threads that wait for one another go to sleep while other processes push them off their cores.
-
-    Else they spin, which is 1.6 times as fast for a run alone. But a thread that spins for one that has no core holds
-    the core that this one needs: two runs on two cores then took 10 to 90 times as long as one, now twice. Which
-    threads compute what stays, and so do the bits."""
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def watch(seconds: float = 1.0) -> None:
-    quiet = None  # while there are neighbours: that they have gone
-    while True:
-        before, busy = pushed_off(), time.process_time()
-        time.sleep(seconds)
-        worked = max(time.process_time() - busy, 0.1 * seconds)
-        crowded = (pushed_off() - before) / worked > 60  # a run alone: 20, one of two: 250
-        if crowded and not quiet:
-            quiet = threading.Event()
-            for _ in range(os.cpu_count() // torch.get_num_threads()):
-                threading.Thread(target=hold_threads, args=(quiet,), daemon=True).start()
-        elif quiet and not crowded:
-            quiet.set()
-            quiet = None
-
-
-def pushed_off() -> int:
-    """How often a thread of this process had to leave its core although it had work to do."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
-
-
-def hold_threads(until: threading.Event) -> None:
-    """libgomp spins only shortly where a process has more threads than there are cores: these are too many, and
-    idle."""
-    torch.ones(1 << 20).add_(1)
-    until.wait()

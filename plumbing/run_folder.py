@@ -25,7 +25,7 @@ from parts.backend import use_backend
 from parts.words import TextTokenizer, WordTokenizer
 from plumbing.checkpoints import BrokenCheckpoint, load_stage, read_stage
 from plumbing.command import UserError, write_beside, write_text
-from plumbing.devices import compile_parts, notice_neighbours, set_up_torch
+from plumbing.devices import compile_parts, set_up_torch
 from plumbing.processes import first_process
 from router import is_uneven, layer_choice
 from spar import HOW, NAMES, SPAR, Config, make_config
@@ -111,7 +111,6 @@ def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
     """The model of a run folder after its finished stages (at most `upto`), which `model.finished_stages` names.
     Raises UserError where the folder is missing, is another's or holds no finished stage."""
     config = load_config(run)
-    notice_neighbours()
     if config.attention != "triton" or device.startswith("cuda"):  # a run of a GPU may be used without one
         use_backend(config.attention)
     names = [name for name in stage_names(config) if NAMES.index(name) <= NAMES.index(upto)]

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -152,20 +151,6 @@ def test_readings_are_taken_at_the_start_and_after_each_stage_and_not_of_a_finis
     assert [line["after"] for line in lines] == ["start", *NAMES]
     train.train(make_config(**TINY), whole_run, list(NAMES), "cpu")
     assert len((whole_run / "machine.jsonl").read_text().splitlines()) == len(lines)
-
-
-def test_threads_of_a_run_go_to_sleep_while_others_push_it_off_its_cores(monkeypatch):
-    held, often, count = [], threading.Event(), iter(range(0, 10**9, 1000))
-    monkeypatch.setattr(devices, "pushed_off", lambda: next(count) if often.is_set() else 0)
-    monkeypatch.setattr(devices, "hold_threads", lambda until: (held.append(until), until.wait()))
-    threading.Thread(target=devices.watch, args=(0.01,), daemon=True).start()
-    time.sleep(0.1)
-    assert not held
-    often.set()
-    time.sleep(0.2)
-    assert len(held) == os.cpu_count() // torch.get_num_threads() and not held[0].is_set()
-    often.clear()
-    assert held[0].wait(2)
 
 
 def test_the_attention_bench_compares_what_can_run_and_names_what_cannot():
