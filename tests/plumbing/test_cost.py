@@ -1,7 +1,6 @@
 """Forecasts say what really happens, and cost nothing themselves."""
 
 import json
-import os
 import resource
 import time
 from dataclasses import replace
