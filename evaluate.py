@@ -82,15 +82,16 @@ def understanding(model: SPAR, world: DrawnWorld, how: Protocol) -> dict:
 
 
 def generation(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True, which: str = "untaught",
-               **options) -> dict:
+               text_only: bool = False) -> dict:
     """GenEval's six kinds, combinations held out of training, prompts that need a fact told in words. `rewrite`: the
-    LLM first writes the prompt out as a whole caption (a departure); without, the paper's path."""
-    verdicts, count = {}, how.count if which == "untaught" and not options else how.count // 2
+    LLM first writes the prompt out as a whole caption (a departure); without, the paper's path. `text_only`: P3
+    alone."""
+    verdicts, count = {}, how.count // 2 if text_only or which == "taught" else how.count
     for kind in GENERATED if which == "untaught" else (*PROMPT_KINDS, "knowledge"):
         requests = world.measured_prompts(range(count), kind, which)
         texts = [request.text for request in requests]
-        given = model.rewrite(texts, seed=how.seed) if rewrite else texts
-        drawn = model.generate(given, None, how.seed, how.steps, how.guidance, how.sampler, **options)[0]
+        written = model.rewrite(texts, seed=how.seed) if rewrite else texts
+        drawn = model.generate(written, None, how.seed, how.steps, how.guidance, how.sampler, text_only)[0]
         verdicts[kind] = [(request.text, fulfils(seen, request))
                           for seen, request in zip(detect(drawn.cpu()), requests)]
     return table_of(verdicts, PROMPT_KINDS)
@@ -104,8 +105,8 @@ def editing(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True)
         edits = world.edits(range(how.count // 2), kind)
         sources, targets = (draw([getattr(e, side) for e in edits], world.side) for side in ("source", "target"))
         texts, given = [edit.instruction for edit in edits], sources.to(model.device)
-        asked = model.rewrite(texts, given) if rewrite else texts
-        drawn = model.generate(asked, given, how.seed, how.steps, how.guidance, how.sampler)[0].cpu()
+        written = model.rewrite(texts, given) if rewrite else texts
+        drawn = model.generate(written, given, how.seed, how.steps, how.guidance, how.sampler)[0].cpu()
         verdicts[kind] = [(edit.instruction, succeeds(edit, picture[None])[0]) for edit, picture in zip(edits, drawn)]
         same = (sources - targets).abs().amax(1) < 1e-4  # pixels that the instruction leaves alone
         enough = same.float().mean((1, 2)) > 0.05

@@ -274,10 +274,11 @@ def language_losses(mllm: MLLM, vision: nn.Module, batch: dict, weights: dict[st
     f_v = vision(batch["images"])
     prefix, losses = mllm.read_prefix(batch["prefix"], f_v), {}
     texts = [part for part in batch.values() if isinstance(part, Turns)]
-    of_words = torch.cat([mllm.text_losses(part, prefix) for part in texts])
-    kinds = torch.cat([part.kind for part in texts])
+    nothing = f_v.flatten()[:0]  # what a batch lacks has loss 0, and a gradient that no process waits for
+    of_words = torch.cat([mllm.text_losses(part, prefix) for part in texts] or [nothing])
+    kinds = torch.cat([part.kind for part in texts] or [nothing])
     for kind, symbol in enumerate(TEXT_LOSSES):
-        words = kinds == kind  # none in this batch: loss 0, and a gradient that no process waits for
+        words = kinds == kind
         losses[symbol] = share_of_mean((of_words * words).sum() / words.sum().clamp(min=1), words.sum())
     if "L_name" in weights and "things" in batch:
         named = naming_loss(f_v, mllm.llm.embedding.weight, batch["things"], batch["names"])

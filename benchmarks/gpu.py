@@ -37,12 +37,13 @@ import torch
 import train
 from attention import attention, trusted
 from benchmarks.attention import SHAPES, against_the_best, compare
+from benchmarks.cost import PEAKS, forecast
 from evaluate import Protocol, evaluate
 from parts import backend
 from parts import linear_attention as linear
 from parts.attention_triton import no_triton_here, triton
 from plumbing.command import write_text
-from benchmarks.cost import PEAKS, forecast, processor
+from plumbing.devices import processor
 from plumbing.flags import parse
 from plumbing.pictures import draw_report
 from spar import NAMES, Config, make_config

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from plumbing.devices import processor
-from plumbing.run_folder import filter_lines
+from plumbing.run_folder import read_lines
 
 STEPS = 20
 CALIBRATION = 0.0123  # seconds: the reading of a quiet machine on which the first run that was measured took 14 minutes
@@ -47,7 +47,7 @@ def machine(run: Path, seconds: float) -> dict:
     """-> what results.json says of a run's time: its "machine", as it was found last, with the median of all readings;
     and "normalised_minutes", what the finished stages and `seconds` of evaluation would take where the yardstick reads
     CALIBRATION. Nothing where no reading was taken."""
-    lines = filter_lines(run / "machine.jsonl", lambda line: True)
+    lines = read_lines(run / "machine.jsonl")
     if not lines:
         return {}
     yardstick = statistics.median(line["yardstick"] for line in lines)

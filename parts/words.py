@@ -86,4 +86,5 @@ def dialogue(words: TextTokenizer, turns: list[tuple[str, str]], owner: list[int
     answers = mask & (torch.arange(ids.shape[1]) >= torch.tensor([len(question) for question in questions])[:, None])
     rows, columns = answers.nonzero(as_tuple=True)
     owner = None if owner is None else torch.tensor(owner)
-    return Turns(ids, rows, columns, owner, losses and torch.tensor([*map(TEXT_LOSSES.index, losses)])[rows])
+    kind = None if losses is None else torch.tensor([*map(TEXT_LOSSES.index, losses)])[rows]
+    return Turns(ids, rows, columns, owner, kind)

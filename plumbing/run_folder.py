@@ -210,24 +210,23 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
 # ---------------------------------------------------------------- logs
 
 
-def filter_lines(path: Path, keep) -> list[dict]:
-    """Leaves the lines of a .jsonl for which keep(line) holds, and returns them; a torn line goes."""
-    kept = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            kept += [line] if keep(line) else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a .jsonl, none where there is no such file; a torn one is passed over."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            pass
+    return lines
 
 
 def cut_logs(run: Path, stage: str, first: int) -> None:
     """Forgets what was logged of steps that are done again."""
     for name in ("log.jsonl", "bad.jsonl"):
-        filter_lines(run / name, lambda line: line["stage"] != stage or line["step"] < first)
+        if (run / name).exists():
+            kept = [line for line in read_lines(run / name) if line["stage"] != stage or line["step"] < first]
+            write_text(run / name, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def bad_samples(run: Path, data_folder: DataFolder | None, max_bad: float):

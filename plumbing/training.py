@@ -36,7 +36,7 @@ class Training:
     weights: dict[str, nn.Parameter]  # those that train
     ema: dict[str, Tensor]  # their running average, which is what a run is used with
     loss_weights: dict[str, float]  # symbol -> weight of the terms that are asked for
-    clock: Callable[[str], None] = lambda part: None  # told when a part of a step is over; a bench's cost.Clock
+    clock: Callable[[str], None] = lambda part: None  # told when a part of a step is over; benchmarks.cost listens
 
     @property
     def device(self) -> torch.device:

@@ -46,7 +46,8 @@ def object_edit(kind: str, rng: random.Random, scene: Scene, thing: Object, pair
     free = [place for place in range(4) if place not in {other.place for other in scene.objects}]
     fresh = unused_pairs(scene, pairs)
     if kind == "add":
-        new = somewhere(rng, rng.choice(options(rng.choice(free), tuple(fresh), True)))
+        things = options(rng.choice(free), tuple(PAIRS), True)
+        new = somewhere(rng, rng.choice([thing for thing in things if (thing.colour, thing.shape) in fresh]))
         return Edit(kind, f"add {describe(new)}", scene, scene.with_objects([*scene.objects, new]),
                     f"{PLACES[new.place]} , {describe(new)}")
     others, place = [other for other in scene.objects if other is not thing], PLACES[thing.place]

@@ -125,9 +125,9 @@ def side_effects(change: Edit, images: Tensor, objects: list[list[Object]]) -> T
 def succeeds(change: Edit, images: Tensor) -> list[bool]:
     """Edited pictures `b 3 H W` in [-1, 1] of one change -> of each, whether the objects' facts are the target's and
     nothing else differs from it by more than EDIT_TOLERANCES."""
-    wanted, seen = {thing.facts for thing in change.target.objects}, detect(images, change.target.style)
-    clean = (side_effects(change, images, seen) < EDIT_TOLERANCES).all(1)
-    return [{thing.facts for thing in objects} == wanted and same for objects, same in zip(seen, clean.tolist())]
+    wanted, detected = {thing.facts for thing in change.target.objects}, detect(images, change.target.style)
+    clean = (side_effects(change, images, detected) < EDIT_TOLERANCES).all(1)
+    return [{thing.facts for thing in objects} == wanted and same for objects, same in zip(detected, clean.tolist())]
 
 
 def clean_accuracy(count: int = 2000, side: int = 32) -> dict[str, float]:

@@ -134,8 +134,8 @@ def prompt(kind: str, rng: random.Random, pairs=PAIRS, taught: bool = True) -> R
     wanted = tuple(replace(thing, **{fact: nothing for fact, nothing in NOT_NAMED.items() if fact not in facts})
                    for thing, facts in zip(things, named))
     first, relation, text = things[0], "", caption(wanted)
-    said = implied(things) if kind != "counting" or wanted[0].colour else ()
-    combination = next((one for one in said if one[0] == kind), ())
+    named_in_full = kind != "counting" or wanted[0].colour
+    combination = next((one for one in implied(things) if one[0] == kind and named_in_full), ())
     if kind == "counting":
         text = " ".join(word for word in (NUMBERS[len(things)], wanted[0].colour, plural(first.shape)) if word)
     elif kind == "knowledge":
@@ -229,14 +229,12 @@ class DrawnWorld:
         """Pictures alone."""
         return draw([self.styled_scene(index) for index in indices], self.side)
 
-    def prompts(self, indices, kind: str = "", captions: float = 0.5, pairs=PAIRS,
-                taught: bool = True) -> list[Request]:
+    def prompts(self, indices, kind: str = "", captions: float = 0.5) -> list[Request]:
         """Requests of one kind, or whole captions (a share `captions`), GenEval's six kinds and "part"; `draw` makes
-        the pictures. Of other `pairs` of colour and shape nothing is `taught`."""
+        the pictures."""
         def choose(rng):
             return kind or ("full" if rng.random() < captions else rng.choice((*PROMPT_KINDS, "part")))
-        rngs = [self.rng(f"prompt{kind}", index) for index in indices]
-        return [prompt(choose(rng), rng, pairs, taught) for rng in rngs]
+        return [prompt(choose(rng), rng) for rng in (self.rng(f"prompt{kind}", index) for index in indices)]
 
     def measured_prompts(self, indices, kind: str, which: str = "untaught") -> list[Request]:
         """Requests of one kind, see `measured_prompt`."""

@@ -14,6 +14,7 @@ by their wording: no training scene shows it, so no caption, question, request o
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from itertools import combinations, product
@@ -49,29 +50,29 @@ def pair_combinations(a: Object, b: Object) -> list[Combination]:
     """Of two things in one picture; things of one name are not two but counted."""
     ways = [("two", f"{a.size} {a.shape}", f"{b.size} {b.shape}"),
             ("binding", f"{a.colour} {a.shape}", f"{b.colour} {b.shape}")]
-    found = [unordered(*way) for way in ways if way[1] != way[2]]
-    return found + [position(first.shape, relation, second.shape) for first, second in ((a, b), (b, a))
+    named = [unordered(*way) for way in ways if way[1] != way[2]]
+    return named + [position(first.shape, relation, second.shape) for first, second in ((a, b), (b, a))
                     for relation in ("left", "above") if a.shape != b.shape and related(first, second, relation)]
 
 
 def implied(things) -> set[Combination]:
     """Every combination that holds in a picture of these objects, all their facts known."""
-    found = {("single", t.size, t.shape, PLACES[t.place]) for t in things}
-    found |= {("colours", t.size, t.colour, t.shape) for t in things}
-    found |= {one for pair in combinations(things, 2) for one in pair_combinations(*pair)}
+    singles = {("single", t.size, t.shape, PLACES[t.place]) for t in things}
+    colours = {("colours", t.size, t.colour, t.shape) for t in things}
+    pairs = {one for pair in combinations(things, 2) for one in pair_combinations(*pair)}
     counts = Counter((t.colour, t.shape) for t in things)
-    return found | {("counting", NUMBERS[count], *alike) for alike, count in counts.items() if count > 1}
+    return singles | colours | pairs | {("counting", NUMBERS[n], *alike) for alike, n in counts.items() if n > 1}
 
 
 def all_combinations() -> dict[str, list[Combination]]:
     """Kind -> its combinations, taught or not."""
     things = [Object(shape, colour, size, place) for colour, shape in PAIRS for size in SIZES for place in range(4)]
-    found = implied(things[:0]).union(*(implied([thing]) for thing in things),
-                                      *(pair_combinations(*pair) for pair in combinations(things, 2)))
-    found |= {("counting", number, colour, shape) for number in NUMBERS[2:] for colour, shape in PAIRS}
-    found |= {("knowledge", word, other) for word, value in FACTS.items() for pair in PAIRS if value in pair
+    every = set().union(*(implied([thing]) for thing in things),
+                        *(pair_combinations(*pair) for pair in combinations(things, 2)))
+    every |= {("counting", number, colour, shape) for number in NUMBERS[2:] for colour, shape in PAIRS}
+    every |= {("knowledge", word, other) for word, value in FACTS.items() for pair in PAIRS if value in pair
               for other in pair if other != value}
-    return {kind: sorted(one for one in found if one[0] == kind) for kind in sorted({one[0] for one in found})}
+    return {kind: sorted(one for one in every if one[0] == kind) for kind in sorted({one[0] for one in every})}
 
 
 def parts(combination: Combination) -> list[tuple]:
@@ -122,7 +123,7 @@ def random_background(rng: random.Random) -> Background:
 def somewhere(rng: random.Random, thing: Object) -> Object:
     """The object at a random offset and turn."""
     offset = rng.uniform(-1, 1), rng.uniform(-1, 1)
-    return Object(thing.shape, thing.colour, thing.size, thing.place, offset, rng.uniform(-0.25, 0.25))
+    return replace(thing, offset=offset, turn=rng.uniform(-0.25, 0.25))
 
 
 def random_scene(rng: random.Random, count: int = 0, pairs=PAIRS, taught: bool = True) -> Scene:
@@ -136,10 +137,10 @@ def some_objects(rng: random.Random, places: list[int], pairs, taught: bool, ali
     """One to each place: all `alike` in shape and colour, or no two of them."""
     plain: list[Object] = []  # without offset and turn
     while len(plain) < len(places):
-        here = [thing for thing in options(places[len(plain)], tuple(pairs), taught) if all(
+        fitting = [thing for thing in options(places[len(plain)], tuple(pairs), taught) if all(
             ((thing.colour, thing.shape) == (other.colour, other.shape)) == alike
             and (not taught or may_meet(other, thing)) for other in plain)]
-        plain = [*plain, rng.choice(here)] if here else []
+        plain = [*plain, rng.choice(fitting)] if fitting else []
         if alike and taught and len(plain) == len(places) and not may_be_shown(plain):  # their number
             plain = []
     return [somewhere(rng, thing) for thing in plain]

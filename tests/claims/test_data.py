@@ -12,9 +12,10 @@ import torch
 from data import Batches, language_batch, of_like_length
 from parts.words import TEXT_LOSSES, Turns
 from spar import Config
+from tests.tools.limits import objects_said
 from world import language
 from world.language import (FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, dressed,
-                            grounding, question, twin)
+                            grounding, prompt, question, twin)
 from world.judge import fulfils
 from world.drawing import (COLOURS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene,
                            draw)
@@ -90,7 +91,7 @@ def test_no_training_picture_text_prompt_or_edit_has_a_held_out_pair(monkeypatch
 
 @pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "part", "knowledge"))
 def test_prompts_of_held_out_pairs_have_only_those(kind):
-    requests = DrawnWorld(split="test").prompts(range(200), kind, pairs=list(HELD_OUT_PAIRS), taught=False)
+    requests = [prompt(kind, random.Random(i), tuple(HELD_OUT_PAIRS), taught=False) for i in range(200)]
     assert pairs_of(*(r.scene for r in requests)) == HELD_OUT_PAIRS
     assert set().union(*(said_pairs(r.text) for r in requests)) <= HELD_OUT_PAIRS
     assert {r.kind for r in requests} == {kind}
@@ -227,13 +228,6 @@ def test_facts_told_in_words_alone_are_never_shown():
     assert not {word for text in shown for word in text.split()} & set(FACTS)
     assert all(set(p.text.split()) & set(FACTS) for p in world.prompts(indices, "knowledge"))
     assert {word for text in told for word in text.split()} >= set(FACTS)
-
-
-def objects_said(text):
-    """The objects that a whole caption names; "a large red circle top-left , …"."""
-    said = [re.fullmatch(r"an? (\w+) (\w+) (\w+) (\S+)", part) for part in text.split(" , ")]
-    facts = [match.groups() for match in said]
-    return [Object(shape, colour, size, PLACES.index(place)) for size, colour, shape, place in facts]
 
 
 @pytest.mark.parametrize("kind", (*PROMPT_KINDS, "full", "part", "knowledge"))

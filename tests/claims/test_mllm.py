@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mllm import MLLM, LanguageModel
+from mllm import MLLM, LanguageModel, language_losses
 from parts.positions import rotary, rotate, sine_positions
 from parts.words import Turns, UnknownWords, WordTokenizer, dialogue as dialogue_of
 from router import ROUTERS
@@ -316,3 +316,12 @@ def test_copy_layers_equals_the_last_layers_of_the_llm_and_shares_no_storage_and
     copies = [*mllm.connector.layers.parameters(), *mllm.connector.norm.parameters()]
     for a, b in zip(copies, originals, strict=True):
         assert torch.equal(a, b) and a.data_ptr() != b.data_ptr() and a.requires_grad and not b.requires_grad
+
+
+def test_a_batch_without_words_has_losses_of_zero_and_a_gradient_for_every_process():
+    mllm, vision = model(), torch.nn.Linear(1, D).double()
+    prefix = torch.tensor([[WORDS.bos_id] + [WORDS.image_id] * VISUAL] * 2)
+    losses = language_losses(mllm, vision, {"images": torch.ones(2, VISUAL, 1).double(), "prefix": prefix}, {})
+    assert {symbol: value.item() for symbol, value in losses.items()} == {"L_lm": 0, "L_caption": 0, "L_text": 0}
+    sum(losses.values()).backward()
+    assert vision.weight.grad is not None and not vision.weight.grad.any()

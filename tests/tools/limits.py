@@ -1,0 +1,70 @@
+"""What bounds the figures of a run: the judge, on what the tokenizer makes of exact targets, and the LLM, on what it
+writes out before it is drawn.
+
+    python -m tests.tools.limits runs/toy
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from plumbing.run_folder import load_run
+from world.drawing import PLACES, PLAIN, Object, draw
+from world.edits import EDIT_KINDS, Edit
+from world.judge import fulfils, succeeds
+from world.language import PROMPT_KINDS, DrawnWorld
+from spar import SPAR
+
+COUNT = 200
+
+
+def look(edit: Edit) -> str:
+    """What is behind the objects of an edit's target."""
+    plain = [word for word, tint in PLAIN.items() if tint == edit.target.background.tint]
+    return edit.target.style or (plain or ["striped"])[0]
+
+
+def targets(model: SPAR, world: DrawnWorld) -> dict[str, list[tuple[bool, bool]]]:
+    """Look -> of each edit whether its exact target succeeds, and its target as the tokenizer reconstructs it."""
+    verdicts: dict[str, list] = {}
+    for kind in EDIT_KINDS:
+        edits = world.edits(range(COUNT), kind)
+        exact = draw([edit.target for edit in edits], world.side)
+        for edit, *pictures in zip(edits, exact, model.reconstruct(exact)):
+            verdicts.setdefault(look(edit), []).append([succeeds(edit, picture[None])[0] for picture in pictures])
+    return verdicts
+
+
+def objects_said(text: str) -> list[Object]:
+    """The objects of a caption; what is none is one that nobody asked for."""
+    parts = [re.fullmatch(r"an? (\w+) (\w+) (\w+) (\S+)", part) for part in text.split(" , ")]
+    return [Object(part[3], part[2], part[1], PLACES.index(part[4])) if part and part[4] in PLACES else Object("?")
+            for part in parts]
+
+
+def written(model: SPAR, world: DrawnWorld, which: str) -> dict[str, float]:
+    """Kind -> share of the prompts that what the LLM writes out fulfils."""
+    shares = {}
+    for kind in (*PROMPT_KINDS, *(["held_out"] if which == "untaught" else []), "knowledge"):
+        requests = world.measured_prompts(range(COUNT), kind, which)
+        captions = model.rewrite([request.text for request in requests])
+        shares[kind] = sum(fulfils(objects_said(text), request) for text, request in zip(captions, requests)) / COUNT
+    return shares
+
+
+def main(run: Path) -> None:
+    model = load_run(run)
+    world = DrawnWorld(model.config.side, model.config.seed, "test")
+    print("share of edits' targets that the judge passes: look, exact, reconstructed")
+    for name, verdicts in targets(model, world).items():
+        exact, reconstructed = torch.tensor(verdicts).float().mean(0).tolist()
+        print(f"    {name:10} {len(verdicts):5} {exact:7.3f} {reconstructed:7.3f}")
+    for which in ("untaught", "taught"):
+        print(f"share of {which} prompts that what the LLM writes out fulfils:",
+              ", ".join(f"{kind} {share:.3f}" for kind, share in written(model, world, which).items()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
