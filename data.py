@@ -80,7 +80,7 @@ class Batches(torch.utils.data.Dataset):
 
     def prompts(self, texts: list[str], has_image: bool = False) -> tuple[Tensor, Tensor]:
         """-> (ids `b t`, mask `b t`)"""
-        return self.words.prompts(texts, self.config.grid**2 if has_image else 0)
+        return self.words.requests(texts, self.config.grid**2 if has_image else 0)
 
     def some_emptied(self, texts: list[str], numbers: list[int]) -> list[str]:
         """# paper leaves open: the share of prompts emptied for classifier-free guidance; here 10 % (`drop_words`)."""
@@ -109,7 +109,8 @@ def language_batch(source: Batches, numbers: range) -> Batch:
     batch = {"images": images, "prefix": words.pad([begin + picture for _ in images] + [begin])[0]}
     turns = [(turn, i, "L_lm") for i, talk in enumerate(talks) for turn in talk]
     turns += [(turn, i, "L_caption") for i, turn in enumerate(captions) if turn]
-    turns += [(turn, len(images), "L_text") for turn in world.texts(numbers)]  # behind <bos> alone
+    alone = [2 * i + second for i in numbers for second in (0, 1)]  # words behind <bos> alone, two for each picture
+    turns += [(turn, len(images), "L_text") for turn in world.texts(alone)]
     turns = sorted((sum(text.count(" ") for text in turn), turn, i, kind) for turn, i, kind in turns)
     for number, part in enumerate(of_like_length(turns)):
         batch[f"turns {number}"] = dialogue(words, *zip(*(row[1:] for row in part)))

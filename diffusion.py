@@ -196,6 +196,7 @@ class AlignmentHead(nn.Sequential):
 
 # ---------------------------------------------------------------- sampling
 
+SAMPLERS = ("euler", "dpm", "renoise")
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x `b p h w`, σ `b`) -> v
 
 
@@ -223,17 +224,20 @@ def equally_long(*parts: Tensor) -> list[Tensor]:
     return [F.pad(part, (0, 0) * (part.ndim - 2) + (0, longest - part.shape[1])) for part in parts]
 
 
-def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "dpm", shift: float = 1.0):
+def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "dpm", shift: float = 1.0,
+           generator: torch.Generator | None = None):
     """From noise `b p h w` at σ = 1 to a latent at σ = 0. Returns (z, the path: steps + 1 latents from noise to z).
 
     euler   x ← x + (σ' − σ) v
     dpm     multistep DPM-Solver++ (arXiv 2211.01095, Algorithm 2) with α = 1 − σ: extrapolates the clean latent
             x₀ = x − σ v from its last two estimates
+    renoise x ← (1 − σ') x₀ + σ' ε' with noise ε' drawn anew (a CPU's `generator`; the steps of arXiv 2303.01469,
+            Algorithm 1): a later step mends what an earlier one got wrong. As x₀ is a mean, pictures vary less
     shift   above 1 spends more of the steps near the noise: σ ← shift σ / (1 + (shift − 1) σ)
     Raises ValueError for an unknown sampler or fewer than one step.
     """
-    if sampler not in ("euler", "dpm") or steps < 1:
-        raise ValueError(f"sampler {sampler!r} with {steps} steps: want euler or dpm, and at least 1 step")
+    if sampler not in SAMPLERS or steps < 1:
+        raise ValueError(f"sampler {sampler!r} with {steps} steps: want one of {', '.join(SAMPLERS)}, and at least 1")
     sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas)).tolist()
     x, path, previous, gap_before = noise, [noise], None, math.inf  # a gap is a step's change of log((1 − σ) / σ)
@@ -245,7 +249,10 @@ def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "d
             if previous is not None and math.isfinite(gap) and math.isfinite(gap_before):
                 estimate = clean + gap / (2 * gap_before) * (clean - previous)  # straight on, half a gap further
             previous, gap_before = clean, gap
-        x = after / now * x + (1 - after / now) * estimate  # exact for a constant clean latent; with `clean`, Euler's
+        if sampler == "renoise":
+            x = (1 - after) * clean + after * torch.randn(x.shape, generator=generator).to(x)
+        else:  # exact for a constant clean latent; with `clean`, Euler's
+            x = after / now * x + (1 - after / now) * estimate
         path.append(x)
     return x, path
 
@@ -320,7 +327,7 @@ if __name__ == "__main__":
     print("aligned   b n d  ", tuple(AlignmentHead(128, 256, 64)(hidden).shape))
     assert velocity.shape == x.shape and hidden.shape == (2, 16, 128)
     flow = lambda x, sigma: (x - 2.0) / sigma[:, None, None, None]  # the straight flow to the point 2
-    for sampler in ("euler", "dpm"):
+    for sampler in SAMPLERS:
         z, path = sample(flow, x, 5, sampler)
         print(f"{sampler:8}  z b p h w", tuple(z.shape), f"mean {z.mean():.3f}", f"path of {len(path)}")
         assert torch.allclose(z, torch.full_like(z, 2.0), atol=1e-5)

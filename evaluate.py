@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.yardstick import machine
+from diffusion import SAMPLERS
 from disk.layouts import scan
 from disk.measure import measure
 from parts.metrics import frechet_distance, mean_interval, psnr, share, share_interval, ssim
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampler's noise")
     parser.add_argument("--steps", type=int, default=Protocol.steps)
     parser.add_argument("--guidance", type=float, default=Protocol.guidance)
-    parser.add_argument("--sampler", choices=("euler", "dpm"), default=Protocol.sampler)
+    parser.add_argument("--sampler", choices=SAMPLERS, default=Protocol.sampler)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = vars(parser.read())
     run, device = given.pop("run"), best_device(given.pop("device"))

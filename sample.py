@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion import SAMPLERS
 from disk import files
 from disk.reading import as_tensor
 from plumbing.command import Parser, UserError, run_command, write_beside, write_text
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=SAMPLING["steps"])
     parser.add_argument("--guidance", type=float, default=SAMPLING["guidance"])
-    parser.add_argument("--sampler", choices=("euler", "dpm"), default=SAMPLING["sampler"])
+    parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLING["sampler"])
     parser.add_argument("--rewrite", action=argparse.BooleanOptionalAction, default=True,
                         help="let the LLM write the prompt or the edit's outcome out first; the paper does not")
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")

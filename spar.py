@@ -26,7 +26,7 @@ from tokenizer import Tokenizer, VisionEncoder, pixel_latent
 
 NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
 
-SAMPLING = {"steps": 12, "guidance": 1.5, "sampler": "dpm"}  # drawing's defaults (paper: 20 steps, guidance 4.5)
+SAMPLING = {"steps": 16, "guidance": 1.5, "sampler": "renoise"}  # drawing's defaults (paper: 20 of dpm, guidance 4.5)
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ class Config:
     gan_start: float = 0.3  # share of T3 after which the adversary joins
     gan_width: int = 16  # channels of the discriminator's first layer
     lecam: float = 0.001  # weight of LeCam in the discriminator's loss
-    encoder_rate: float = 0.5  # T3: the encoder's learning rate as a share of the stage's (paper: 0.1)
+    encoder_rate: float = 1.0  # T3: the encoder's learning rate as a share of the stage's (paper: 0.1)
 
     # training: steps, batch and lr are one number for each of P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (900, 650, 600, 200, 80, 780, 60, 1350, 230)  # steps of each stage
+    steps: tuple = (850, 900, 600, 200, 80, 780, 60, 1350, 230)  # steps of each stage
     batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)  # pictures of a step, over all processes
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)  # peak learning rate
     optimizer: str = "muon"  # muon | adamw (paper)
     muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
-    weight_decay: float = 1e-4  # share of a weight that lr = 1 takes off it in a step
+    weight_decay: float = 0.1  # share of a weight that lr = 1 takes off it in a step (paper: 1e-4 in T, 0 in U)
     warmup: float = 0.05  # share of a stage's steps in which the rate rises
     final_lr: float = 0.05  # share of lr that the cosine ends at
     clip: float = 1.0  # largest gradient norm
@@ -182,7 +182,7 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     ae_decoder_depths=(3, 3, 3, 3, 3, 3), ae_vit_stages=3, ae_resample="conv",
     queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False, reference="tokens",
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
-    lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, shift=1.0,
+    lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, weight_decay=1e-4, shift=1.0,
     noises_per_picture=1,
     precision="bf16", checkpointing=True, tokens=32768, longest=512,
     # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives
@@ -246,8 +246,9 @@ class SPAR(nn.Module):
 
     # ------------------------------------------------------------ words and latents
 
-    def encode_prompts(self, texts: list[str], has_image: bool = False) -> tuple[Tensor, Tensor]:
-        ids, mask = self.words.prompts(texts, self.config.grid**2 if has_image else 0)
+    def encode_prompts(self, texts: list[str], has_image: bool, to_draw: bool = False) -> tuple[Tensor, Tensor]:
+        encode = self.words.requests if to_draw else self.words.prompts
+        ids, mask = encode(texts, self.config.grid**2 if has_image else 0)
         return ids.to(self.device), mask.to(self.device)
 
     def clean_latent(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,7 +294,8 @@ class SPAR(nn.Module):
         if references is not None:
             return [f"{text} {outcome}" for text, outcome in zip(prompts, self.answer(references, prompts))]
         generator = torch.Generator().manual_seed(seed)
-        return self.answer(None, [f"describe {text}" for text in prompts], temperature=temperature, generator=generator)
+        requests = [self.words.request + text for text in prompts]
+        return self.answer(None, requests, temperature=temperature, generator=generator)
 
     @torch.no_grad()
     def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0,
@@ -309,12 +311,13 @@ class SPAR(nn.Module):
         if references is not None:
             latent, f_v = self.clean_latent(references)
             latent = latent if config.reference == "latent" else None
-        words, empty = (self.encode_prompts(texts, references is not None) for texts in (prompts, [""] * b))
+        words, empty = (self.encode_prompts(texts, references is not None, True) for texts in (prompts, [""] * b))
         if text_only:
             condition, nothing = self.mllm.text_condition(*words), self.mllm.text_condition(*empty)
         else:
             condition, nothing = self.mllm.condition(*words, f_v), self.mllm.condition(*empty, f_v)
-        noise = torch.randn(b, config.p, config.grid, config.grid, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(b, config.p, config.grid, config.grid, generator=generator)
 
         def velocity(x, sigma, tokens, mask):
             reference = None  # guided, x holds each picture twice: with words and without
@@ -323,7 +326,7 @@ class SPAR(nn.Module):
             return change_from_reference(self.dit, x, sigma, tokens, mask, reference)[0]
 
         flow = guided(velocity, condition[:2], nothing[:2], guidance)
-        z, path = sample(flow, noise.to(self.device), steps, sampler, config.shift)
+        z, path = sample(flow, noise.to(self.device), steps, sampler, config.shift, generator)
         return self.decode(z), path, condition.weights
 
     @torch.no_grad()

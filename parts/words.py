@@ -20,6 +20,7 @@ class TextTokenizer:
     `decode`."""
 
     pad_id, bos_id, eos_id, image_id = range(4)  # image_id stands where a visual token goes
+    request = ""  # what a request to draw begins with
 
     def pad(self, rows: list[list[int]], left: bool = True) -> tuple[Tensor, Tensor]:
         """Rows of ids -> (ids `b t`, mask `b t`, true = a word), padded on the left or on the right."""
@@ -33,6 +34,11 @@ class TextTokenizer:
         left)."""
         return self.pad([[self.bos_id, *[self.image_id] * visual_tokens, *self.encode(text)] for text in texts])
 
+    def requests(self, texts: list[str], visual_tokens: int = 0) -> tuple[Tensor, Tensor]:
+        """What stands before the queries: `prompts`, to draw behind `request`, to edit behind the reference alone.
+        # paper leaves open: its words; here those behind which the LLM learns to write a picture out."""
+        return self.prompts(texts if visual_tokens else [self.request + text for text in texts], visual_tokens)
+
     def pieces(self, text: str) -> list[str]:
         """The words, or parts of words, that the ids of a text stand for."""
         return [self.decode([i]) for i in self.encode(text)]
@@ -40,6 +46,8 @@ class TextTokenizer:
 
 class WordTokenizer(TextTokenizer):
     """One id for each word."""
+
+    request = "describe "
 
     def __init__(self, words: list[str]):
         self.words = ["<pad>", "<bos>", "<eos>", "<image>", *words]

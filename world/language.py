@@ -22,6 +22,9 @@ from world.scenes import FACTS, UNTAUGHT, Combination, implied, position, random
 
 QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation", "appearance")
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "binding")  # GenEval's six
+DRAWN = (*PROMPT_KINDS, "part", "two", "binding", *["position"] * 3)  # what training draws: the harder the more often
+WRITTEN = (*PROMPT_KINDS, "single", "position", "full", *["part"] * 2, *["knowledge"] * 2)  # what it writes out
+EDITED = (*EDIT_KINDS, "action", "action", "hybrid", "remove")
 
 WORDS = [*COLOURS, *SHAPES, "circles", "squares", "triangles", "crosses", *SIZES, *PLACES,
          *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
@@ -172,7 +175,7 @@ def written_text(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.15:
         word = rng.choice(list(FACTS))
         return f"what {'colour' if FACTS[word] in COLOURS else 'shape'} is {word}", FACTS[word]
-    request = prompt(rng.choice((*PROMPT_KINDS, "full", "part", "part", "knowledge", "knowledge")), rng)
+    request = prompt(rng.choice(WRITTEN), rng)
     return f"describe {request.text}", caption(request.things)
 
 
@@ -196,8 +199,8 @@ def any_scene(rng: random.Random) -> Scene:
 
 
 def dressed(scene: Scene, rng: random.Random) -> Scene:
-    """One in four with a plain background or a style, as edits give them."""
-    return edit(rng.choice(("background", "style")), rng, scene).target if rng.random() < 0.25 else scene
+    """Two in five with a plain background or a style, as edits give them."""
+    return edit(rng.choice(("background", "style")), rng, scene).target if rng.random() < 0.4 else scene
 
 
 # ---------------------------------------------------------------- batches
@@ -230,10 +233,10 @@ class DrawnWorld:
         return draw([self.styled_scene(index) for index in indices], self.side)
 
     def prompts(self, indices, kind: str = "", captions: float = 0.5) -> list[Request]:
-        """Requests of one kind, or whole captions (a share `captions`), GenEval's six kinds and "part"; `draw` makes
-        the pictures."""
+        """Requests of one kind, or whole captions (a share `captions`) and the kinds of DRAWN; `draw` makes the
+        pictures."""
         def choose(rng):
-            return kind or ("full" if rng.random() < captions else rng.choice((*PROMPT_KINDS, "part")))
+            return kind or ("full" if rng.random() < captions else rng.choice(DRAWN))
         return [prompt(choose(rng), rng) for rng in (self.rng(f"prompt{kind}", index) for index in indices)]
 
     def measured_prompts(self, indices, kind: str, which: str = "untaught") -> list[Request]:
@@ -298,9 +301,9 @@ class DrawnWorld:
         return [written_text(self.rng("text", index)) for index in indices]
 
     def edits(self, indices, kind: str = "") -> list[Edit]:
-        """Edits of one kind or of all nine in equal shares; `draw` makes their pictures."""
+        """Edits of one kind or of all nine, see EDITED; `draw` makes their pictures."""
         rngs = [self.rng(f"edit{kind}", index) for index in indices]
-        return [edit(kind or rng.choice(EDIT_KINDS), rng) for rng in rngs]
+        return [edit(kind or rng.choice(EDITED), rng) for rng in rngs]
 
 
 def show_samples(path: str = "") -> None:

@@ -275,7 +275,7 @@ def test_texts_of_like_length_stand_together_and_none_is_lost():
     _, talks, captions = source.world.dialogue_samples(range(24))
     words = lambda pairs: sum(len(source.words.encode(answer)) + 1 for _, answer in pairs)
     assert real == {"L_lm": words(pair for talk in talks for pair in talk), "L_caption": words(captions),
-                    "L_text": words(source.world.texts(range(24)))}
+                    "L_text": words(source.world.texts(range(48)))}  # two for each picture
 
 
 # ---------------------------------------------------------------- what no training text says

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from diffusion import (AlignmentHead, DiT, add_noise, alignment_loss, change_from_reference, flow_matching_loss, guided,
-                       logit_normal_times, sample)
+from diffusion import (SAMPLERS, AlignmentHead, DiT, add_noise, alignment_loss, change_from_reference,
+                       flow_matching_loss, guided, logit_normal_times, sample)
 from parts.positions import sine_positions
 
 MEAN, STD = 1.5, 0.3  # of the Gaussian whose flow is known
@@ -90,12 +90,29 @@ def test_dpm_is_of_second_order_and_euler_of_first(sampler, least, most):
     assert least < math.log(coarse / fine, 16) < most
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_the_path_has_one_latent_more_than_steps_from_the_noise_to_z(sampler, steps):
     z, path = sample(known_velocity, normal(5), steps, sampler)
     assert len(path) == steps + 1 and torch.equal(path[0], normal(5)) and torch.equal(path[-1], z)
     assert all(distance(a, b) > 0 for a, b in zip(path, path[1:]))
+
+
+def test_drawing_the_noise_anew_keeps_the_mean_and_varies_less_as_arithmetic_says():
+    """Of a Gaussian x₀ is a line in x, so each step's variance follows from the one before."""
+    variance, sigmas = 1.0, [1 - i / 20 for i in range(21)]
+    for now, after in zip(sigmas, sigmas[1:]):
+        slope = (1 - now) * STD**2 / ((1 - now) ** 2 * STD**2 + now**2)  # of x₀ in x
+        variance = (1 - after) ** 2 * slope**2 * variance + after**2
+    z, _ = sample(known_velocity, normal(20000), 20, "renoise", generator=torch.Generator().manual_seed(1))
+    assert z.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert z.std().item() == pytest.approx(variance**0.5, abs=0.01) and variance**0.5 < 0.9 * STD
+
+
+def test_the_generator_alone_decides_the_noises_that_are_drawn_anew():
+    noises = (torch.Generator().manual_seed(seed) for seed in (0, 0, 1))
+    first, again, other = (sample(known_velocity, normal(5), 4, "renoise", generator=noise)[0] for noise in noises)
+    assert torch.equal(first, again) and distance(first, other) > 0.01
 
 
 def test_a_shift_above_1_spends_more_steps_near_the_noise():
