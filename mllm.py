@@ -1,7 +1,7 @@
 """The language side: the language model, learnable queries, connector, and how it answers (paper, Sec. 3.3).
 
 To answer:   <bos> f_v of the picture, question ─ LLM ─ answer, word by word
-To draw:     <bos> [f_v of a reference], words, queries ─ LLM (frozen, causal) ─ K hidden states ─ router ─ Ĥ
+To draw:     <bos> [f_v of a reference], request, queries ─ LLM (frozen, causal) ─ K hidden states ─ router ─ Ĥ
              Ĥ, at reference positions f_v again ─ connector (bidirectional) ─ condition of the DiT `b l u`
 
 The language model is Qwen2.5's (arXiv 2412.15115): RMSNorm, rotary positions, grouped queries, SwiGLU. On a first

@@ -115,7 +115,8 @@ def query_grids(weights: Tensor, columns: list[str]) -> Image.Image:
 def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) -> list[Image.Image]:
     """DTR's choice for one prompt: words (and queries) × layers as a heat map, and the query grid of each layer."""
     weights = model.generate([prompt], reference, steps=1, guidance=1)[2][0].cpu()
-    words = ["<bos>", *model.words.pieces(prompt)]  # as the model reads them
+    request = prompt if reference is not None else model.words.request + prompt
+    words = ["<bos>", *model.words.pieces(request)]  # as the model reads them
     queries = model.config.queries
     layers = [f"layer {i}" for i in model.mllm.choice]
     rows = ["<bos>", *(["picture (mean)"] if reference is not None else []), *words[1:], "queries (mean)"]

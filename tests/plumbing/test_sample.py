@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from plumbing import pictures
 from plumbing.run_folder import load_config, load_run
 from tests.tools.commands import Ended, call, subprocess_of
 
@@ -94,3 +95,12 @@ def test_exported_weights_are_read_back_bit_for_bit(run, tmp_path):
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
     assert load_config(tmp_path / "out") == model.config
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_routing_map_has_a_row_for_each_token_that_the_llm_reads(run, monkeypatch):
+    maps, model = [], load_run(run)
+    monkeypatch.setattr(pictures, "heat_map", lambda weights, rows, *_: maps.append((len(weights), rows)))
+    for reference in (None, torch.zeros(1, 3, model.config.side, model.config.side)):
+        pictures.routing_pictures(model, "two green circles", reference)
+    assert maps == [(6, ["<bos>", "describe", "two", "green", "circles", "queries (mean)"]),
+                    (6, ["<bos>", "picture (mean)", "two", "green", "circles", "queries (mean)"])]
