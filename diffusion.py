@@ -249,7 +249,7 @@ def sample(velocity: Velocity, noise: Tensor, steps: int = 20, sampler: str = "d
             if previous is not None and math.isfinite(gap) and math.isfinite(gap_before):
                 estimate = clean + gap / (2 * gap_before) * (clean - previous)  # straight on, half a gap further
             previous, gap_before = clean, gap
-        if sampler == "renoise":
+        if sampler == "renoise":  # differs from paper: it samples with dpm
             x = (1 - after) * clean + after * torch.randn(x.shape, generator=generator).to(x)
         else:  # exact for a constant clean latent; with `clean`, Euler's
             x = after / now * x + (1 - after / now) * estimate
