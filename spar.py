@@ -182,8 +182,8 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     ae_decoder_depths=(3, 3, 3, 3, 3, 3), ae_vit_stages=3, ae_resample="conv",
     queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False, reference="tokens",
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
-    lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1, weight_decay=1e-4, shift=1.0,
-    noises_per_picture=1,
+    lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1,
+    weight_decay=1e-4, shift=1.0, noises_per_picture=1,
     precision="bf16", checkpointing=True, tokens=32768, longest=512,
     # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives
     # each of its 64 GPUs 32 pictures of 224 px, then 4 of 448 px; 16 are what 80 GB hold. paper leaves open: how often

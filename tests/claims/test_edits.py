@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from world.language import EDIT_KINDS, DrawnWorld
+from world.language import EDIT_KINDS, EDITED, DrawnWorld
 from world.drawing import COLOURS, HELD_OUT_PAIRS, PLACES, PLAIN, SHAPES, SIZES, STYLES, Background, Object, draw
 
 COUNT = 300
@@ -115,9 +115,10 @@ def disc(thing):
     return (pixel[None, :] - x) ** 2 + (pixel[:, None] - y) ** 2 < (1.2 * SIZES[thing.size] + 1.01) ** 2
 
 
-def test_all_nine_kinds_come_equally_often():
-    kinds = [change.kind for change in DrawnWorld().edits(range(3600))]
-    assert set(kinds) == set(EDIT_KINDS) and all(330 < kinds.count(kind) < 470 for kind in EDIT_KINDS)
+def test_all_nine_kinds_come_as_often_as_training_asks_for_them():
+    kinds, each = [change.kind for change in DrawnWorld().edits(range(3900))], 3900 / len(EDITED)
+    assert set(kinds) == set(EDITED) == set(EDIT_KINDS)
+    assert all(kinds.count(kind) == pytest.approx(each * EDITED.count(kind), rel=0.2) for kind in EDIT_KINDS)
 
 
 def test_every_value_can_be_asked_for_and_objects_stay_inside_the_world():

@@ -29,7 +29,7 @@ SHAPES = {  # field -> another value, with which some parameter is of another sh
 BITS = {  # field -> a stage that ends in other bits with another value
     "seed": ("P1", 1), "vision_heads": ("P1", 1), "llm_heads": ("P1", 1), "steps": ("P1", (4,) * 9),
     "batch": ("P1", (6,) * 9),
-    "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", 0.1),
+    "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", 0.5),
     "warmup": ("P1", 0.9), "final_lr": ("P1", 0.5), "clip": ("P1", 0.01), "ema": ("P1", 0.05),
     "attention": ("P1", "tiled"),
     "lambda_z": ("P2", 0.1), "dit_heads": ("P3", 2), "dit_cross_heads": ("P3", 1), "positions": ("P3", False),
