@@ -33,11 +33,10 @@ from spar import SPAR, Protocol
 from world.drawing import draw
 from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
-from world.language import PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
+from world.language import MEASURED, PROMPT_KINDS, QUESTION_KINDS, DrawnWorld, twin
 
 TABLES = ("reconstruction", "understanding", "retrieval", "generation", "generation_direct", "generation_taught",
           "generation_direct_taught", "p3_generation", "p3_generation_direct", "editing", "editing_direct")
-GENERATED = (*PROMPT_KINDS, "held_out", "knowledge")
 Verdicts = dict[str, list[tuple[str, bool]]]  # kind -> (text, right) of each sample
 
 
@@ -88,7 +87,7 @@ def generation(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = Tr
     LLM first writes the prompt out as a whole caption (a departure); without, the paper's path. `text_only`: P3
     alone."""
     verdicts, count = {}, how.count // 2 if text_only or which == "taught" else how.count
-    for kind in GENERATED if which == "untaught" else (*PROMPT_KINDS, "knowledge"):
+    for kind in MEASURED[which]:
         requests = world.measured_prompts(range(count), kind, which)
         texts = [request.text for request in requests]
         written = model.rewrite(texts, seed=how.seed) if rewrite else texts

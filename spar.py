@@ -246,7 +246,7 @@ class SPAR(nn.Module):
 
     # ------------------------------------------------------------ words and latents
 
-    def encode_prompts(self, texts: list[str], has_image: bool, to_draw: bool = False) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, texts: list[str], has_image: bool = False, to_draw: bool = False) -> tuple[Tensor, Tensor]:
         encode = self.words.requests if to_draw else self.words.prompts
         ids, mask = encode(texts, self.config.grid**2 if has_image else 0)
         return ids.to(self.device), mask.to(self.device)
@@ -311,7 +311,7 @@ class SPAR(nn.Module):
         if references is not None:
             latent, f_v = self.clean_latent(references)
             latent = latent if config.reference == "latent" else None
-        words, empty = (self.encode_prompts(texts, references is not None, True) for texts in (prompts, [""] * b))
+        words, empty = (self.encode_prompts(texts, f_v is not None, to_draw=True) for texts in (prompts, [""] * b))
         if text_only:
             condition, nothing = self.mllm.text_condition(*words), self.mllm.text_condition(*empty)
         else:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from benchmarks.cost import bench, plan
+from benchmarks.yardstick import take_reading
 from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, unified_batch
 from diffusion import Noise, text_to_image_losses, unified_losses
 from disk import openmoji
@@ -35,7 +37,6 @@ from parts.adversary import Discriminator, Perceptual, adversary_optimizer, adve
 from parts.words import Turns
 from plumbing.checkpoints import load_newest, load_stage, save_progress
 from plumbing.command import UserError, run_command
-from benchmarks.cost import bench, plan
 from plumbing.devices import check_precision
 from plumbing.flags import parse
 from plumbing.pictures import draw_data, draw_report, report_so_far
@@ -44,7 +45,6 @@ from plumbing.processes import (Stop, decided_by_first, first_process, gather, j
 from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
 from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
-from benchmarks.yardstick import take_reading
 from spar import NAMES, SPAR, Config
 from tokenizer import Losses, autoencoder_losses, tokenizer_losses
 from world.language import DrawnWorld

@@ -148,5 +148,5 @@ if __name__ == "__main__":
     words = BytePairTokenizer(merges)
     ids = words.encode("a dark hand")
     print("merges        ", len(merges), " ids", len(words))
-    print("a dark hand   ", ids, words.pieces("a dark hand"))
+    print("a dark hand   ", ids, words.pieces(ids))
     assert words.decode(ids) == "a dark hand"

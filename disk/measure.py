@@ -164,7 +164,7 @@ def likelihoods(model, pictures: Tensor, captions: list[str]) -> Tensor:
         log_p = llm.logits(hidden[-1][:, :-1]).float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         return (log_p * answers[:, 1:]).sum(1)
 
-    start, _ = model.encode_prompts([""], True)
+    start, _ = model.encode_prompts([""], has_image=True)
     alone = score(start[:, :1])
     pictures = tqdm(pictures, desc="retrieval", leave=False)
     return torch.stack([score(start, model.tokenizer.features(picture[None])) - alone for picture in pictures])

@@ -39,9 +39,9 @@ class TextTokenizer:
         # paper leaves open: its words; here those behind which the LLM learns to write a picture out."""
         return self.prompts(texts if visual_tokens else [self.request + text for text in texts], visual_tokens)
 
-    def pieces(self, text: str) -> list[str]:
-        """The words, or parts of words, that the ids of a text stand for."""
-        return [self.decode([i]) for i in self.encode(text)]
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The words, or parts of words, that ids stand for, one by one."""
+        return [self.decode([i]) for i in ids]
 
 
 class WordTokenizer(TextTokenizer):

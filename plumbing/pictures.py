@@ -115,12 +115,10 @@ def query_grids(weights: Tensor, columns: list[str]) -> Image.Image:
 def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) -> list[Image.Image]:
     """DTR's choice for one prompt: words (and queries) × layers as a heat map, and the query grid of each layer."""
     weights = model.generate([prompt], reference, steps=1, guidance=1)[2][0].cpu()
-    request = prompt if reference is not None else model.words.request + prompt
-    words = ["<bos>", *model.words.pieces(request)]  # as the model reads them
-    queries = model.config.queries
+    queries, visual = model.config.queries, 0 if reference is None else model.config.grid**2
+    ids = model.encode_prompts([prompt], reference is not None, to_draw=True)[0][0].tolist()  # as the model reads it
     layers = [f"layer {i}" for i in model.mllm.choice]
-    rows = ["<bos>", *(["picture (mean)"] if reference is not None else []), *words[1:], "queries (mean)"]
-    visual = len(weights) - len(words) - queries  # visual tokens of the reference, between <bos> and the words
+    rows = ["<bos>", *(["picture (mean)"] if visual else []), *model.words.pieces(ids[1 + visual:]), "queries (mean)"]
     picture = [weights[1:1 + visual].mean(0, keepdim=True)] if visual else []
     table = torch.cat([weights[:1], *picture, weights[1 + visual:-queries], weights[-queries:].mean(0, keepdim=True)])
     return [heat_map(table, rows, layers, f"routing: “{prompt}”"), query_grids(weights[-queries:], layers)]

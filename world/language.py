@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from parts.words import WordTokenizer
 from world.drawing import (COLOURS, FACT_WORDS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, PLAIN, RELATIONS, SHAPES, SIZES,
                            STYLES, Object, Scene, describe, draw, name, save_sheet)
 from world.edits import EDIT_KINDS, Edit, edit
@@ -24,7 +25,8 @@ QUESTION_KINDS = ("colour", "shape", "size", "place", "count", "relation", "appe
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "binding")  # GenEval's six
 DRAWN = (*PROMPT_KINDS, "part", "two", "binding", *["position"] * 3)  # what training draws: the harder the more often
 WRITTEN = (*PROMPT_KINDS, "single", "position", "full", *["part"] * 2, *["knowledge"] * 2)  # what it writes out
-EDITED = (*EDIT_KINDS, "action", "action", "hybrid", "remove")
+EDITED = (*EDIT_KINDS, "action", "action", "hybrid", "remove")  # what it edits
+MEASURED = {"untaught": (*PROMPT_KINDS, "held_out", "knowledge"), "taught": (*PROMPT_KINDS, "knowledge")}
 
 WORDS = [*COLOURS, *SHAPES, "circles", "squares", "triangles", "crosses", *SIZES, *PLACES,
          *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
@@ -176,7 +178,7 @@ def written_text(rng: random.Random) -> tuple[str, str]:
         word = rng.choice(list(FACTS))
         return f"what {'colour' if FACTS[word] in COLOURS else 'shape'} is {word}", FACTS[word]
     request = prompt(rng.choice(WRITTEN), rng)
-    return f"describe {request.text}", caption(request.things)
+    return WordTokenizer.request + request.text, caption(request.things)
 
 
 def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:

@@ -9,8 +9,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from data import Batches, language_batch, of_like_length
+from data import Batches, language_batch, of_like_length, text_to_image_batch
 from parts.words import TEXT_LOSSES, Turns
+from plumbing.run_folder import build
 from spar import Config
 from tests.tools.limits import objects_said
 from world import language
@@ -278,6 +279,19 @@ def test_texts_of_like_length_stand_together_and_none_is_lost():
                     "L_text": words(source.world.texts(range(48)))}  # two for each picture
 
 
+def test_a_request_is_the_same_ids_where_p1_writes_it_out_where_training_draws_it_and_in_use(tiny, monkeypatch):
+    source, model, read = Batches(tiny(), "P3", text_to_image_batch, {"captions": 0.5}), build(tiny(), "cpu"), []
+    unspied = model.mllm.condition
+    monkeypatch.setattr(model.mllm, "condition", lambda ids, *rest: read.append(ids[0].tolist()) or unspied(ids, *rest))
+    asked = [given for given, _ in source.world.texts(range(60)) if given.startswith("describe ")]
+    for given in asked:
+        text, in_p1 = given.removeprefix("describe "), [source.words.bos_id, *source.words.encode(given)]
+        read.clear()
+        model.generate([text], steps=1)
+        assert in_p1 == source.prompts([text])[0][0].tolist() == read[0]
+    assert len(asked) > 40
+
+
 # ---------------------------------------------------------------- what no training text says
 
 EVERY = all_combinations()
@@ -288,28 +302,28 @@ WHAT = re.compile(r"(?:(large|small) )?(?:(red|green|blue|yellow|purple|orange) 
 def read_from(text):
     """Every combination that the words of one sentence imply, read without world/language.py's own reading. What an
     instruction names and what comes of it are two sentences: they are never in one picture."""
-    text, found = re.sub(r"\breplace (.+) with ", "", text), set()  # what goes is not beside the new
+    text, combinations = re.sub(r"\breplace (.+) with ", "", text), set()  # what goes is not beside the new
     spoken = [match.groups() for match in WHAT.finditer(text)]
     for size, colour, shape, place in spoken:
-        found |= {("single", size, shape, place)} if size and place else set()
-        found |= {("colours", size, colour, shape)} if size and colour else set()
+        combinations |= {("single", size, shape, place)} if size and place else set()
+        combinations |= {("colours", size, colour, shape)} if size and colour else set()
     for (s1, c1, a, p1), (s2, c2, b, p2) in itertools.combinations(spoken, 2):
-        found |= {("two", *sorted((f"{s1} {a}", f"{s2} {b}")))} if s1 and s2 else set()
-        found |= {("binding", *sorted((f"{c1} {a}", f"{c2} {b}")))} if c1 and c2 else set()
+        combinations |= {("two", *sorted((f"{s1} {a}", f"{s2} {b}")))} if s1 and s2 else set()
+        combinations |= {("binding", *sorted((f"{c1} {a}", f"{c2} {b}")))} if c1 and c2 else set()
         for first, second, one, other in ((a, b, p1, p2), (b, a, p2, p1)):
             if one and other and first != second:
-                found |= {("position", first, "left", second)} if "left" in one and "right" in other else set()
-                found |= {("position", first, "above", second)} if "top" in one and "bottom" in other else set()
+                combinations |= {("position", first, "left", second)} if "left" in one and "right" in other else set()
+                combinations |= {("position", first, "above", second)} if "top" in one and "bottom" in other else set()
     for number, colour, shapes in re.findall(r"(two|three) (\w+) (\w+s)\b", text):
-        found |= {("counting", number, colour, PLURALS[shapes])} if shapes in PLURALS else set()
+        combinations |= {("counting", number, colour, PLURALS[shapes])} if shapes in PLURALS else set()
     relations = r"(\w+) (left of|right of|above|below) an? (?:\w+ )?(\w+)"
     for first, relation, second in re.findall(relations, text):
-        found.add(position(first, relation.split()[0], second))
+        combinations.add(position(first, relation.split()[0], second))
     for other, word in re.findall(r"(\w+) in the colour of (\w+)", text):
-        found.add(("knowledge", word, other))
+        combinations.add(("knowledge", word, other))
     for other, word in re.findall(r"(\w+) object shaped like a (\w+)", text):
-        found.add(("knowledge", word, other))
-    return found & {one for every in EVERY.values() for one in every}
+        combinations.add(("knowledge", word, other))
+    return combinations & {one for every in EVERY.values() for one in every}
 
 
 def test_one_combination_in_five_is_untaught_and_every_word_is_taught_beside_every_other():

@@ -101,7 +101,7 @@ def test_the_shapes_of_a_preset_fit_together(preset, monkeypatch):
     picture, f_v, latents = model.tokenizer(images)
     assert picture.shape == images.shape and f_v.shape == (2, tokens, config.d)
     assert {z.shape for z in (*latents, model.pixel_latent(images))} == {(2, tokens, config.p)}
-    ids, mask = model.encode_prompts(["a large red circle", "a blue square"], True)
+    ids, mask = model.encode_prompts(["a large red circle", "a blue square"], has_image=True)
     condition, z = model.mllm.condition(ids, mask, f_v), model.as_grid(latents.fused)
     assert condition.tokens.shape == (2, ids.shape[1] + config.queries, config.condition_width)
     assert config.queries == tokens

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from plumbing.run_folder import load_run
+from spar import SPAR
 from world.drawing import PLACES, PLAIN, Object, draw
 from world.edits import EDIT_KINDS, Edit
 from world.judge import fulfils, succeeds
-from world.language import PROMPT_KINDS, DrawnWorld
-from spar import SPAR
+from world.language import MEASURED, DrawnWorld
 
 COUNT = 200
 
@@ -26,7 +26,7 @@ def look(edit: Edit) -> str:
     return edit.target.style or (plain or ["striped"])[0]
 
 
-def targets(model: SPAR, world: DrawnWorld) -> dict[str, list[tuple[bool, bool]]]:
+def targets(model: SPAR, world: DrawnWorld) -> dict[str, list[list[bool]]]:
     """Look -> of each edit whether its exact target succeeds, and its target as the tokenizer reconstructs it."""
     verdicts: dict[str, list] = {}
     for kind in EDIT_KINDS:
@@ -47,7 +47,7 @@ def objects_said(text: str) -> list[Object]:
 def written(model: SPAR, world: DrawnWorld, which: str) -> dict[str, float]:
     """Kind -> share of the prompts that what the LLM writes out fulfils."""
     shares = {}
-    for kind in (*PROMPT_KINDS, *(["held_out"] if which == "untaught" else []), "knowledge"):
+    for kind in MEASURED[which]:
         requests = world.measured_prompts(range(COUNT), kind, which)
         captions = model.rewrite([request.text for request in requests])
         shares[kind] = sum(fulfils(objects_said(text), request) for text, request in zip(captions, requests)) / COUNT
@@ -61,7 +61,7 @@ def main(run: Path) -> None:
     for name, verdicts in targets(model, world).items():
         exact, reconstructed = torch.tensor(verdicts).float().mean(0).tolist()
         print(f"    {name:10} {len(verdicts):5} {exact:7.3f} {reconstructed:7.3f}")
-    for which in ("untaught", "taught"):
+    for which in MEASURED:
         print(f"share of {which} prompts that what the LLM writes out fulfils:",
               ", ".join(f"{kind} {share:.3f}" for kind, share in written(model, world, which).items()))
 
