@@ -1,5 +1,6 @@
 """Several processes, as torchrun starts them. Alone, each function does what one process needs: nothing."""
 
+import gc
 import os
 import signal
 
@@ -98,6 +99,7 @@ def leave_processes() -> bool:
     first = first_process()
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()  # what still refers to the group keeps its threads, and threads that outlive Python can abort it
     return first
 
 

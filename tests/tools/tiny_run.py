@@ -4,6 +4,7 @@ KEEP_AT="T3 2" copies that step's checkpoint to FOLDER/kept; KILL_AT="U2 2" kill
 and makes the file KILL_MARKER. A stage that neither names saves nothing on its way.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -43,9 +44,12 @@ def main() -> None:
 
     train.save_progress, train.train_stage = watched, saving
     train.report_so_far = lambda *_: "no pictures"  # nothing here is about them
+    gc.disable()  # so that cycles last to the end, as they may
     device = join_processes("cpu", config.shard)
     train.train(config, folder, sys.argv[3].split(",") if sys.argv[3:] else list(NAMES), device)
     leave_processes()
+    left = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]  # none where there is no /proc
+    assert not [name for name in left if "gloo" in name], f"threads of the group outlived it: {left}"
 
 
 if __name__ == "__main__":
