@@ -17,6 +17,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import plumbing  # before torch, whose threads wait as it says
 import torch
 from tqdm import tqdm
 

@@ -2,7 +2,10 @@
 points at exists."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -245,3 +248,22 @@ def test_every_command_answers_help(name):
     done = (subprocess_of if name == "attention" else call)(f"{name}.py",
                                                             "--help")  # its `main` is not there to be called
     assert done.returncode == 0 and "usage:" in done.stdout, done.stdout + done.stderr
+
+
+AT_TORCH = """import importlib, os, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+importlib.import_module(sys.argv[1])"""
+
+
+@pytest.mark.parametrize("given, seen", [({}, "1200"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize("name", ["train", "evaluate", "sample"])
+def test_how_threads_wait_is_settled_before_torch_is_loaded(name, given, seen):
+    others = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    done = subprocess.run([sys.executable, "-c", AT_TORCH, name], cwd=ROOT, env=others | given, capture_output=True,
+                          text=True)
+    assert done.stdout.split() == [seen], done.stderr
