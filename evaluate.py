@@ -2,11 +2,12 @@
 
     python evaluate.py runs/toy              prints the tables, writes results.json and the pictures of report/
     python evaluate.py runs/toy --count 50   fewer samples for each figure
+    python evaluate.py results/toy-seed*.json      the mean over runs, or over their results.json, and its interval
 
 Prompts are those that no training text implies (world/scenes.py); the tables `_taught` are beside them. Each is drawn
 twice: `direct`, as the paper does it, and rewritten, the LLM writing the prompt out first; P3 alone too. Pictures are
 judged by arithmetic (world/judge.py), answers by exact match. Test scenes come from seeds of their own. Each table has
-its `interval`s, 95 %, over samples and texts of one run: how far seeds differ, several runs tell.
+its `interval`s, 95 %, over samples and texts of one run; those of several runs are over their means.
 The same weights, seed, sampler and counts give the same `eval_id` and the same figures. Of a run with some stages only
 what is there is measured; one that learned from data on disk is measured on its held-out samples (disk/measure.py).
 """
@@ -17,7 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-import plumbing  # before torch, whose threads wait as it says
+import plumbing.command  # before torch, whose threads wait as it says
 import torch
 from tqdm import tqdm
 
@@ -179,12 +180,26 @@ def print_tables(results: dict) -> None:
                 interval, texts = table.get("interval", {}).get(key), table.get("texts", {}).get(key)
                 between = f"   {interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
                 print(f"{name:24} {key:18} {value:8.3f}{between}{f'   {texts} texts' if texts else ''}")
-    print(f"eval_id {results['eval_id']}   seed {results['seed']}   {results['seconds']:.0f} s")
+    if "eval_id" in results:
+        print(f"eval_id {results['eval_id']}   seed {results['seed']}   {results['seconds']:.0f} s")
+
+
+def over_runs(several: list[dict]) -> dict[str, dict]:
+    """Results of runs -> the tables that all have: of each figure the mean over runs and the 95 % interval of it."""
+    if any(one.get(key) != several[0].get(key) for one in several for key in ("protocol", "data")):
+        raise UserError("these runs were measured by other protocols or on other data: measure them alike first")
+    means = {}
+    for name in (name for name in TABLES if all(name in one for one in several)):
+        tables = [{key: value for key, value in one[name].items() if not isinstance(value, dict)} for one in several]
+        values = {key: torch.tensor([float(table[key]) for table in tables]) for key in tables[0]}
+        means[name] = {key: round(value.mean().item(), 4) for key, value in values.items()}
+        means[name]["interval"] = {key: mean_interval(value) for key, value in values.items()}
+    return means
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run folder, as train.py wrote it")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, as train.py wrote them, or their results.json")
     parser.add_argument("--count", type=int, default=Protocol.count, help="samples of each figure")
     parser.add_argument("--seed", type=int, default=0, help="of the sampler's noise")
     parser.add_argument("--steps", type=int, default=Protocol.steps)
@@ -192,11 +207,18 @@ def main() -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, default=Protocol.sampler)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = vars(parser.read())
-    run, device = given.pop("run"), best_device(given.pop("device"))
+    runs, device = given.pop("runs"), best_device(given.pop("device"))
     if given["count"] < 2 or given["steps"] < 1:
         raise UserError("--count must be at least 2 and --steps at least 1")
-    print_tables(evaluate(run, Protocol(**given), device))
-    print(draw_report(run, device))
+    several = []
+    for run in runs:
+        read = run.suffix == ".json"
+        several.append(json.loads(run.read_text()) if read else evaluate(run, Protocol(**given), device))
+        print_tables(several[-1])
+        print(run if read else draw_report(run, device))
+    if len(several) > 1:
+        print(f"\nmean of {len(several)} runs, its 95 % interval over them")
+        print_tables(over_runs(several))
 
 
 if __name__ == "__main__":

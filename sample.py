@@ -18,7 +18,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-import plumbing  # before torch, whose threads wait as it says
+import plumbing.command  # before torch, whose threads wait as it says
 import torch
 from PIL import Image
 from torch import Tensor

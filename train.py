@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import plumbing  # before torch, whose threads wait as it says
+import plumbing.command  # before torch, whose threads wait as it says
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

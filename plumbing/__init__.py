@@ -11,10 +11,3 @@ file says how runs go on, where they run, and what a run folder holds.
     replay       a step that is not finite, computed again                     when a loss is nan
     pictures     the report of a run                                           to draw something else
 """
-
-import os
-
-# How many turns OpenMP's threads wait awake for one another before they sleep: read when torch is loaded, so before it.
-# Asleep they take longer to wake (a run alone takes 3 to 10 % longer); awake they keep a core from those they wait for,
-# once others want the cores too: of two runs on two cores a step of P1 took 90 times as long as alone, now 2.5 times.
-os.environ.setdefault("GOMP_SPINCOUNT", "1200")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -50,6 +51,34 @@ def test_ssim_equals_a_loop_over_windows():
         wanted.append(np.mean(scores))
     assert ssim(a, b).tolist() == pytest.approx(wanted, abs=1e-8)
     assert ssim(a, a).tolist() == pytest.approx([1, 1])
+
+
+def test_the_interval_of_a_few_values_is_students():
+    """Against numpy: of many samples of five values from one normal distribution, 95 % of the intervals hold its
+    mean; by the normal quantile 88 % would."""
+    rng = np.random.default_rng(0)
+    for n in (2, 5, 10):
+        drawn = rng.normal(3, 2, (4000, n))
+        held = [low <= 3 <= high for low, high in map(mean_interval, torch.from_numpy(drawn))]
+        assert np.mean(held) == pytest.approx(0.95, abs=0.011), n
+
+
+def test_of_several_results_the_mean_of_each_figure_over_runs_is_printed(tmp_path):
+    def results(name, overall, **changes):
+        content = {"protocol": {"count": 2}, "data": "", "eval_id": name, "seed": 0, "seconds": 1.0,
+                   "editing": {"add": 0.5, "overall": overall, "texts": {"add": 7}}} | changes
+        (tmp_path / name).write_text(json.dumps(content))
+        return tmp_path / name
+
+    files = [results(f"{i}.json", overall) for i, overall in enumerate((0.7, 0.8, 0.9))]
+    done = call("evaluate.py", *files)
+    means = done.stdout[done.stdout.index("mean of 3 runs"):]
+    half = 4.303 * 0.1 / 3**0.5
+    assert re.search(rf"editing +overall +0.800 +{0.8 - half:.3f} to {0.8 + half:.3f}\n", means), means
+    assert re.search(r"editing +add +0.500 +0.500 to 0.500\n", means), means
+    for change in ({"protocol": {"count": 3}}, {"data": "openmoji"}):
+        done = call("evaluate.py", files[0], results("other.json", 0.5, **change))
+        assert done.returncode == 2 and "measured by other protocols" in done.stderr
 
 
 @pytest.mark.parametrize("n, m, d", [(200, 150, 5), (4, 6, 10), (30, 3, 8)])  # the last two: covariances of low rank
