@@ -12,6 +12,7 @@ import torch
 
 from plumbing.run_folder import load_run
 from spar import SPAR
+from tests.claims.test_judge import SIDE_EFFECTS, ghosts_passing, passing
 from world.drawing import PLACES, PLAIN, Object, draw
 from world.edits import EDIT_KINDS, Edit
 from world.judge import fulfils, succeeds
@@ -54,6 +55,15 @@ def written(model: SPAR, world: DrawnWorld, which: str) -> dict[str, float]:
     return shares
 
 
+def opacity_after(model: SPAR, world: DrawnWorld, opacity: float) -> float:
+    """With which opacity objects that were drawn with this one come out of the tokenizer, on average."""
+    scenes = [request.scene for request in world.prompts(range(COUNT))]
+    ground, whole = draw([scene.with_objects(()) for scene in scenes]), draw(scenes)
+    things = whole - ground
+    out = model.reconstruct(ground + opacity * things) - ground
+    return ((out * things).sum((1, 2, 3)) / things.square().sum((1, 2, 3))).mean().item()
+
+
 def main(run: Path) -> None:
     model = load_run(run)
     world = DrawnWorld(model.config.side, model.config.seed, "test")
@@ -61,6 +71,11 @@ def main(run: Path) -> None:
     for name, verdicts in targets(model, world).items():
         exact, reconstructed = torch.tensor(verdicts).float().mean(0).tolist()
         print(f"    {name:10} {len(verdicts):5} {exact:7.3f} {reconstructed:7.3f}")
+    print("share of edits with a side effect that it passes all the same, reconstructed:",
+          ", ".join(f"{fault} {size} {passing(fault, size, model.reconstruct):.3f}" for fault, size in SIDE_EFFECTS))
+    print("objects drawn with an opacity, the one that the tokenizer gives them, share of prompts that they pass:",
+          ", ".join(f"{opacity} {opacity_after(model, world, opacity):.2f} "
+                    f"{ghosts_passing(opacity, model.reconstruct):.3f}" for opacity in (0.3, 0.5, 0.7, 1.0)))
     for which in MEASURED:
         print(f"share of {which} prompts that what the LLM writes out fulfils:",
               ", ".join(f"{kind} {share:.3f}" for kind, share in written(model, world, which).items()))
