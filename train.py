@@ -381,10 +381,10 @@ def main() -> None:
         openmoji.write(config.side)
     wait_for_all()
     train(config, rest.out, rest.stages, device, rest.source, rest.resume == "auto")
-    if leave_processes():
-        print_tables(evaluate(rest.out, device=device))
-        print(draw_report(rest.out, device))
-        print(f"{rest.out}: {(time.time() - start) / 60:.1f} minutes")
+    leave_processes()
+    print_tables(evaluate(rest.out, device=device))
+    print(draw_report(rest.out, device))
+    print(f"{rest.out}: {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -94,13 +95,15 @@ def join_processes(device: str, shard: bool) -> str:
     return device
 
 
-def leave_processes() -> bool:
-    """True for the process that goes on alone."""
-    first = first_process()
+def leave_processes() -> None:
+    """The first process goes on alone; the others end here."""
     if dist.is_initialized():
+        first = first_process()
         dist.destroy_process_group()
         gc.collect()  # what still refers to the group keeps its threads, and threads that outlive Python can abort it
-    return first
+        if not first:  # DTensor's caches refer to it for good
+            sys.stdout.flush()
+            os._exit(0)
 
 
 class Stop:
