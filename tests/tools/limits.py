@@ -6,6 +6,7 @@ writes out before it is drawn.
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from spar import SPAR
 from tests.claims.test_judge import SIDE_EFFECTS, ghosts_passing, passing
 from world.drawing import PLACES, PLAIN, Object, draw
 from world.edits import EDIT_KINDS, Edit
-from world.judge import fulfils, succeeds
+from world.judge import detect, fulfils, succeeds
 from world.language import MEASURED, DrawnWorld
 
 COUNT = 200
@@ -64,6 +65,20 @@ def opacity_after(model: SPAR, world: DrawnWorld, opacity: float) -> float:
     return ((out * things).sum((1, 2, 3)) / things.square().sum((1, 2, 3))).mean().item()
 
 
+def drawn_instead(model: SPAR, world: DrawnWorld, kind: str, which: str) -> Counter:
+    """For prompts of one object, drawn directly: what the picture has wrong of what was asked, and how often."""
+    requests = world.measured_prompts(range(COUNT), kind, which)
+    verdicts = Counter()
+    for seen, request in zip(detect(model.generate([request.text for request in requests])[0]), requests):
+        if len(seen) != 1 or len(request.wanted) != 1:
+            verdicts["right" if fulfils(seen, request) else "number"] += 1
+            continue
+        (thing,), (wanted,) = seen, request.wanted
+        asked = [fact for fact in ("size", "colour", "shape", "place") if getattr(wanted, fact) not in ("", None)]
+        verdicts["+".join(fact for fact in asked if getattr(thing, fact) != getattr(wanted, fact)) or "right"] += 1
+    return verdicts
+
+
 def main(run: Path) -> None:
     model = load_run(run)
     world = DrawnWorld(model.config.side, model.config.seed, "test")
@@ -79,6 +94,10 @@ def main(run: Path) -> None:
     for which in MEASURED:
         print(f"share of {which} prompts that what the LLM writes out fulfils:",
               ", ".join(f"{kind} {share:.3f}" for kind, share in written(model, world, which).items()))
+    for which in MEASURED:
+        for kind in ("single", "colours"):
+            wrong = drawn_instead(model, world, kind, which).most_common()
+            print(f"{which} {kind}, drawn directly, what is wrong of it:", ", ".join(f"{a} {n}" for a, n in wrong))
 
 
 if __name__ == "__main__":
