@@ -67,7 +67,8 @@ class DecoderLayer(Layer):
 
 
 class LanguageModel(nn.Module):
-    """Embeddings `b l d` in, L + 1 hidden states out: the embeddings, each layer's result, the last one normed.
+    """Embeddings `b l d` in, L + 1 hidden states out: the embeddings, each layer's result, the last one normed; with
+    `keep` only these, and no other is held.
 
     `mask` `b m` (m keys: the cached ones, then these l; true = a word) hides padding, which may stand on either side.
     `cache`: what an earlier call returned; then only the new positions are computed. `tied`: the output weights are the
@@ -87,15 +88,17 @@ class LanguageModel(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: list | None = None) -> tuple[list[Tensor], list]:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: list | None = None,
+                keep: list[int] | None = None) -> tuple[list[Tensor], list]:
         past = cache[0][0].shape[2] if cache else 0
         cos, sin = rotary(word_positions(mask, x, past), self.rotary_width)
-        hidden, new_cache = [x], []
-        for i, layer in enumerate(self.layers):
-            x, pair = layer(x, cos, sin, mask, True, cache[i] if cache else None)
-            hidden.append(x)
+        hidden, new_cache = [x] if keep is None or 0 in keep else [], []
+        for i, layer in enumerate(self.layers, 1):
+            x, pair = layer(x, cos, sin, mask, True, cache[i - 1] if cache else None)
             new_cache.append(pair)
-        hidden[-1] = self.norm(x)  # the others stay as they are, as in Qwen2.5's own list of hidden states
+            if keep is None or i in keep:
+                last = i == len(self.layers)  # the others stay as they are, as in Qwen2.5's own list of hidden states
+                hidden.append(self.norm(x) if last else x)
         return hidden, new_cache
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -181,8 +184,7 @@ class MLLM(nn.Module):
         return x.masked_scatter((ids == self.words.image_id)[..., None], f_v.to(x.dtype))
 
     def read_prefix(self, ids: Tensor, f_v: Tensor | None = None) -> Prefix:
-        """<bos> and perhaps a picture (left-padded ids `b l`), read once: many questions then follow it, none of which
-        sees another."""
+        """<bos> and perhaps a picture (left-padded ids `b l`), read once: many questions follow, each by itself."""
         mask = ids != self.words.pad_id
         hidden, cache = self.llm(self.embed(ids, f_v), mask)
         return Prefix(cache, hidden[-1][:, -1:], mask)
@@ -202,8 +204,7 @@ class MLLM(nn.Module):
     @torch.no_grad()
     def answer(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None, max_new: int = 24, temperature: float = 0.0,
                generator: torch.Generator | None = None) -> list[list[int]]:
-        """Goes on from left-padded ids `b l`, at most `max_new` words, until <eos>. Temperature 0: the likeliest
-        word."""
+        """Goes on from left-padded ids `b l`, at most `max_new` words, until <eos>. Temperature 0: the likeliest."""
         hidden, cache = self.llm(self.embed(ids, f_v), mask)
         replies, done = [[] for _ in ids], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new):
@@ -223,8 +224,7 @@ class MLLM(nn.Module):
         return replies
 
     def condition(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None) -> Condition:
-        """Words `b t` (left-padded), `image_id` where the reference f_v `b n d` stands -> the DiT's condition `b l
-        u`."""
+        """Words `b t` (left-padded), `image_id` where the reference f_v `b n d` stands -> the condition `b l u`."""
         H, mask = self.routed_states(ids, mask, f_v)  # Sec. 3.3: K hidden states of the frozen LLM, `b l k d`
         H_mixed, weights = self.router(H)  # Sec. 3.3: Ĥ, every token's own mixture of the layers
         H_mixed = self.with_reference(H_mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v itself, past the LLM
@@ -240,10 +240,10 @@ class MLLM(nn.Module):
         is computed without gradient, and only the queries are followed through the LLM's layers, behind a cache.
         """
         with torch.no_grad():
-            at_words, cache = self.llm(self.embed(ids, f_v), mask)
+            at_words, cache = self.llm(self.embed(ids, f_v), mask, keep=self.choice)
         mask = torch.cat([mask, mask.new_ones(len(mask), len(self.queries))], 1)
-        at_queries, _ = self.llm(repeat(self.queries, "q d -> b q d", b=len(ids)), mask, cache)
-        return torch.stack([torch.cat([at_words[i], at_queries[i]], 1) for i in self.choice], 2), mask
+        at_queries, _ = self.llm(repeat(self.queries, "q d -> b q d", b=len(ids)), mask, cache, self.choice)
+        return torch.stack([torch.cat(states, 1) for states in zip(at_words, at_queries)], 2), mask
 
     def with_reference(self, H_mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
         """Ĥ `b l d` with the encoder's own tokens at the reference's places: detail that the LLM would not pass on."""
@@ -260,8 +260,8 @@ class MLLM(nn.Module):
         # paper leaves open: which states; here what the router, untrained, makes of the K layers: U1 starts from there.
         """
         with torch.no_grad():
-            hidden, _ = self.llm(self.llm.embedding(ids), mask)
-            H_mixed, _ = self.router(torch.stack([hidden[i] for i in self.choice], 2))
+            hidden, _ = self.llm(self.llm.embedding(ids), mask, keep=self.choice)
+            H_mixed, _ = self.router(torch.stack(hidden, 2))
         return Condition(self.connector(H_mixed, mask), mask)
 
 

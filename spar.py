@@ -12,6 +12,7 @@ Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the laten
 u width of the condition, k routed layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ from parts.words import TextTokenizer
 from tokenizer import Tokenizer, VisionEncoder, pixel_latent
 
 NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stages, in order
+
+DECODED_PIXELS = 2**20  # of the pictures that are decoded together in use: 1024 of 32 px, 5 of 448
 
 SAMPLING = {"steps": 16, "guidance": 1.5, "sampler": "renoise"}  # drawing's defaults (paper: 20 of dpm, guidance 4.5)
 
@@ -213,8 +216,7 @@ class SPAR(nn.Module):
     """Tokenizer, multimodal language model and diffusion transformer, with what a user does with them."""
 
     def __init__(self, config: Config, words: TextTokenizer):
-        """`words`: what the LLM reads and writes, `plumbing.run_folder.text_tokenizer(config)` for the drawn
-        world's."""
+        """`words`: what the LLM reads and writes; the drawn world's: `plumbing.run_folder.text_tokenizer(config)`."""
         super().__init__()
         self.config, self.words = config, words
         semantic_layers, pixel_layers = {"": (0, config.pixel_layers), "with": (config.pixel_layers,) * 2,
@@ -269,7 +271,7 @@ class SPAR(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """`b 3 H W` -> `b 3 H W`, both in [-1, 1]."""
-        return self.tokenizer(images)[0].clamp(-1, 1)
+        return self.in_parts(lambda part: self.tokenizer(part)[0], images).clamp(-1, 1)
 
     @torch.no_grad()
     def answer(self, images: Tensor | None, questions: list[str], max_new: int = 24, temperature: float = 0.0,
@@ -333,4 +335,8 @@ class SPAR(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents `b p h w` -> pictures in [-1, 1]."""
         tokens = rearrange(z / self.latent_scale, "b p h w -> b (h w) p")
-        return self.tokenizer.decode(tokens, self.config.side).clamp(-1, 1)
+        return self.in_parts(lambda part: self.tokenizer.decode(part, self.config.side), tokens).clamp(-1, 1)
+
+    def in_parts(self, decoded: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """`decoded` of a few of the `batch` at a time: a decoder's maps are the largest that there are."""
+        return torch.cat([decoded(part) for part in batch.split(max(1, DECODED_PIXELS // self.config.side**2))])

@@ -215,7 +215,8 @@ def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> 
     with torch.no_grad():
         for first in range(0, 512, 32):
             images = world.pictures(range(first, first + 32)).to(model.device)
-            z.append(model.pixel_latent(images) if stage.name == "P3" else model.tokenizer(images)[2].fused)
+            z.append(model.pixel_latent(images) if stage.name == "P3" else
+                     model.tokenizer.latents(model.tokenizer.features(images)).fused)
     model.latent_scale.fill_(1 / torch.cat(z).std())
 
 

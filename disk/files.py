@@ -95,8 +95,7 @@ def inside(root: Path, name: str) -> Blob:
 
 
 def read_picture(blob: Blob) -> Image.Image:
-    """-> RGB, upright (EXIF), transparency on white. Refuses what would lose something unsaid: more frames, 16 bits,
-    CMYK."""
+    """-> RGB, upright (EXIF), transparency on white. Refuses what would lose something: more frames, 16 bits, CMYK."""
     data = blob.read(MAX_PICTURE)
     try:
         with (warnings.catch_warnings(action="ignore"),

@@ -56,8 +56,7 @@ class Sample:
         return turns(self.record(), self.has["record"].name, "image" in self.has)
 
     def turns_and_caption(self) -> list[tuple[str, str]]:
-        """All questions and answers about the picture; the last one asks for the caption, where there is one. The
-        record is read once."""
+        """All questions and answers about the picture; the last one asks for the caption, where there is one."""
         record = self.record()
         pairs = turns(record, self.has["record"].name, "image" in self.has) if "conversations" in record else []
         if "words" in self.has:
@@ -150,8 +149,7 @@ def scan(root: Path) -> DataFolder:
 
 
 def plain_files(folder: DataFolder) -> list[Path]:
-    """Sorted by name; what is a link, no plain file or has no name in UTF-8 is a fault. Names with a leading dot are
-    passed over."""
+    """Sorted by name; a link, what is no plain file or has no name in UTF-8 is a fault, .* is passed over."""
     files = []
     for parent, folders, names in os.walk(folder.root):
         for name in sorted(folders + names):

@@ -56,8 +56,7 @@ def measure(model, before, folder: DataFolder, how, figures: bool = True) -> tup
 
 
 def readable(samples: list[Sample], role: str, side: int, count: int) -> tuple[list[Sample], Tensor]:
-    """`count` samples, spread over the keys, whose pictures can be read, and these. Raises BadFile where there are
-    none."""
+    """`count` samples, spread over the keys, whose pictures can be read, and these. Raises BadFile for none."""
     sound, pictures = [], []
     for sample in sorted(samples, key=lambda sample: sample.key)[::max(1, len(samples) // count)]:
         try:

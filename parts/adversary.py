@@ -130,8 +130,7 @@ def adversary_optimizer(discriminator: Discriminator, lr: float) -> torch.optim.
 
 def adversary_step(discriminator: Discriminator, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor,
                    lecam: float) -> None:
-    """The discriminator's own step, on pictures and on what was made of them. Raises ValueError where its loss is not
-    finite."""
+    """The discriminator's own step, on pictures and copies of them. Raises ValueError where its loss is not finite."""
     optimizer.zero_grad()  # also what the generator's loss left there
     loss = discriminator.loss(real, fake, lecam)
     if not mean_over_processes(loss.detach().clone()).isfinite():

@@ -8,8 +8,7 @@ from torch import Tensor
 
 
 def rotary(positions: Tensor, width: int, base: float = 1e6) -> tuple[Tensor, Tensor]:
-    """Positions `b l` -> cosines and sines `b 1 l e` of the angles position · base^(−2i/e) (RoFormer, arXiv
-    2104.09864)."""
+    """Positions `b l` -> cosines and sines `b 1 l e` of the angles position · base^(−2i/e) (arXiv 2104.09864)."""
     frequencies = base ** (-torch.arange(0, width, 2, device=positions.device) / width)
     angles = repeat(positions[..., None] * frequencies, "b l e -> b 1 l (two e)", two=2)
     return angles.cos(), angles.sin()

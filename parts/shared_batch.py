@@ -14,8 +14,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def share_of_mean(mean: Tensor, count: int) -> Tensor:
-    """A mean over this process's `count` words as its part of the mean over all words: the average of the parts is
-    that."""
+    """A mean over this process's `count` words as its part of the mean over all, the average of the parts."""
     if not dist.is_initialized():
         return mean
     per_process = mean_over_processes(torch.tensor(float(count), device=mean.device))

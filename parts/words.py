@@ -30,8 +30,7 @@ class TextTokenizer:
         return ids, ids != self.pad_id
 
     def prompts(self, texts: list[str], visual_tokens: int = 0) -> tuple[Tensor, Tensor]:
-        """What stands before an answer or before the queries: <bos>, the place of a picture, the words (`pad` on the
-        left)."""
+        """What stands before an answer or the queries: <bos>, the place of a picture, words (`pad` on the left)."""
         return self.pad([[self.bos_id, *[self.image_id] * visual_tokens, *self.encode(text)] for text in texts])
 
     def requests(self, texts: list[str], visual_tokens: int = 0) -> tuple[Tensor, Tensor]:

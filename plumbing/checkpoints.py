@@ -82,8 +82,7 @@ def save(path: Path, content: dict) -> None:
 
 
 def save_progress(run: Path, stage: str, step: int, state: dict, where: str = "resume") -> None:
-    """All processes write their parts into resume/<stage>-<step>, which gets its name once it is whole; two are
-    kept."""
+    """All processes write their parts into resume/<stage>-<step>, named once it is whole; two are kept."""
     folder = run / where / f"{stage}-{step:07}"
     part = folder.with_suffix(".part")
     if first_process():

@@ -19,8 +19,7 @@ def best_device(wish: str) -> str:
 
 
 def default_precision(device: str) -> str:
-    """bf16 on GPUs that have units for it (from compute capability 8.0, Ampere), fp16 on those before, fp32
-    elsewhere."""
+    """bf16 on GPUs that have units for it (from capability 8.0, Ampere), fp16 on those before, fp32 elsewhere."""
     if device != "cuda":
         return "fp32"
     if torch.cuda.get_device_capability() < (8, 0):

@@ -172,8 +172,7 @@ def draw_report(run: Path, device: str = "cpu", data_folder: DataFolder | None =
 
 
 def report_so_far(run: Path, device: str, stage: str, data_folder: DataFolder | None = None) -> str:
-    """The same while training goes on, which is worth more than its pictures: what hinders them is said and passed
-    over."""
+    """The same while training goes on, which is worth more than its pictures: what hinders them is said."""
     try:
         return draw_report(run, device, data_folder)
     except (ValueError, RuntimeError, OSError) as error:

@@ -39,8 +39,7 @@ def mean_of_metrics(metrics: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def decided_by_first(decision: bool, device: torch.device) -> bool:
-    """What the first process decides: clocks and signals differ between processes, and all must save in the same
-    step."""
+    """What the first process decides: clocks and signals differ between processes, and all save in the same step."""
     if not dist.is_initialized():
         return decision
     answer = torch.tensor(float(decision), device=device)
@@ -63,6 +62,7 @@ def wrap(module: nn.Module, shard: bool) -> nn.Module:
         return module
     if not shard:
         return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+    module.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other, and on GPUs convolutions have another
     for layer in layers(module):
         fully_shard(layer)
     return fully_shard(module)

@@ -26,7 +26,7 @@ from parts.words import TextTokenizer, WordTokenizer
 from plumbing.checkpoints import BrokenCheckpoint, load_stage, read_stage
 from plumbing.command import UserError, write_beside, write_text
 from plumbing.devices import compile_parts, set_up_torch
-from plumbing.processes import first_process
+from plumbing.processes import first_process, gather
 from router import is_uneven, layer_choice
 from spar import HOW, NAMES, SPAR, Config, make_config
 from world.language import WORDS
@@ -132,21 +132,18 @@ def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
 
 
 def finished_stages(run: Path, config: Config) -> set[str]:
-    """The stages whose files are whole and fit; of a broken or foreign one it is said that the stage is trained
-    again."""
-    sound = set()
+    """The stages whose files are whole and fit; of a broken or foreign one it is said that it is trained again."""
+    sound = []
     with torch.device("meta"):
         model = SPAR(config, text_tokenizer(config, run))
-    for name in stage_names(config):
+    for name in stage_names(config) if first_process() else ():  # it reads every byte, and tells the others
         if (run / f"{name}.pt").exists():
             try:
                 read_stage(model, run / f"{name}.pt", checksums=True)
-                sound.add(name)
+                sound.append(name)
             except BrokenCheckpoint as broken:
-                if first_process():
-                    print(f"{run / name}.pt {broken}: {name} is trained again, "
-                          "from its last progress where there is some")
-    return sound
+                print(f"{run / name}.pt {broken}: {name} is trained again, from its last progress where there is some")
+    return set(gather(sound))
 
 
 def check_same_run(config: Config, run: Path) -> None:
@@ -230,8 +227,7 @@ def cut_logs(run: Path, stage: str, first: int) -> None:
 
 
 def bad_samples(run: Path, data_folder: DataFolder | None, max_bad: float):
-    """-> a function that takes the bad samples of a step, writes them to bad.jsonl, and stops the run above
-    `max_bad`."""
+    """-> a function of the bad samples of a step: writes them to bad.jsonl, stops the run above `max_bad`."""
     path, allowed = run / "bad.jsonl", max_bad * len(data_folder.samples()) if data_folder else 0
     known = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
 

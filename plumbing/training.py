@@ -43,8 +43,7 @@ class Training:
         return next(iter(self.weights.values())).device
 
     def state(self) -> dict:
-        """What a checkpoint of it holds. A scaler that is off is kept as a new one, so that fp16 may go on from
-        fp32."""
+        """What a checkpoint of it holds. A scaler that is off is kept as a new one: fp16 may go on from fp32."""
         state = {"weights": self.weights, "average": self.ema,
                  "optimizer": get_optimizer_state_dict(self.module, self.optimizer),
                  "scaler": self.scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict()}
@@ -125,8 +124,7 @@ def begin(module: nn.Module) -> Training:
 
 def report(now: Training, step: int, metrics: dict, bar: tqdm, log, seconds: float, speed: float, left: float,
            waiting: float) -> None:
-    """A line of log.jsonl, and the same beside the bar. `left`: seconds of the whole run, `waiting`: share of the
-    time."""
+    """A line of log.jsonl, and the same beside the bar. `left`: seconds of the whole run, `waiting`: share."""
     losses = {symbol: value for symbol, value in metrics.items() if symbol.startswith("L_")}
     rounded = {symbol: f"{value:.3f}" for symbol, value in losses.items()}
     bar.set_postfix(rounded | {"img/s": f"{speed:.0f}", "run left": f"{left / 60:.0f}m"}, refresh=False)

@@ -94,8 +94,7 @@ class Scene:
 
 
 def draw(scenes: list[Scene], side: int = 32) -> Tensor:
-    """Scenes -> pictures `b 3 H W` in [-1, 1], anti-aliased: a pixel's cover is half minus its signed distance to the
-    edge."""
+    """Scenes -> pictures `b 3 H W` in [-1, 1], anti-aliased: a pixel's cover is half minus its distance to the edge."""
     unit = side / 32
     slots = max([len(scene.objects) for scene in scenes] + [1])
     numbers = np.zeros((len(scenes), slots, 7), np.float32)  # x, y, cos, sin, radius, shape, used
@@ -138,8 +137,7 @@ def signed_distance(u, v, radius, shape):
 
 
 def save_sheet(rows, path: str, zoom: int = 3) -> None:
-    """Rows of pictures `n 3 H W` in [-1, 1] -> a file; each pixel becomes `zoom`² of them, each picture has a white
-    edge."""
+    """Rows of pictures `n 3 H W` in [-1, 1] -> a file; each pixel becomes `zoom`² of them; white between."""
     rows = [[torch.nn.functional.pad(picture, (1, 1, 1, 1), value=1.0) for picture in row] for row in rows]
     sheet = torch.cat([torch.cat(row, 2) for row in rows], 1)
     levels = ((sheet + 1) * 127.5).byte().permute(1, 2, 0).numpy()

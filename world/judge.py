@@ -76,8 +76,7 @@ def detect(images: Tensor, style: str = "") -> list[list[Object]]:
 
 
 def fulfils(objects: list[Object], request: Request) -> bool:
-    """Are the `objects` of a picture the wanted ones, no others, in the wanted relation? What was not said may be
-    anything."""
+    """Are the `objects` of a picture the wanted ones, no others, in the wanted relation? What was not said is free."""
     if len(objects) != len(request.wanted) or any("?" in thing.facts for thing in objects):
         return False
     for order in permutations(objects):

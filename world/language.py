@@ -235,8 +235,7 @@ class DrawnWorld:
         return draw([self.styled_scene(index) for index in indices], self.side)
 
     def prompts(self, indices, kind: str = "", captions: float = 0.5) -> list[Request]:
-        """Requests of one kind, or whole captions (a share `captions`) and the kinds of DRAWN; `draw` makes the
-        pictures."""
+        """Requests of one kind, or whole captions (a share `captions`) and the kinds of DRAWN; `draw` draws them."""
         def choose(rng):
             return kind or ("full" if rng.random() < captions else rng.choice(DRAWN))
         return [prompt(choose(rng), rng) for rng in (self.rng(f"prompt{kind}", index) for index in indices)]
@@ -286,8 +285,7 @@ class DrawnWorld:
         return draw(scenes, self.side) if scenes else torch.empty(0, 3, self.side, self.side)
 
     def questions(self, indices, kind: str) -> tuple[list[Scene], list[str], list[str]]:
-        """(scenes, questions, answers) of one kind, as P1 sees them; scenes that allow no such question are passed
-        over."""
+        """(scenes, questions, answers) of one kind, as P1 sees them; scenes that allow none are passed over."""
         if kind not in QUESTION_KINDS:
             raise ValueError(f"unknown kind of question {kind!r}: one of {', '.join(QUESTION_KINDS)}")
         samples = []

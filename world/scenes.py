@@ -127,8 +127,7 @@ def somewhere(rng: random.Random, thing: Object) -> Object:
 
 
 def random_scene(rng: random.Random, count: int = 0, pairs=PAIRS, taught: bool = True) -> Scene:
-    """`count` objects (0: one to three), no two alike in both shape and colour. `taught`: one that training may
-    have."""
+    """`count` objects (0: one to three), no two alike in both shape and colour. `taught`: training may have it."""
     count = count or rng.randint(1, 3)
     return Scene((), random_background(rng)).with_objects(some_objects(rng, rng.sample(range(4), count), pairs, taught))
 

@@ -81,6 +81,19 @@ def test_a_word_of_the_llm_sees_itself_and_those_before_it_and_their_order():
     assert moved(a[:, :4], c) == [False] + [True] * 3
 
 
+def test_the_llm_holds_the_states_that_are_asked_for_and_the_condition_asks_for_the_chosen():
+    mllm, (ids, mask) = model(), prompts(*TEXT)
+    states, _ = mllm.llm(mllm.embed(ids), mask)
+    for keep in ([0, 2], [3], [1, 4]):
+        kept, _ = mllm.llm(mllm.embed(ids), mask, keep=keep)
+        assert len(kept) == len(keep) and all(torch.equal(a, states[i]) for a, i in zip(kept, keep))
+    held = []
+    mllm.llm.register_forward_hook(lambda module, given, out: held.append(out))
+    mllm.condition(ids, mask)
+    mllm.text_condition(ids, mask)
+    assert len(held) == 3 and all(len(kept) == len(mllm.choice) == 2 for kept, _ in held)
+
+
 def test_rotary_positions_keep_lengths_and_let_a_product_tell_the_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 8).double()

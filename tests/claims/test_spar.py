@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import spar
 from tests.tools.models import model_of
 
 
@@ -25,3 +26,15 @@ def test_what_is_written_out_for_an_edit_follows_its_instruction_and_is_what_the
     answers = model.answer(pictures, instructions)
     assert model.rewrite(instructions, pictures) == [f"{a} {b}" for a, b in zip(instructions, answers)]
     assert model.rewrite(instructions, pictures, seed=5) == model.rewrite(instructions, pictures)
+
+
+def test_pictures_are_decoded_a_few_at_a_time_and_come_out_the_same(model, monkeypatch):
+    pictures, together = torch.rand(7, 3, 16, 16) * 2 - 1, []
+    whole, drawn = model.reconstruct(pictures), model.generate(["a red circle"] * 7, steps=1)[0]
+    model.tokenizer.decoder.register_forward_pre_hook(lambda _, given: together.append(len(given[0])))
+    monkeypatch.setattr(spar, "DECODED_PIXELS", 3 * 16**2)
+    torch.testing.assert_close(model.reconstruct(pictures), whole)
+    torch.testing.assert_close(model.generate(["a red circle"] * 7, steps=1)[0], drawn)
+    assert together == [3, 3, 1] * 2
+    monkeypatch.setattr(spar, "DECODED_PIXELS", 1)  # a picture larger than that is decoded alone
+    torch.testing.assert_close(model.reconstruct(pictures), whole)

@@ -13,6 +13,7 @@ from router import ROUTERS
 from spar import NAMES
 from tests.tools.models import model_of, run_stage, state
 from world.drawing import FACT_WORDS, Object
+from world.language import DrawnWorld
 
 TRAINS = {  # README and paper: what each stage trains, as name prefixes
     "P1": ("tokenizer.vision", "mllm.llm"), "P2": ("pixel_encoder", "tokenizer.decoder"),
@@ -142,6 +143,21 @@ def test_u1_starts_from_what_p3_learned_through_the_same_router(tiny, tmp_path):
     for name, losses in first.items():
         assert losses == pytest.approx(first["dtr"], rel=1e-5), name
         assert losses != pytest.approx(last, rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["P3", "U1", "U2"])
+def test_what_the_dit_learns_to_draw_is_scaled_to_variance_1_and_nothing_is_decoded_for_it(name, tiny, monkeypatch):
+    model, world = model_of(tiny()), DrawnWorld(16)
+    monkeypatch.setattr(model.tokenizer.decoder, "forward", None)
+    model.latent_scale.fill_(5)
+    train.measure_latents(model, train.stage_named(name), world)
+    if name == "U2":
+        assert model.latent_scale == 5
+    else:
+        images = world.pictures(range(512))
+        t = model.tokenizer
+        z = model.pixel_latent(images) if name == "P3" else t.latents(t.features(images)).fused
+        assert (z * model.latent_scale).std().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_the_schedule_warms_up_and_ends_where_it_says():

@@ -12,7 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import train
+from plumbing import run_folder
 from plumbing.processes import join_processes, leave_processes
 from spar import NAMES, make_config
 from tests.conftest import TINY
@@ -28,6 +31,7 @@ def main() -> None:
     folder, config = Path(sys.argv[1]), tiny_config(json.loads(sys.argv[2]))
     keep_at, kill_at = os.environ.get("KEEP_AT", ""), os.environ.get("KILL_AT", "")
     save_progress, train_stage = train.save_progress, train.train_stage
+    build, read_stage = train.build, run_folder.read_stage
 
     def watched(run, stage, step, state):
         save_progress(run, stage, step, state)
@@ -42,6 +46,16 @@ def main() -> None:
         model.config.save_minutes = 0.0 if stage.name in (keep_at[:2], kill_at[:2]) else 60.0
         train_stage(model, stage, *rest, **options)
 
+    def build_as_on_gpus(*given):
+        return build(*given).to(memory_format=torch.channels_last)
+
+    def read_by_first(model, path, checksums=False):
+        assert not checksums or os.environ["LOCAL_RANK"] == "0", "one process reads every byte for all"
+        return read_stage(model, path, checksums)
+
+    if config.shard:
+        train.build = build_as_on_gpus
+    run_folder.read_stage = read_by_first
     train.save_progress, train.train_stage = watched, saving
     train.report_so_far = lambda *_: "no pictures"  # nothing here is about them
     gc.disable()  # so that cycles last to the end, as they may
