@@ -70,12 +70,12 @@ def drawn_instead(model: SPAR, world: DrawnWorld, kind: str, which: str) -> Coun
     requests = world.measured_prompts(range(COUNT), kind, which)
     verdicts = Counter()
     for seen, request in zip(detect(model.generate([request.text for request in requests])[0]), requests):
-        if len(seen) != 1 or len(request.wanted) != 1:
-            verdicts["right" if fulfils(seen, request) else "number"] += 1
-            continue
-        (thing,), (wanted,) = seen, request.wanted
-        asked = [fact for fact in ("size", "colour", "shape", "place") if getattr(wanted, fact) not in ("", None)]
-        verdicts["+".join(fact for fact in asked if getattr(thing, fact) != getattr(wanted, fact)) or "right"] += 1
+        wrong = ["number"]
+        if len(seen) == len(request.wanted) == 1:
+            (thing,), (wanted,) = seen, request.wanted
+            asked = [fact for fact in ("size", "colour", "shape", "place") if getattr(wanted, fact) not in ("", None)]
+            wrong = [fact for fact in asked if getattr(thing, fact) != getattr(wanted, fact)]
+        verdicts["right" if fulfils(seen, request) else "+".join(wrong) or "unclear"] += 1
     return verdicts
 
 
