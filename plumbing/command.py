@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # How many turns OpenMP's threads wait awake for one another before they sleep; read when torch is loaded. Asleep they
-# take longer to wake: a run alone takes 3 to 10 % longer. Awake they keep a core from those they wait for, once others
+# take longer to wake: a run alone takes 2 to 7 % longer. Awake they keep a core from those they wait for, once others
 # want it too: of two runs on two cores a step of P1 took 90 times as long as alone, now 2.5 times.
 os.environ.setdefault("GOMP_SPINCOUNT", "1200")
 
