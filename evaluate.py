@@ -86,7 +86,7 @@ def understanding(model: SPAR, world: DrawnWorld, how: Protocol) -> dict:
 def generation(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True, which: str = "untaught",
                text_only: bool = False) -> dict:
     """GenEval's six kinds, combinations held out of training, prompts that need a fact told in words. `rewrite`: the
-    LLM first writes the prompt out as a whole caption (a departure); without, the paper's path. `text_only`: P3."""
+    LLM first writes the prompt out as a caption (a departure); without, the paper's path. `text_only`: P3 alone."""
     verdicts, count = {}, how.count // 2 if text_only or which == "taught" else how.count
     for kind in MEASURED[which]:
         requests = world.measured_prompts(range(count), kind, which)

@@ -92,11 +92,12 @@ class LanguageModel(nn.Module):
                 keep: list[int] | None = None) -> tuple[list[Tensor], list]:
         past = cache[0][0].shape[2] if cache else 0
         cos, sin = rotary(word_positions(mask, x, past), self.rotary_width)
-        hidden, new_cache = [x] if keep is None or 0 in keep else [], []
+        keep = range(len(self.layers) + 1) if keep is None else keep
+        hidden, new_cache = [x] if 0 in keep else [], []
         for i, layer in enumerate(self.layers, 1):
             x, pair = layer(x, cos, sin, mask, True, cache[i - 1] if cache else None)
             new_cache.append(pair)
-            if keep is None or i in keep:
+            if i in keep:
                 last = i == len(self.layers)  # the others stay as they are, as in Qwen2.5's own list of hidden states
                 hidden.append(self.norm(x) if last else x)
         return hidden, new_cache

@@ -149,7 +149,7 @@ def scan(root: Path) -> DataFolder:
 
 
 def plain_files(folder: DataFolder) -> list[Path]:
-    """Sorted by name; a link, what is no plain file or has no name in UTF-8 is a fault, .* is passed over."""
+    """Sorted by name; links, no plain files, names not in UTF-8 are faults; a leading dot is passed over."""
     files = []
     for parent, folders, names in os.walk(folder.root):
         for name in sorted(folders + names):

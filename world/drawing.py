@@ -94,7 +94,7 @@ class Scene:
 
 
 def draw(scenes: list[Scene], side: int = 32) -> Tensor:
-    """Scenes -> pictures `b 3 H W` in [-1, 1], anti-aliased: a pixel's cover is half minus its distance to the edge."""
+    """Scenes -> pictures `b 3 H W` in [-1, 1], anti-aliased: a pixel's cover is ½ − its signed distance to the edge."""
     unit = side / 32
     slots = max([len(scene.objects) for scene in scenes] + [1])
     numbers = np.zeros((len(scenes), slots, 7), np.float32)  # x, y, cos, sin, radius, shape, used

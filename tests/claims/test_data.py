@@ -283,13 +283,13 @@ def test_a_request_is_the_same_ids_where_p1_writes_it_out_where_training_draws_i
     source, model, read = Batches(tiny(), "P3", text_to_image_batch, {"captions": 0.5}), build(tiny(), "cpu"), []
     unspied = model.mllm.condition
     monkeypatch.setattr(model.mllm, "condition", lambda ids, *rest: read.append(ids[0].tolist()) or unspied(ids, *rest))
-    asked = [given for given, _ in source.world.texts(range(60)) if given.startswith("describe ")]
-    for given in asked:
+    requests = [given for given, _ in source.world.texts(range(60)) if given.startswith("describe ")]
+    for given in requests:
         text, in_p1 = given.removeprefix("describe "), [source.words.bos_id, *source.words.encode(given)]
         read.clear()
         model.generate([text], steps=1)
         assert in_p1 == source.prompts([text])[0][0].tolist() == read[0]
-    assert len(asked) > 40
+    assert len(requests) > 40
 
 
 # ---------------------------------------------------------------- what no training text says

@@ -14,7 +14,7 @@ import torch
 from plumbing.run_folder import load_run
 from spar import SPAR
 from tests.claims.test_judge import SIDE_EFFECTS, ghosts_passing, passing
-from world.drawing import PLACES, PLAIN, Object, draw
+from world.drawing import FACT_WORDS, PLACES, PLAIN, Object, draw
 from world.edits import EDIT_KINDS, Edit
 from world.judge import detect, fulfils, succeeds
 from world.language import MEASURED, DrawnWorld
@@ -73,8 +73,7 @@ def drawn_instead(model: SPAR, world: DrawnWorld, kind: str, which: str) -> Coun
         wrong = ["number"]
         if len(seen) == len(request.wanted) == 1:
             (thing,), (wanted,) = seen, request.wanted
-            asked = [fact for fact in ("size", "colour", "shape", "place") if getattr(wanted, fact) not in ("", None)]
-            wrong = [fact for fact in asked if getattr(thing, fact) != getattr(wanted, fact)]
+            wrong = [fact for fact in FACT_WORDS if wanted.word(fact) not in ("", thing.word(fact))]
         verdicts["right" if fulfils(seen, request) else "+".join(wrong) or "unclear"] += 1
     return verdicts
 
