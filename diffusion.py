@@ -122,17 +122,15 @@ class DiT(nn.Module):
 
     `positions`: add sines of row and column to the latent tokens.
     # differs from paper: SANA has no positions; on the toy's small grid they teach places sooner.
-    `reference`: read the reference's clean latent on channels of its own, see `change_from_reference`.
     """
 
     def __init__(self, p: int, c: int, layers: int, heads: int, cross_heads: int, condition_width: int,
-                 mlp_ratio: float = 2.5, align_block: int = 6, positions: bool = False, reference: bool = False):
+                 mlp_ratio: float = 2.5, align_block: int = 6, positions: bool = False):
         super().__init__()
         if not 1 <= align_block <= layers:
             raise ValueError(f"align_block {align_block} of {layers} layers: choose one from 1 to {layers}")
         self.align_block, self.positions = align_block, positions
         self.embed = nn.Linear(p, c)
-        self.reference = nn.Linear(p, c, bias=False) if reference else None
         self.time = TimeEmbedding(c)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
         self.caption = nn.Sequential(nn.Linear(condition_width, c), nn.GELU("tanh"), nn.Linear(c, c))
@@ -149,9 +147,11 @@ class DiT(nn.Module):
         nn.init.normal_(self.modulation[1].weight, std=0.02)
         nn.init.zeros_(self.out.weight)  # starts by predicting no velocity
 
-    def forward(self, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None = None,
-                reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = self.embed_latent(x_t, reference)
+    def forward(self, x_t: Tensor, sigma: Tensor, condition: Tensor,
+                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = self.embed(rearrange(x_t, "b p h w -> b (h w) p"))
+        if self.positions:
+            x = x + sine_positions(*x_t.shape[2:], x.shape[-1], x.device)
         time = self.time(sigma)
         modulation = rearrange(self.modulation(time), "b (six c) -> b six c", six=6)
         condition = self.caption_norm(self.caption(condition))
@@ -162,29 +162,6 @@ class DiT(nn.Module):
         shift, scale = (self.table + time[:, None]).unsqueeze(2).unbind(1)
         velocity = self.out(self.norm(x) * (1 + scale) + shift)
         return rearrange(velocity, "b (h w) p -> b p h w", h=x_t.shape[2]), hidden
-
-    def embed_latent(self, x_t: Tensor, reference: Tensor | None) -> Tensor:
-        """`b p h w` -> `b n c`, with what this project adds to SANA's Linear."""
-        x = self.embed(rearrange(x_t, "b p h w -> b (h w) p"))
-        if self.positions:
-            x = x + sine_positions(*x_t.shape[2:], x.shape[-1], x.device)
-        if reference is not None:
-            x = x + self.reference(rearrange(reference, "b p h w -> b (h w) p"))
-        return x
-
-
-def change_from_reference(dit: Callable, x_t: Tensor, sigma: Tensor, condition: Tensor, mask: Tensor | None,
-                          reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Draws the change from a reference's clean latent z_r `b p h w` (None: draws from nothing, as the paper does).
-    With y = x_t − (1 − σ) z_r = (1 − σ)(z − z_r) + σ ε, a path from noise to the change z − z_r, of velocity dy/dσ = ε
-    − (z − z_r) = v + z_r, `dit` reads y and says v + z_r. What an edit leaves alone is a change of zero.
-    # differs from paper: there the reference reaches the DiT through the condition alone (`--reference tokens`).
-    """
-    if reference is None:
-        return dit(x_t, sigma, condition, mask)
-    change = x_t - (1 - rearrange(sigma, "b -> b 1 1 1")) * reference
-    velocity, hidden = dit(change, sigma, condition, mask, reference)
-    return velocity - reference, hidden
 
 
 class AlignmentHead(nn.Sequential):
@@ -272,14 +249,13 @@ class Noise(NamedTuple):
     epsilon: Tensor  # ε `(draws b) p h w`
 
 
-def flow_losses(dit: DiT, z: Tensor, tokens: Tensor, mask: Tensor, noise: Noise,
-                reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def flow_losses(dit: DiT, z: Tensor, tokens: Tensor, mask: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     """-> (L_fm, f_dit `(draws b) n c`) for clean latents z `b p h w`, each at as many random times as `noise` holds:
     what is dear, the condition, is computed once for all of them."""
     draws = len(noise.sigma) // len(z)
-    z, reference = (None if x is None else repeat(x, "b ... -> (draws b) ...", draws=draws) for x in (z, reference))
+    z = repeat(z, "b ... -> (draws b) ...", draws=draws)
     x_t = add_noise(z, noise.epsilon, noise.sigma)
-    velocity, f_dit = change_from_reference(dit, x_t, noise.sigma, tokens, mask, reference)
+    velocity, f_dit = dit(x_t, noise.sigma, tokens, mask)
     return flow_matching_loss(velocity, z, noise.epsilon), f_dit
 
 
@@ -295,21 +271,19 @@ def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callabl
     `condition`: `MLLM.condition`. `clean_latent(images)` -> (z_f · scale `b p h w`, f_v `b n d`). A batch holds
     requests ("words"), edits ("instructions", "references"), or both, in this order; "images": the pictures wanted.
     """
-    conditions, reference = [], None
+    conditions = []
     if "words" in batch:
         conditions.append(condition(*batch["words"]))
     if "instructions" in batch:
         with torch.no_grad():
-            reference, f_v_reference = clean_latent(batch["references"])
+            f_v_reference = clean_latent(batch["references"])[1]
         conditions.append(condition(*batch["instructions"], f_v_reference))
     tokens = torch.cat(equally_long(*(part.tokens for part in conditions)))
     mask = torch.cat(equally_long(*(part.mask for part in conditions)))
     with torch.no_grad():
         z, f_v = clean_latent(batch["images"])
         teacher = f_v if external_teacher is None else external_teacher(batch["images"])  # Sec. 3.4: f'_v
-    if reference is not None:  # zeros for the requests, then the edits' references
-        reference = torch.cat([torch.zeros_like(z[:len(z) - len(reference)]), reference]) if dit.reference else None
-    L_fm, f_dit = flow_losses(dit, z, tokens, mask, batch["noise"], reference)
+    L_fm, f_dit = flow_losses(dit, z, tokens, mask, batch["noise"])
     losses = {"L_fm": L_fm}
     if "L_align" in weights:
         teacher = repeat(teacher, "b n d -> (draws b) n d", draws=len(f_dit) // len(teacher))

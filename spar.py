@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion import AlignmentHead, DiT, change_from_reference, guided, sample
+from diffusion import AlignmentHead, DiT, guided, sample
 from mllm import MLLM, LanguageModel
 from parts.dcae import PixelDecoder, PixelEncoder
 from parts.words import TextTokenizer
@@ -112,7 +112,7 @@ class Config:
     encoder_rate: float = 1.0  # T3: the encoder's learning rate as a share of the stage's (paper: 0.1)
 
     # training: steps, batch and lr are one number for each of P1 P2 P3 T1 T2 T3 U1 U2 U3
-    steps: tuple = (850, 900, 600, 200, 80, 780, 60, 1350, 230)  # steps of each stage
+    steps: tuple = (850, 900, 600, 200, 80, 780, 60, 2700, 230)  # steps of each stage
     batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)  # pictures of a step, over all processes
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)  # peak learning rate
     optimizer: str = "muon"  # muon | adamw (paper)
@@ -125,7 +125,7 @@ class Config:
     shift: float = 3.0  # moves training's and sampling's σ towards the noise (SANA: 3)
     noises_per_picture: int = 2  # times and noises for each picture, whose condition is computed once
     drop_words: float = 0.1  # share of emptied prompts, for guidance
-    edits: float = 0.5  # share of editing in U2 and U3
+    edits: float = 0.375  # share of editing in U2 and U3
 
     # ablations
     tokenizer: str = "dual"  # which streams: dual | semantic-only | pixel-only
@@ -136,7 +136,6 @@ class Config:
     anchor: bool = True  # L_s in T3
     freeze_encoder: bool = False  # T3 without training the encoder
     skip_stage: str = ""  # leave out T1 | T2 | T3
-    reference: str = "latent"  # tokens: the paper's path | latent: the flow starts at the reference's z_f as well
 
     # data on disk; the drawn world has none of it
     data: str = ""  # folder (disk/README.md), or openmoji; empty: the drawn world
@@ -163,7 +162,7 @@ class Config:
 CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
            "symmetric": ("", "with", "without"), "router": ("dtr", "last", "mean", "concat", "static"),
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
-           "reference": ("tokens", "latent"), "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16"),
+           "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16"),
            "attention": ("auto", "triton", "tiled", "sdpa")}
 HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad")
 
@@ -183,7 +182,7 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     d=896, llm_layers=24, llm_heads=14, llm_kv_heads=2, llm_mlp=4864, vocabulary=151674, tied=False,  # Qwen2.5-0.5B
     p=32, pixel_layers=6, pixel_heads=16, ae_widths=(128, 256, 512, 512, 1024, 1024), ae_depths=(2, 2, 2, 3, 3, 3),
     ae_decoder_depths=(3, 3, 3, 3, 3, 3), ae_vit_stages=3, ae_resample="conv",
-    queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False, reference="tokens",
+    queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False,
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
     lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1,
     weight_decay=1e-4, shift=1.0, noises_per_picture=1,
@@ -235,8 +234,7 @@ class SPAR(nn.Module):
         llm = LanguageModel(rows, config.d, config.llm_layers, config.llm_heads, config.llm_kv_heads, config.llm_mlp,
                             config.tied)
         self.dit = DiT(config.p, config.c, config.dit_layers, config.dit_heads, config.dit_cross_heads,
-                       config.condition_width, config.dit_mlp_ratio, config.align_block, config.positions,
-                       config.reference == "latent")
+                       config.condition_width, config.dit_mlp_ratio, config.align_block, config.positions)
         self.align_head = AlignmentHead(config.c, config.align_hidden, config.d)  # φ_a
         self.mllm = MLLM(words, llm, config.k, config.queries, config.connector_layers, config.condition_width,
                          config.router, config.connector_share, config.positions)  # last, as the router is in it
@@ -309,10 +307,7 @@ class SPAR(nn.Module):
         `text_only` conditions on the LLM's text states as stage P3 does, before queries and connector exist.
         """
         b, config = len(prompts), self.config
-        f_v = latent = None
-        if references is not None:
-            latent, f_v = self.clean_latent(references)
-            latent = latent if config.reference == "latent" else None
+        f_v = None if references is None else self.tokenizer.features(references)
         words, empty = (self.encode_prompts(texts, f_v is not None, to_draw=True) for texts in (prompts, [""] * b))
         if text_only:
             condition, nothing = self.mllm.text_condition(*words), self.mllm.text_condition(*empty)
@@ -321,13 +316,7 @@ class SPAR(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(b, config.p, config.grid, config.grid, generator=generator)
 
-        def velocity(x, sigma, tokens, mask):
-            reference = None  # guided, x holds each picture twice: with words and without
-            if latent is not None:
-                reference = latent.repeat(len(x) // b, 1, 1, 1)
-            return change_from_reference(self.dit, x, sigma, tokens, mask, reference)[0]
-
-        flow = guided(velocity, condition[:2], nothing[:2], guidance)
+        flow = guided(lambda *given: self.dit(*given)[0], condition[:2], nothing[:2], guidance)
         z, path = sample(flow, noise.to(self.device), steps, sampler, config.shift, generator)
         return self.decode(z), path, condition.weights
 

@@ -133,8 +133,8 @@ STAGES = [
           language_step, {"L_lm": 1.0, "L_caption": 1.0, "L_name": 0.5, "L_text": 0.5}, cost=9),
     Stage("P2", "in place of DC-AE: pixels to latents and back", {"pixel_encoder": 1.0, "tokenizer.decoder": 1.0},
           picture_batch, autoencoder_step, {"L_mse": 1.0, "L_z": "lambda_z"}, cost=5),
-    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "dit.reference": 0.0, "mllm.connector": 1.0},
-          text_to_image_batch, text_to_image_step, {"L_fm": 1.0}, captions=0.5, cost=4),  # no references before U2
+    Stage("P3", "in place of SANA: words to latents", {"dit": 1.0, "mllm.connector": 1.0},
+          text_to_image_batch, text_to_image_step, {"L_fm": 1.0}, captions=0.5, cost=4),
     # Sec. 3.2: the streams first, on a frozen encoder and decoder; then the decoder too; then the encoder, held by L_s
     Stage("T1", "dual-stream initialisation", STREAMS, picture_batch, tokenizer_step,
           RECONSTRUCTION | {"L_p": "lambda_p"}, cost=5.5),

@@ -32,6 +32,8 @@ WORDS = [*COLOURS, *SHAPES, "circles", "squares", "triangles", "crosses", *SIZES
          *RELATIONS, *NUMBERS, *PLAIN, *STYLES, *FACTS, *"""a an and of the is what colour shape size where how many
          objects object are there describe which way from in with to make add extract replace remove move background
          picture shaped like ,""".split()]
+MADE_UP = "blick dax fep gorp kiv lumf mib norp pilk quam rizz sorn tova ulm vek wug yorp zib".split()
+WORDS += MADE_UP  # without meaning, see `with_made_up_words`
 
 # ---------------------------------------------------------------- words
 
@@ -178,7 +180,18 @@ def written_text(rng: random.Random) -> tuple[str, str]:
         word = rng.choice(list(FACTS))
         return f"what {'colour' if FACTS[word] in COLOURS else 'shape'} is {word}", FACTS[word]
     request = prompt(rng.choice(WRITTEN), rng)
-    return WordTokenizer.request + request.text, caption(request.things)
+    given, answer = WordTokenizer.request + request.text, caption(request.things)
+    return with_made_up_words(given, answer, rng) if rng.random() < 0.4 else (given, answer)
+
+
+def with_made_up_words(given: str, answer: str, rng: random.Random) -> tuple[str, str]:
+    """Made-up words in the place of some facts that both texts name. They can only be copied: the LLM learns to write
+    what it is told, not what it has seen together."""
+    shared = set(given.split()) & set(answer.split())
+    facts = [word for words in FACT_WORDS.values() for word in words if word in shared]
+    chosen = rng.sample(facts, rng.randint(min(1, len(facts)), len(facts)))
+    new = dict(zip(chosen, rng.sample(MADE_UP, len(chosen))))
+    return tuple(" ".join(new.get(word, word) for word in text.split()) for text in (given, answer))
 
 
 def grounding(scene: Scene, rng: random.Random) -> tuple[str, str] | None:

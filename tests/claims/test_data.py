@@ -15,10 +15,10 @@ from plumbing.run_folder import build
 from spar import Config
 from tests.tools.limits import objects_said
 from world import language
-from world.language import (FACTS, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, dressed,
-                            grounding, prompt, question, twin)
+from world.language import (FACTS, MADE_UP, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, dressed,
+                            grounding, prompt, question, twin, with_made_up_words)
 from world.judge import fulfils
-from world.drawing import (COLOURS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene,
+from world.drawing import (COLOURS, FACT_WORDS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene,
                            draw)
 from world.scenes import (UNTAUGHT, all_combinations, implied, may_meet, options, position, random_scene,
                           repeated_scene)
@@ -248,11 +248,28 @@ def test_a_text_without_a_picture_is_a_fact_or_a_request_written_out():
             assert FACTS[found[2]] == answer and (answer in COLOURS) == (found[1] == "colour")
             kinds["fact"] += 1
             continue
+        if set(answer.split()) & set(MADE_UP):
+            kinds["made up"] += 1
+            continue
         things = objects_said(answer)
         assert given.startswith("describe ") and 1 <= len(things) <= 3
         assert {thing.place for thing in things} and len({thing.place for thing in things}) == len(things)
         kinds["copied"] += given == f"describe {answer}"
-    assert kinds["fact"] > 100 and kinds["copied"] > 50
+    assert kinds["fact"] > 100 and kinds["copied"] > 50 and 300 < kinds["made up"] < 600
+
+
+def test_made_up_words_stand_for_the_same_facts_in_both_texts_and_nothing_else_changes():
+    for i in range(500):
+        rng = random.Random(i)
+        request = prompt(rng.choice(("single", "part", "two", "position", "counting", "knowledge")), rng)
+        texts = request.text, caption(request.things)
+        changed = with_made_up_words(*texts, rng)
+        new = {a: b for before, after in zip(texts, changed) for a, b in zip(before.split(), after.split()) if a != b}
+        assert changed == tuple(" ".join(new.get(word, word) for word in text.split()) for text in texts)
+        assert len(set(new.values())) == len(new) and set(new.values()) <= set(MADE_UP)
+        facts = {word for words in FACT_WORDS.values() for word in words}
+        assert set(new) <= facts & set(texts[0].split()) & set(texts[1].split())
+        assert new or request.kind in ("part", "counting", "knowledge")
 
 
 def test_texts_of_like_length_stand_together_and_none_is_lost():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from diffusion import (SAMPLERS, AlignmentHead, DiT, add_noise, alignment_loss, change_from_reference,
+from diffusion import (SAMPLERS, AlignmentHead, DiT, add_noise, alignment_loss,
                        flow_matching_loss, guided, logit_normal_times, sample)
 from parts.positions import sine_positions
 
@@ -181,23 +181,10 @@ def test_without_attention_a_cell_of_the_grid_moves_only_the_neighbours_that_thr
     assert ((difference > 0) == (torch.arange(9) < 4)).all()
 
 
-def test_positions_and_the_reference_each_change_the_velocity():
-    plain, (x, *rest) = dit(), inputs()
-    for options, extra in (({"positions": True}, []), ({"reference": True}, [x.flip(0)])):
-        model = dit(**options)
-        model.load_state_dict(plain.state_dict(), strict=False)
-        assert distance(model(x, *rest, *extra)[0], plain(x, *rest)[0]) > 1e-2
-    without = change_from_reference(model, x, *rest, None)[0]
-    torch.testing.assert_close(without, plain(x, *rest)[0])
-
-
-def test_the_reference_is_the_origin_of_the_flow():
-    model, (x, sigma, *rest) = dit(reference=True), inputs()
-    torch.nn.init.zeros_(model.reference.weight)  # all that is left of the reference is the origin
-    r = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    moved = x + (1 - sigma)[:, None, None, None] * r
-    velocity = change_from_reference(model, moved, sigma, *rest, r)[0]
-    torch.testing.assert_close(velocity, model(x, sigma, *rest)[0] - r, atol=1e-5, rtol=1e-5)
+def test_positions_change_the_velocity():
+    (x, *rest), plain, model = inputs(), dit(), dit(positions=True)
+    model.load_state_dict(plain.state_dict())
+    assert distance(model(x, *rest)[0], plain(x, *rest)[0]) > 1e-2
 
 
 def test_sine_positions_tell_every_cell_by_its_row_in_one_half_and_its_column_in_the_other():

@@ -106,8 +106,7 @@ def test_the_shapes_of_a_preset_fit_together(preset, monkeypatch):
     assert condition.tokens.shape == (2, ids.shape[1] + config.queries, config.condition_width)
     assert config.queries == tokens
     assert condition.weights.shape == (*condition.mask.shape, config.k)
-    sigma, reference = torch.empty(2, device="meta"), z if config.reference == "latent" else None
-    velocity, hidden = model.dit(z, sigma, condition.tokens, condition.mask, reference)
+    velocity, hidden = model.dit(z, torch.empty(2, device="meta"), condition.tokens, condition.mask)
     assert velocity.shape == z.shape == (2, config.p, config.grid, config.grid)
     assert model.align_head(hidden).shape == f_v.shape
     states, _ = model.mllm.llm(model.mllm.embed(ids, f_v), mask)

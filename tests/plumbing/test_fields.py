@@ -25,7 +25,7 @@ SHAPES = {  # field -> another value, with which some parameter is of another sh
     "ae_depths": (0, 1, 2), "ae_decoder_depths": (0, 1, 2), "ae_vit_stages": 0, "ae_resample": "conv", "k": 2,
     "queries": 25,
     "connector_layers": 2, "condition_width": 16, "c": 64, "dit_layers": 3, "dit_mlp_ratio": 2.0, "align_hidden": 8,
-    "tokenizer": "pixel-only", "symmetric": "with", "router": "concat", "reference": "tokens"}
+    "tokenizer": "pixel-only", "symmetric": "with", "router": "concat"}
 BITS = {  # field -> a stage that ends in other bits with another value
     "seed": ("P1", 1), "vision_heads": ("P1", 1), "llm_heads": ("P1", 1), "steps": ("P1", (4,) * 9),
     "batch": ("P1", (6,) * 9),
