@@ -18,8 +18,8 @@ from world import language
 from world.language import (FACTS, MADE_UP, PROMPT_KINDS, QUESTION_KINDS, WORDS, DrawnWorld, caption, dressed,
                             grounding, prompt, question, twin, with_made_up_words)
 from world.judge import fulfils
-from world.drawing import (COLOURS, FACT_WORDS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object, Scene,
-                           draw)
+from world.drawing import (COLOURS, FACT_WORDS, HELD_OUT_PAIRS, NUMBERS, PAIRS, PLACES, SHAPES, Background, Object,
+                           Scene, draw)
 from world.scenes import (UNTAUGHT, all_combinations, implied, may_meet, options, position, random_scene,
                           repeated_scene)
 
