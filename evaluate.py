@@ -30,7 +30,7 @@ from parts.metrics import frechet_distance, mean_interval, psnr, share, share_in
 from plumbing.command import Parser, UserError, run_command, write_text
 from plumbing.devices import best_device
 from plumbing.pictures import draw_report
-from plumbing.run_folder import config_diff, load_run
+from plumbing.run_folder import config_diff, load_config, load_run
 from spar import SPAR, Protocol
 from world.drawing import draw
 from world.edits import EDIT_KINDS
@@ -118,7 +118,7 @@ def editing(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True)
 
 
 def evaluation_id(run: Path, how: Protocol) -> str:
-    digest = hashlib.sha256(json.dumps([vars(how), "ema"]).encode())
+    digest = hashlib.sha256(json.dumps([vars(how.of(load_config(run))), "ema"]).encode())
     for path in sorted(run.glob("[PTU][123].pt")):
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in sorted(content["ema"].items()):
@@ -133,6 +133,7 @@ def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu") -> dict
     """All measures that the finished stages allow, written to results.json. Deterministic on CPU."""
     start = time.time()
     model, before = load_run(run, device), load_run(run, device, upto="P1")
+    how = how.of(model.config)
     if model.config.data:
         tables = measure(model, before, scan(Path(model.config.data)), how)[0]
     else:
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = vars(parser.read())
     runs, device = given.pop("runs"), best_device(given.pop("device"))
-    if given["count"] < 2 or given["steps"] < 1:
+    if given["count"] < 2 or given["steps"] is not None and given["steps"] < 1:
         raise UserError("--count must be at least 2 and --steps at least 1")
     several = []
     for run in runs:

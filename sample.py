@@ -30,7 +30,7 @@ from plumbing.command import Parser, UserError, run_command, write_beside, write
 from plumbing.devices import best_device
 from plumbing.pictures import routing_pictures, sheet, to_image
 from plumbing.run_folder import load_run
-from spar import SAMPLING, SPAR
+from spar import SPAR
 
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1", "export": "P1"}
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
@@ -92,9 +92,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/toy"), help="run folder (default runs/toy)")
     parser.add_argument("--out", type=Path, help="picture to write (default <use>.png)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=SAMPLING["steps"])
-    parser.add_argument("--guidance", type=float, default=SAMPLING["guidance"])
-    parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLING["sampler"])
+    parser.add_argument("--steps", type=int, default=None, help="of the sampler (default: the run's)")
+    parser.add_argument("--guidance", type=float, default=None, help="how much more the words count")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=None)
     parser.add_argument("--rewrite", action=argparse.BooleanOptionalAction, default=True,
                         help="let the LLM write the prompt or the edit's outcome out first; the paper does not")
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
@@ -107,7 +107,7 @@ def main() -> None:
     if given.use == "generate" and given.image is not None:
         raise UserError("generate draws from words alone: to change a picture, "
                         "python sample.py edit --image FILE \"…\"")
-    if given.count < 1 or given.steps < 1:
+    if given.count < 1 or given.steps is not None and given.steps < 1:
         raise UserError("--count and --steps must be at least 1")
     out = given.out or Path("exported/model.safetensors" if given.use == "export" else f"{given.use}.png")
     if out.suffix.lower() not in ((".safetensors",) if given.use == "export" else FORMATS):

@@ -13,13 +13,13 @@ u width of the condition, k routed layers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffusion import AlignmentHead, DiT, guided, sample
+from diffusion import SAMPLERS, AlignmentHead, DiT, guided, sample
 from mllm import MLLM, LanguageModel
 from parts.dcae import PixelDecoder, PixelEncoder
 from parts.words import TextTokenizer
@@ -29,8 +29,6 @@ NAMES = ("P1", "P2", "P3", "T1", "T2", "T3", "U1", "U2", "U3")  # the nine stage
 
 DECODED_PIXELS = 2**20  # of the pictures that are decoded together in use: 1024 of 32 px, 5 of 448
 
-SAMPLING = {"steps": 16, "guidance": 1.5, "sampler": "renoise"}  # drawing's defaults (paper: 20 of dpm, guidance 4.5)
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -39,9 +37,13 @@ class Protocol:
     version: int = 2  # 2: untaught prompts, a strict judge
     count: int = 200  # samples of each figure; half as many for editing's kinds, taught prompts and P3 alone
     seed: int = 0  # of the sampler's noise
-    steps: int = SAMPLING["steps"]
-    guidance: float = SAMPLING["guidance"]
-    sampler: str = SAMPLING["sampler"]
+    steps: int | None = None  # None, here and below: as the run draws
+    guidance: float | None = None
+    sampler: str | None = None
+
+    def of(self, config: "Config") -> "Protocol":
+        """With the run's own numbers where none is given."""
+        return replace(self, **{key: own for key, own in config.sampling.items() if getattr(self, key) is None})
 
 
 @dataclass
@@ -111,21 +113,28 @@ class Config:
     lecam: float = 0.001  # weight of LeCam in the discriminator's loss
     encoder_rate: float = 1.0  # T3: the encoder's learning rate as a share of the stage's (paper: 0.1)
 
-    # training: steps, batch and lr are one number for each of P1 P2 P3 T1 T2 T3 U1 U2 U3
+    # training: what has nine numbers has one for each of P1 P2 P3 T1 T2 T3 U1 U2 U3; one number stands for all
     steps: tuple = (850, 900, 600, 200, 80, 780, 60, 2700, 230)  # steps of each stage
     batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)  # pictures of a step, over all processes
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)  # peak learning rate
     optimizer: str = "muon"  # muon | adamw (paper)
     muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
-    weight_decay: float = 0.1  # share of a weight that lr = 1 takes off it in a step (paper: 1e-4 in T, 0 in U)
-    warmup: float = 0.05  # share of a stage's steps in which the rate rises
-    final_lr: float = 0.05  # share of lr that the cosine ends at
+    weight_decay: tuple = (0.1,) * 9  # share of a weight that lr = 1 takes off it in a step (paper: 1e-4 in T, 0 in U)
+    decay_all: bool = True  # also off norms, biases, tables, positions and queries (paper: not)
+    warmup: tuple = (0.05,) * 9  # share of a stage's steps in which the rate rises
+    final_lr: tuple = (0.05,) * 9  # share of lr that the cosine ends at
     clip: float = 1.0  # largest gradient norm
-    ema: float = 0.99  # decay of the running average of the weights, which is what a run is used with
-    shift: float = 3.0  # moves training's and sampling's σ towards the noise (SANA: 3)
+    ema: tuple = (0.99,) * 9  # decay of the running average of the weights, which is what a run is used with
+    shift: float = 3.0  # moves training's σ towards the noise (SANA: 3)
     noises_per_picture: int = 2  # times and noises for each picture, whose condition is computed once
     drop_words: float = 0.1  # share of emptied prompts, for guidance
     edits: float = 0.375  # share of editing in U2 and U3
+
+    # sampling: how a run draws where nothing else is asked for; may change while it goes on
+    sampling_steps: int = 16  # steps from noise to a picture (paper: 20)
+    guidance: float = 1.5  # how much more the words count (paper: 4.5)
+    sampler: str = "renoise"  # renoise | dpm (paper) | euler
+    sampling_shift: float = 3.0  # more of the steps near the noise (SANA: 3)
 
     # ablations
     tokenizer: str = "dual"  # which streams: dual | semantic-only | pixel-only
@@ -158,13 +167,20 @@ class Config:
         """Visual tokens, and latents, along a side of the picture."""
         return self.side // (2 * self.patch)
 
+    @property
+    def sampling(self) -> dict:
+        """How a run draws where nothing else is asked for."""
+        return {"steps": self.sampling_steps, "guidance": self.guidance, "sampler": self.sampler}
+
 
 CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
            "symmetric": ("", "with", "without"), "router": ("dtr", "last", "mean", "concat", "static"),
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
-           "optimizer": ("muon", "adamw"), "precision": ("fp32", "bf16", "fp16"),
+           "optimizer": ("muon", "adamw"), "sampler": SAMPLERS, "precision": ("fp32", "bf16", "fp16"),
            "attention": ("auto", "triton", "tiled", "sdpa")}
-HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad")
+HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad",
+       "sampling_steps", "guidance", "sampler", "sampling_shift")
+PER_STAGE = ("steps", "batch", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine numbers, or one for all
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     precision="bf16",
@@ -175,7 +191,7 @@ SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     queries=64, connector_layers=3, condition_width=256,
     c=384, dit_layers=8, dit_heads=12, dit_cross_heads=6, align_block=3, align_hidden=512, gan_width=32,
     steps=(1200, 800, 900, 300, 120, 800, 100, 1500, 300), batch=(32, 32, 64, 32, 32, 32, 64, 64, 64),
-    lr=(1e-3, 1.5e-3, 1.5e-3, 1.5e-3, 1e-3, 1.5e-3, 1e-3, 1e-3, 5e-4), ema=0.995)
+    lr=(1e-3, 1.5e-3, 1.5e-3, 1.5e-3, 1e-3, 1.5e-3, 1e-3, 1e-3, 5e-4), ema=(0.995,) * 9)
 
 FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1.1) and SANA 0.6B, to the parameter
     side=448, patch=14, vision_width=1024, vision_layers=24, vision_heads=16,  # InternViT-300M
@@ -185,16 +201,16 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False,
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
     lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1,
-    weight_decay=1e-4, shift=1.0, noises_per_picture=1,
+    shift=1.0, noises_per_picture=1, sampling_steps=20, guidance=4.5, sampler="dpm",
     precision="bf16", checkpointing=True, tokens=32768, longest=512,
     # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives
     # each of its 64 GPUs 32 pictures of 224 px, then 4 of 448 px; 16 are what 80 GB hold. paper leaves open: how often
     # U1 to U3 pass over their data; here five times, on 64 GPUs as well. differs from paper: T1 to T3 begin there at
-    # 224 px; weight_decay, warmup and final_lr are 1e-4, 0.1, 1/3 in T1 to T3 and 0, 0.003, 0.1 in U1 to U3, here the
-    # same in all stages.
+    # 224 px.
     steps=(100_000, 100_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
     batch=(32, 16, 64, 16, 16, 16, 128, 128, 128), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
-    optimizer="adamw", warmup=0.1, final_lr=0.1, ema=0.9999,
+    optimizer="adamw", ema=(0.9999,) * 9, weight_decay=(1e-4,) * 6 + (0.0,) * 3, decay_all=False,
+    warmup=(0.1,) * 6 + (0.003,) * 3, final_lr=(0.1,) * 3 + (1 / 3,) * 3 + (0.1,) * 3,
     edits=0.3)  # 1.5 M edits ten times, 36 M pictures once
 
 PRESETS: dict[str, dict] = {
@@ -298,15 +314,15 @@ class SPAR(nn.Module):
         return self.answer(None, requests, temperature=temperature, generator=generator)
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0,
-                 steps: int = SAMPLING["steps"], guidance: float = SAMPLING["guidance"],
-                 sampler: str = SAMPLING["sampler"], text_only: bool = False):
+    def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, steps: int | None = None,
+                 guidance: float | None = None, sampler: str | None = None, text_only: bool = False):
         """Draw each prompt, or edit its reference picture `b 3 H W` as it says.
 
         Returns (pictures `b 3 H W`, path: list of latents `b p h w` from noise to picture, DTR weights `b l k`).
         `text_only` conditions on the LLM's text states as stage P3 does, before queries and connector exist.
         """
-        b, config = len(prompts), self.config
+        b, config, given = len(prompts), self.config, {"steps": steps, "guidance": guidance, "sampler": sampler}
+        steps, guidance, sampler = (own if given[key] is None else given[key] for key, own in config.sampling.items())
         f_v = None if references is None else self.tokenizer.features(references)
         words, empty = (self.encode_prompts(texts, f_v is not None, to_draw=True) for texts in (prompts, [""] * b))
         if text_only:
@@ -317,7 +333,7 @@ class SPAR(nn.Module):
         noise = torch.randn(b, config.p, config.grid, config.grid, generator=generator)
 
         flow = guided(lambda *given: self.dit(*given)[0], condition[:2], nothing[:2], guidance)
-        z, path = sample(flow, noise.to(self.device), steps, sampler, config.shift, generator)
+        z, path = sample(flow, noise.to(self.device), steps, sampler, config.sampling_shift, generator)
         return self.decode(z), path, condition.weights
 
     @torch.no_grad()

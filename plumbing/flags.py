@@ -10,7 +10,7 @@ from pathlib import Path
 from disk import openmoji
 from plumbing.command import Parser, UserError
 from plumbing.devices import best_device, default_precision
-from spar import CHOICES, NAMES, PRESETS, Config, make_config
+from spar import CHOICES, NAMES, PER_STAGE, PRESETS, Config, make_config
 
 FIRST_DAY = ("seed", "steps", "batch", "lr", "router", "tokenizer", "align", "teacher", "anchor", "skip_stage", "data",
              "edits", "precision", "attention", "workers")  # what --help shows; --help-all shows every field
@@ -92,9 +92,10 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
     if defaults["precision"] != "bf16":
         preset = {key: value for key, value in preset.items() if key != "precision"}  # bf16 is for where it is fast
     config = make_config(**defaults | preset | given)
-    for key in ("steps", "batch", "lr"):
+    for key in PER_STAGE:
+        setattr(config, key, getattr(config, key) * (9 if len(getattr(config, key)) == 1 else 1))
         if len(getattr(config, key)) != len(NAMES):
-            raise UserError(f"--{key} takes {len(NAMES)} numbers, one for each of {','.join(NAMES)}")
+            raise UserError(f"--{key} takes one number, or {len(NAMES)}, one for each of {','.join(NAMES)}")
     if config.align == "external" and not config.teacher:
         raise UserError("--align external needs --teacher RUN, a run folder whose P1 encoder teaches")
     if config.shard and (config.optimizer == "muon" or config.precision == "fp16"):

@@ -28,7 +28,7 @@ from plumbing.command import UserError, write_beside, write_text
 from plumbing.devices import compile_parts, set_up_torch
 from plumbing.processes import first_process, gather
 from router import is_uneven, layer_choice
-from spar import HOW, NAMES, SPAR, Config, make_config
+from spar import HOW, NAMES, PER_STAGE, SPAR, Config, make_config
 from world.language import WORDS
 
 # ---------------------------------------------------------------- a run folder
@@ -173,7 +173,7 @@ def take_over(config: Config, run: Path, source: Path) -> None:
     before, now = asdict(load_config(source)), asdict(config)
     touched = len(NAMES)
     for key in (key for key in now if before[key] != now[key] and key not in ("preset", "skip_stage", *HOW)):
-        if key in ("steps", "batch", "lr"):
+        if key in PER_STAGE:
             touched = min([touched, *(i for i in range(9) if before[key][i] != now[key][i])])
         else:
             alike = key == "router" and "last" not in (before[key], now[key])  # P3 knows their start alone: the mean

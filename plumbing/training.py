@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -61,16 +62,20 @@ class Training:
             self.extras.discriminator.load_state_dict(state["discriminator"])
             set_optimizer_state_dict(self.extras.discriminator, self.extras.adversary, state["adversary"])
 
+    def of_stage(self, field: str) -> float:
+        """This stage's of the nine numbers of a field."""
+        return getattr(self.config, field)[NAMES.index(self.stage.name)]
+
     def set_rate(self, step: int, steps: int) -> float:
         """-> the share of each group's peak rate that this step has"""
-        share = schedule(step, steps, self.config.warmup, self.config.final_lr)
+        share = schedule(step, steps, self.of_stage("warmup"), self.of_stage("final_lr"))
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak"]
         return share
 
     def move_average(self, step: int) -> None:
         """The running average moves a share of the way to the weights; at first a larger one."""
-        share = 1 - min(self.config.ema, (1 + step) / (10 + step))
+        share = 1 - min(self.of_stage("ema"), (1 + step) / (10 + step))
         weights = [parameter.detach() for parameter in self.weights.values()]
         torch._foreach_lerp_(list(self.ema.values()), weights, share)
 
@@ -101,6 +106,11 @@ def freeze_the_rest(model: SPAR, stage) -> None:
             parameter.requires_grad_()
 
 
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay takes from it in the paper: not from norms, biases, tables, positions and queries."""
+    return parameter.ndim > 1 and not any(word in name for word in ("table", "positions", "queries", "cls"))
+
+
 def begin(module: nn.Module) -> Training:
     """A stage before its first step, from its train.StepModule."""
     model, stage, extras, config = module.model, module.stage, module.extras, module.model.config
@@ -108,15 +118,18 @@ def begin(module: nn.Module) -> Training:
     for layer in layers(model):
         layer.recompute = config.checkpointing
     module = wrap(module, config.shard)
-    groups, weights, rates, lr = [], {}, stage.rates(config), config.lr[NAMES.index(stage.name)]
+    groups, weights, rates = [], {}, stage.rates(config)
+    lr, decay = (row[NAMES.index(stage.name)] for row in (config.lr, config.weight_decay))
     for prefix, pairs in trained_parameters(model, stage).items():  # once more: sharding puts others in their places
-        for matrices in (True, False):  # Muon moves the matrices inside, AdamW embeddings and first or last layers
-            chosen = {name: parameter for name, parameter in pairs if matrices == is_inner_matrix(name, parameter)}
+        for matrices, decays in product((True, False), repeat=2):  # Muon moves the matrices inside, AdamW all else
+            chosen = {name: parameter for name, parameter in pairs if matrices == is_inner_matrix(name, parameter)
+                      and decays == (config.decay_all or is_decayed(name, parameter))}
             peak = lr * rates[prefix] * (config.muon_lr if matrices and config.optimizer == "muon" else 1)
-            groups += [dict(params=list(chosen.values()), matrices=matrices, peak=peak)] if chosen else []
+            groups += [dict(params=list(chosen.values()), matrices=matrices, peak=peak,
+                            weight_decay=decay if decays else 0.0)] if chosen else []
             weights |= chosen
-    optimizer = (Muon(groups, weight_decay=config.weight_decay) if config.optimizer == "muon" else
-                 torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=model.device.type == "cuda"))
+    optimizer = (Muon(groups) if config.optimizer == "muon" else
+                 torch.optim.AdamW(groups, fused=model.device.type == "cuda"))
     scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
     ema = {name: parameter.detach().clone() for name, parameter in weights.items()}
     return Training(config, stage, module, optimizer, scaler, extras, weights, ema, stage.loss_weights(config))

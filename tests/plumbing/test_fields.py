@@ -1,6 +1,7 @@
 """Every field of the configuration changes bits, shapes or a file: none is there for nothing."""
 
 import json
+import sys
 from dataclasses import fields, replace
 
 import pytest
@@ -10,6 +11,7 @@ import train
 from disk.layouts import scan
 from parts.layer import layers
 from plumbing.command import UserError
+from plumbing.flags import parse
 from plumbing.processes import join_processes
 from plumbing.run_folder import build, stage_names, text_tokenizer
 from spar import NAMES, Config, make_config
@@ -29,8 +31,9 @@ SHAPES = {  # field -> another value, with which some parameter is of another sh
 BITS = {  # field -> a stage that ends in other bits with another value
     "seed": ("P1", 1), "vision_heads": ("P1", 1), "llm_heads": ("P1", 1), "steps": ("P1", (4,) * 9),
     "batch": ("P1", (6,) * 9),
-    "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", 0.5),
-    "warmup": ("P1", 0.9), "final_lr": ("P1", 0.5), "clip": ("P1", 0.01), "ema": ("P1", 0.05),
+    "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", (0.5,) * 9),
+    "decay_all": ("P1", False),
+    "warmup": ("P1", (0.9,) * 9), "final_lr": ("P1", (0.5,) * 9), "clip": ("P1", 0.01), "ema": ("P1", (0.05,) * 9),
     "attention": ("P1", "tiled"),
     "lambda_z": ("P2", 0.1), "dit_heads": ("P3", 2), "dit_cross_heads": ("P3", 1), "positions": ("P3", False),
     "connector_share": ("P3", 1.0), "shift": ("P3", 1.0), "noises_per_picture": ("P3", 1), "drop_words": ("P3", 1.0),
@@ -185,9 +188,31 @@ def save_minutes(end, tmp_path, monkeypatch):
         assert (tmp_path / str(minutes) / "resume").exists() == (minutes == 0)
 
 
-ELSEWHERE = {test.__name__: test
-             for test in (preset, lpips_weights, teacher, skip_stage, data, tokens, longest, flip, max_bad,
-                                              compile, checkpointing, workers, shard, save_minutes)}
+def sampling_steps(end, tmp_path, monkeypatch):
+    assert len(model_of(make_config(**BASE | {"sampling_steps": 3})).generate(["a red circle"])[1]) == 4
+
+
+def draws_otherwise(field, value):
+    def check(end, tmp_path, monkeypatch):
+        paths = []
+        for changes in ({}, {field: value}):
+            torch.manual_seed(0)
+            model = model_of(make_config(**BASE | {"sampling_steps": 3} | changes))
+            torch.nn.init.normal_(model.dit.out.weight)  # one that has learned nothing draws the same in any way
+            paths.append(model.generate(["a red circle"])[1][-1])
+        assert not torch.equal(*paths)
+
+    check.__name__ = field
+    return check
+
+
+guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guidance", 3.0), ("sampler", "dpm"),
+                                                                         ("sampling_shift", 1.0)))
+
+
+ELSEWHERE = {test.__name__: test for test in (
+    preset, lpips_weights, teacher, skip_stage, data, tokens, longest, flip, max_bad, compile, checkpointing, workers,
+    shard, save_minutes, sampling_steps, guidance, sampler, sampling_shift)}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Config)])
@@ -205,3 +230,36 @@ def test_every_field_changes_bits_shapes_or_a_file(field, end, tmp_path, monkeyp
 def test_without_a_change_the_bits_are_the_same(end):
     for name in {name for name, _ in BITS.values()}:
         assert end(name) == end(name, preset="toy"), name
+
+
+@pytest.mark.parametrize("field, value", [("weight_decay", 0.5), ("warmup", 0.9), ("final_lr", 0.5), ("ema", 0.05)])
+def test_of_nine_numbers_each_stage_reads_its_own(field, value, end):
+    usual = getattr(make_config(**BASE), field)
+    assert end("P2", **{field: (value, *usual[1:])}) == end("P2")
+    assert end("P2", **{field: (usual[0], value, *usual[2:])}) != end("P2")
+
+
+def test_one_number_stands_for_all_stages_and_a_few_are_refused(monkeypatch):
+    def config_of(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        return parse("")[0]
+
+    assert config_of("--weight-decay", "0.3", "--batch", "8").weight_decay == (0.3,) * 9
+    assert config_of("--batch", "8").batch == (8,) * 9
+    with pytest.raises(UserError, match="--ema takes one number, or 9"):
+        config_of("--ema", "0.5,0.6")
+
+
+def test_weight_decay_leaves_norms_biases_tables_positions_and_queries_alone_where_the_paper_does():
+    decayed = {}
+    for stage in ("P1", "U2"):
+        model = model_of(make_config(**BASE | {"decay_all": False, "weight_decay": (0.1,) * 9}))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for group in train.training_of(model, train.stage_named(stage)).optimizer.param_groups:
+            decayed |= {names[id(parameter)]: group["weight_decay"] for parameter in group["params"]}
+    spared = {name for name, decay in decayed.items() if decay == 0}
+    assert {"tokenizer.vision.cls", "tokenizer.vision.positions", "mllm.queries", "dit.table", "dit.blocks.0.table",
+            "mllm.llm.norm.weight", "dit.out.bias"} <= spared
+    assert all(decayed[name] == 0.1 for name in ("mllm.llm.embedding.weight", "dit.out.weight", "dit.embed.weight",
+                                                 "tokenizer.vision.patches.weight", "dit.blocks.0.ffn.depth.weight"))
+    assert not any(name.endswith(("qkv.weight", "mlp.0.weight", "mlp.2.weight")) for name in spared)
