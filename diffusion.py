@@ -264,19 +264,21 @@ def text_to_image_losses(dit: DiT, z: Tensor, condition, noise: Noise) -> dict[s
     return {"L_fm": flow_losses(dit, z, condition.tokens, condition.mask, noise)[0]}
 
 
-def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callable, clean_latent: Callable, dit: DiT,
-                   align_head: AlignmentHead, external_teacher: nn.Module | None = None) -> dict[str, Tensor]:
+def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callable, features: Callable,
+                   clean_latent: Callable, dit: DiT, align_head: AlignmentHead,
+                   external_teacher: nn.Module | None = None) -> dict[str, Tensor]:
     """U1 to U3 (Sec. 3.3, 3.4): draw and edit z_f through queries, router and connector; the tokenizer teaches the DiT.
 
-    `condition`: `MLLM.condition`. `clean_latent(images)` -> (z_f · scale `b p h w`, f_v `b n d`). A batch holds
-    requests ("words"), edits ("instructions", "references"), or both, in this order; "images": the pictures wanted.
+    `condition`: `MLLM.condition`. `features(images)` -> f_v `b n d`, `clean_latent(images)` -> (z_f · scale `b p h w`,
+    f_v). A batch holds requests ("words"), edits ("instructions", "references"), or both, in this order; "images": the
+    pictures wanted.
     """
     conditions = []
     if "words" in batch:
         conditions.append(condition(*batch["words"]))
     if "instructions" in batch:
         with torch.no_grad():
-            f_v_reference = clean_latent(batch["references"])[1]
+            f_v_reference = features(batch["references"])
         conditions.append(condition(*batch["instructions"], f_v_reference))
     tokens = torch.cat(equally_long(*(part.tokens for part in conditions)))
     mask = torch.cat(equally_long(*(part.mask for part in conditions)))

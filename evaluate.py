@@ -30,7 +30,7 @@ from parts.metrics import frechet_distance, mean_interval, psnr, share, share_in
 from plumbing.command import Parser, UserError, run_command, write_text
 from plumbing.devices import best_device
 from plumbing.pictures import draw_report
-from plumbing.run_folder import config_diff, load_config, load_run
+from plumbing.run_folder import config_diff, load_run
 from spar import SPAR, Protocol
 from world.drawing import draw
 from world.edits import EDIT_KINDS
@@ -118,7 +118,7 @@ def editing(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True)
 
 
 def evaluation_id(run: Path, how: Protocol) -> str:
-    digest = hashlib.sha256(json.dumps([vars(how.of(load_config(run))), "ema"]).encode())
+    digest = hashlib.sha256(json.dumps([vars(how), "ema"]).encode())
     for path in sorted(run.glob("[PTU][123].pt")):
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in sorted(content["ema"].items()):

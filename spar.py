@@ -43,7 +43,7 @@ class Protocol:
 
     def of(self, config: "Config") -> "Protocol":
         """With the run's own numbers where none is given."""
-        return replace(self, **{key: own for key, own in config.sampling.items() if getattr(self, key) is None})
+        return replace(self, **config.sampling(self.steps, self.guidance, self.sampler))
 
 
 @dataclass
@@ -167,10 +167,15 @@ class Config:
         """Visual tokens, and latents, along a side of the picture."""
         return self.side // (2 * self.patch)
 
-    @property
-    def sampling(self) -> dict:
-        """How a run draws where nothing else is asked for."""
-        return {"steps": self.sampling_steps, "guidance": self.guidance, "sampler": self.sampler}
+    def sampling(self, steps: int | None = None, guidance: float | None = None, sampler: str | None = None) -> dict:
+        """How to draw: as is asked for, and where nothing is, as the run does."""
+        asked = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        own = {"steps": self.sampling_steps, "guidance": self.guidance, "sampler": self.sampler}
+        return own | {key: value for key, value in asked.items() if value is not None}
+
+    def of_stage(self, field: str, name: str) -> float:
+        """A stage's own of the nine numbers of a field."""
+        return getattr(self, field)[NAMES.index(name)]
 
 
 CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
@@ -321,8 +326,8 @@ class SPAR(nn.Module):
         Returns (pictures `b 3 H W`, path: list of latents `b p h w` from noise to picture, DTR weights `b l k`).
         `text_only` conditions on the LLM's text states as stage P3 does, before queries and connector exist.
         """
-        b, config, given = len(prompts), self.config, {"steps": steps, "guidance": guidance, "sampler": sampler}
-        steps, guidance, sampler = (own if given[key] is None else given[key] for key, own in config.sampling.items())
+        b, config = len(prompts), self.config
+        steps, guidance, sampler = config.sampling(steps, guidance, sampler).values()
         f_v = None if references is None else self.tokenizer.features(references)
         words, empty = (self.encode_prompts(texts, f_v is not None, to_draw=True) for texts in (prompts, [""] * b))
         if text_only:

@@ -76,8 +76,9 @@ def tokenizer_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -
 
 
 def unified_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
-    return unified_losses(batch, weights, condition=model.mllm.condition, clean_latent=model.clean_latent,
-                          dit=model.dit, align_head=model.align_head, external_teacher=extras.external_teacher), None
+    return unified_losses(batch, weights, condition=model.mllm.condition, features=model.tokenizer.features,
+                          clean_latent=model.clean_latent, dit=model.dit, align_head=model.align_head,
+                          external_teacher=extras.external_teacher), None
 
 
 # ---------------------------------------------------------------- the nine stages
@@ -196,7 +197,7 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
     if "L_gan" in terms:
         with model.device:
             extras.discriminator = Discriminator(config.gan_width)
-        extras.adversary = adversary_optimizer(extras.discriminator, config.lr[NAMES.index(stage.name)] / 2)
+        extras.adversary = adversary_optimizer(extras.discriminator, config.of_stage("lr", stage.name) / 2)
     if stage.name == "P3":
         model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained the LLM since the model was made
     if "L_align" in stage.losses and config.align == "external":
@@ -234,7 +235,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
     """The same nine things in every stage. -> the losses by symbol, their weighted sum "loss", the norm of the
     "gradient", the learning "rate", the seconds of "waiting" for data, the "bad" samples of all processes, and whether
     one of them wants to stop. `check(now, step, metrics, batch)` raises where a number is not finite."""
-    config, steps = now.config, now.config.steps[NAMES.index(now.stage.name)]
+    config, steps = now.config, now.config.of_stage("steps", now.stage.name)
     batch, bad, waiting = read(batches, now.device, f"{now.stage.name} step {step}")  # 1. read
     now.clock("waiting")  # what the time since the last of these went to; only a bench listens
     rate = now.set_rate(step, steps)  # 2. rate
@@ -346,7 +347,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
 def seconds_after(config: Config, name: str, later: list[str], speed: float) -> float:
     """What the later stages will take, from this one's pictures a second and the stages' known relation."""
     slower = 1000 / speed / stage_named(name).cost
-    pictures = {other: config.steps[NAMES.index(other)] * config.batch[NAMES.index(other)] for other in later}
+    pictures = {other: config.of_stage("steps", other) * config.of_stage("batch", other) for other in later}
     return sum(slower * stage_named(other).cost * count / 1000 for other, count in pictures.items())
 
 

@@ -143,7 +143,7 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
         one_batch(config, stage)
         data = time.perf_counter() - start if config.workers else parts["waiting"]
         row = {"step": step, "parts": parts, "data": data,
-               "images_per_second": config.batch[NAMES.index(stage.name)] / step, "waiting": parts["waiting"] / step,
+               "images_per_second": config.of_stage("batch", stage.name) / step, "waiting": parts["waiting"] / step,
                "flops": cost["flops"] / step, "utilisation": cost["flops"] / step / peak if peak else None}
         if device.startswith("cuda"):
             row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "forecast_bytes": cost["total"]}

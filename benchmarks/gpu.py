@@ -189,7 +189,7 @@ def one_step(config: Config, stage, figures: Figures, tiny: bool) -> dict:
     if figures.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     time_of = time_steps(config, stage, figures.device, number)
-    batch, flops = config.batch[NAMES.index(stage.name)], cost["flops"] / time_of["step"]
+    batch, flops = config.of_stage("batch", stage.name), cost["flops"] / time_of["step"]
     result = time_of | {"images_per_second": batch / time_of["step"], "flops": flops,
                         "mfu": flops / figures.peak if figures.peak else None, "batch": batch, "steps": number,
                         "precision": config.precision, "forecast_bytes": cost["total"]}

@@ -93,7 +93,7 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
         preset = {key: value for key, value in preset.items() if key != "precision"}  # bf16 is for where it is fast
     config = make_config(**defaults | preset | given)
     for key in PER_STAGE:
-        setattr(config, key, getattr(config, key) * (9 if len(getattr(config, key)) == 1 else 1))
+        setattr(config, key, getattr(config, key) * (len(NAMES) if len(getattr(config, key)) == 1 else 1))
         if len(getattr(config, key)) != len(NAMES):
             raise UserError(f"--{key} takes one number, or {len(NAMES)}, one for each of {','.join(NAMES)}")
     if config.align == "external" and not config.teacher:

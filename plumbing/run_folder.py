@@ -66,6 +66,8 @@ def check_numbers(config: Config) -> None:
         usual = getattr(Config, key)
         if isinstance(value, tuple) != isinstance(usual, tuple):
             raise TypeError(f"{key} is a {type(value).__name__}")
+        if key in PER_STAGE and len(value) != len(NAMES):
+            raise TypeError(f"{key} has {len(value)} numbers, not one for each stage")
         like = usual[0] if isinstance(usual, tuple) else usual
         largest = 512 if any(word in key for word in MANY_MAKE_MODULES) else 1e9
         for one in value if isinstance(value, tuple) else (value,):

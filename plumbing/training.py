@@ -21,7 +21,7 @@ from parts.layer import layers
 from parts.muon import Muon, is_inner_matrix
 from plumbing.checkpoints import save
 from plumbing.processes import first_process, unsharded, wait_for_all, wrap
-from spar import NAMES, SPAR, Config
+from spar import SPAR, Config
 
 
 @dataclass
@@ -62,20 +62,17 @@ class Training:
             self.extras.discriminator.load_state_dict(state["discriminator"])
             set_optimizer_state_dict(self.extras.discriminator, self.extras.adversary, state["adversary"])
 
-    def of_stage(self, field: str) -> float:
-        """This stage's of the nine numbers of a field."""
-        return getattr(self.config, field)[NAMES.index(self.stage.name)]
-
     def set_rate(self, step: int, steps: int) -> float:
         """-> the share of each group's peak rate that this step has"""
-        share = schedule(step, steps, self.of_stage("warmup"), self.of_stage("final_lr"))
+        warmup, final = (self.config.of_stage(field, self.stage.name) for field in ("warmup", "final_lr"))
+        share = schedule(step, steps, warmup, final)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak"]
         return share
 
     def move_average(self, step: int) -> None:
         """The running average moves a share of the way to the weights; at first a larger one."""
-        share = 1 - min(self.of_stage("ema"), (1 + step) / (10 + step))
+        share = 1 - min(self.config.of_stage("ema", self.stage.name), (1 + step) / (10 + step))
         weights = [parameter.detach() for parameter in self.weights.values()]
         torch._foreach_lerp_(list(self.ema.values()), weights, share)
 
@@ -119,7 +116,7 @@ def begin(module: nn.Module) -> Training:
         layer.recompute = config.checkpointing
     module = wrap(module, config.shard)
     groups, weights, rates = [], {}, stage.rates(config)
-    lr, decay = (row[NAMES.index(stage.name)] for row in (config.lr, config.weight_decay))
+    lr, decay = (config.of_stage(field, stage.name) for field in ("lr", "weight_decay"))
     for prefix, pairs in trained_parameters(model, stage).items():  # once more: sharding puts others in their places
         for matrices, decays in product((True, False), repeat=2):  # Muon moves the matrices inside, AdamW all else
             chosen = {name: parameter for name, parameter in pairs if matrices == is_inner_matrix(name, parameter)
@@ -141,7 +138,7 @@ def report(now: Training, step: int, metrics: dict, bar: tqdm, log, seconds: flo
     losses = {symbol: value for symbol, value in metrics.items() if symbol.startswith("L_")}
     rounded = {symbol: f"{value:.3f}" for symbol, value in losses.items()}
     bar.set_postfix(rounded | {"img/s": f"{speed:.0f}", "run left": f"{left / 60:.0f}m"}, refresh=False)
-    lr = metrics["rate"] * now.config.lr[NAMES.index(now.stage.name)]
+    lr = metrics["rate"] * now.config.of_stage("lr", now.stage.name)
     line = {"stage": now.stage.name, "step": step, "loss": metrics["loss"]} | losses | {
         "lr": lr, "grad_norm": metrics["gradient"], "seconds": round(seconds, 2), "images_per_second": round(speed, 1),
         "waiting": round(waiting, 4)}

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_the_frechet_distance_equals_the_formula_with_eigenvalues(n, m, d):
     assert frechet_distance(torch.tensor(a), torch.tensor(a + 2)) == pytest.approx(4 * d, rel=1e-6)
 
 
-QUICK = Protocol(count=4, steps=2)
+QUICK = Protocol(count=4, steps=2, guidance=1.5, sampler="renoise")
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +110,20 @@ def test_a_run_measured_twice_gives_the_same_id_and_figures(measured, tmp_path):
     first, run = measured[1], shutil.copytree(measured[0], tmp_path / "run")
     clock = {"seconds": 0, "normalised_minutes": 0}  # what a run took is no figure of it
     assert {**first, **clock} == {**evaluate(run, QUICK), **clock}
-    assert evaluation_id(run, QUICK) == first["eval_id"] != evaluation_id(run, Protocol(count=4, steps=2, guidance=2.5))
+    assert evaluation_id(run, QUICK) == first["eval_id"] != evaluation_id(run, replace(QUICK, guidance=2.5))
     content = torch.load(run / "U3.pt", weights_only=True)
     next(iter(content["ema"].values())).add_(1.0)
     torch.save(content, run / "U3.pt")
     assert evaluation_id(run, QUICK) != first["eval_id"]
+
+
+def test_a_protocol_that_does_not_say_how_to_draw_draws_as_the_run_does(measured, tmp_path):
+    first, run = measured[1], shutil.copytree(measured[0], tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"sampling_steps": 2}
+    (run / "config.json").write_text(json.dumps(config))
+    again = evaluate(run, Protocol(count=4))
+    assert again["protocol"] == first["protocol"] and again["eval_id"] == first["eval_id"]
+    assert again["generation_direct"] == first["generation_direct"]
 
 
 def test_results_have_every_key_of_the_contract(measured):

@@ -13,8 +13,8 @@ from parts.layer import layers
 from plumbing.command import UserError
 from plumbing.flags import parse
 from plumbing.processes import join_processes
-from plumbing.run_folder import build, stage_names, text_tokenizer
-from spar import NAMES, Config, make_config
+from plumbing.run_folder import build, load_config, stage_names, text_tokenizer
+from spar import NAMES, PER_STAGE, Config, make_config
 from tests.conftest import TINY
 from tests.tools.models import model_of, state, words_of
 from tests.tools.planted import everything, noise
@@ -263,3 +263,11 @@ def test_weight_decay_leaves_norms_biases_tables_positions_and_queries_alone_whe
     assert all(decayed[name] == 0.1 for name in ("mllm.llm.embedding.weight", "dit.out.weight", "dit.embed.weight",
                                                  "tokenizer.vision.patches.weight", "dit.blocks.0.ffn.depth.weight"))
     assert not any(name.endswith(("qkv.weight", "mlp.0.weight", "mlp.2.weight")) for name in spared)
+
+
+def test_a_run_with_numbers_for_some_stages_alone_is_refused_in_one_line(tmp_path):
+    for field in PER_STAGE:
+        content = vars(make_config(**BASE)) | {field: [1] * 8}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"{field} has 8 numbers"):
+            load_config(tmp_path)
