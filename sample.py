@@ -5,7 +5,8 @@
     python sample.py ask --image scene.png "how many objects are there ?"
     python sample.py reconstruct --image scene.png
     python sample.py route "two green circles"
-    python sample.py export --out exported/model.safetensors      weights and config.json, for other programs
+    python sample.py export --out exported      weights and config.json, for other programs; --as internvl, dc-ae or
+                                                sana: for theirs, from a run that began with those (public/export.py)
 
 What to draw or to change is first written out by the LLM, and printed; with `--no-rewrite` the words are drawn as they
 stand. Pictures are written to --out (default: generate.png and so on) and the path is printed. Pictures of another size
@@ -30,6 +31,7 @@ from plumbing.command import Parser, UserError, run_command, write_beside, write
 from plumbing.devices import best_device
 from plumbing.pictures import routing_pictures, sheet, to_image
 from plumbing.run_folder import load_run
+from public.export import export_public
 from spar import SPAR
 
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1", "export": "P1"}
@@ -48,8 +50,8 @@ def read_picture(path: Path, side: int) -> Tensor:
     return as_tensor(image, side, None)[None]
 
 
-def export(model: SPAR, out: Path) -> None:
-    """Every weight under its name as safetensors, config.json (and, with data on disk, vocabulary.json) beside it."""
+def export(model: SPAR, run: Path, out: Path) -> None:
+    """Every weight under its name as safetensors, config.json and what words are made of beside it."""
     try:
         from safetensors.torch import save_file
     except ImportError:
@@ -58,6 +60,9 @@ def export(model: SPAR, out: Path) -> None:
     metadata = {"stages": ",".join(model.finished_stages)}
     write_beside(out, lambda beside: save_file(tensors, str(beside), metadata=metadata))
     write_text(out.with_name("config.json"), json.dumps(asdict(model.config), indent=1) + "\n")
+    for name in ("vocabulary.json", "tokenizer.json"):
+        if (run / name).exists():
+            shutil.copyfile(run / name, out.with_name(name))
     print(out)
 
 
@@ -97,6 +102,8 @@ def main() -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, default=None)
     parser.add_argument("--rewrite", action=argparse.BooleanOptionalAction, default=True,
                         help="let the LLM write the prompt or the edit's outcome out first; the paper does not")
+    parser.add_argument("--as", dest="form", choices=("spar", "internvl", "dc-ae", "sana"), default="spar",
+                        help="export: whose folder to write; those of public models need a run that began with them")
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = parser.read()
@@ -109,20 +116,20 @@ def main() -> None:
                         "python sample.py edit --image FILE \"…\"")
     if given.count < 1 or given.steps is not None and given.steps < 1:
         raise UserError("--count and --steps must be at least 1")
-    out = given.out or Path("exported/model.safetensors" if given.use == "export" else f"{given.use}.png")
-    if out.suffix.lower() not in ((".safetensors",) if given.use == "export" else FORMATS):
-        endings = ".safetensors" if given.use == "export" else ".png, .jpg or .webp"
-        raise UserError(f"--out {out}: end the name in {endings}")
+    out = given.out or Path("exported" if given.use == "export" else f"{given.use}.png")
+    if given.use == "export" and given.form == "spar" and not out.suffix:
+        out = out / "model.safetensors"
+    if given.form == "spar" and out.suffix.lower() not in ((".safetensors",) if given.use == "export" else FORMATS):
+        endings = "a folder's name or one in .safetensors" if given.use == "export" else ".png, .jpg or .webp"
+        raise UserError(f"--out {out}: {'name' if given.use == 'export' else 'end the name in'} {endings}")
     model = load_run(given.run, best_device(given.device))
     done = set(model.finished_stages)
     if NEEDS[given.use] not in done and not (given.use == "reconstruct" and "T2" in done):
         raise UserError(f"{given.use} needs stage {NEEDS[given.use]}, which {given.run} does not have: "
                         f"go on with `python train.py --out {given.run}`")
     if given.use == "export":
-        export(model, out)
-        if model.config.data:
-            shutil.copyfile(given.run / "vocabulary.json", out.with_name("vocabulary.json"))
-        return
+        public = given.form.replace("-", "_")
+        return export(model, given.run, out) if public == "spar" else export_public(model, public, given.run, out)
     images = None if given.image is None else read_picture(given.image, model.config.side).to(model.device)
     result = perform(model, given.use, given.text, images, given)
     print(result) if isinstance(result, str) else write_picture(result, out)

@@ -55,12 +55,19 @@ class Config:
     preset: str = "toy"  # which set of numbers the others start from
     seed: int = 0  # of weights, data and noise
 
+    # the public models that the paper starts from, in the place of P1 to P3 (public/README.md)
+    internvl: str = ""  # folder of InternVL3: P1 is read from it; its sizes and its text tokenizer too
+    dc_ae: str = ""  # folder of DC-AE, f32c32 of SANA 1.1: P2
+    sana: str = ""  # folder of SANA, its transformer or the whole pipeline: P3
+    public: str = ""  # the files of these folders with their checksums; written by the run itself
+
     # pictures and vision encoder E_s (InternViT)
     side: int = 32  # picture side in pixels
     patch: int = 4  # pixels per ViT patch; a visual token is 2×2 patches
     vision_width: int = 64  # v: width of E_s
     vision_layers: int = 4  # layers of E_s
     vision_heads: int = 4  # attention heads of E_s
+    imagenet: bool = False  # E_s reads pictures with ImageNet's mean 0 and variance 1, as InternViT has learned to
 
     # language model (Qwen2.5)
     d: int = 128  # D_s: width of LLM and visual tokens
@@ -199,7 +206,7 @@ SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     lr=(1e-3, 1.5e-3, 1.5e-3, 1.5e-3, 1e-3, 1.5e-3, 1e-3, 1e-3, 5e-4), ema=(0.995,) * 9)
 
 FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1.1) and SANA 0.6B, to the parameter
-    side=448, patch=14, vision_width=1024, vision_layers=24, vision_heads=16,  # InternViT-300M
+    side=448, patch=14, vision_width=1024, vision_layers=24, vision_heads=16, imagenet=True,  # InternViT-300M
     d=896, llm_layers=24, llm_heads=14, llm_kv_heads=2, llm_mlp=4864, vocabulary=151674, tied=False,  # Qwen2.5-0.5B
     p=32, pixel_layers=6, pixel_heads=16, ae_widths=(128, 256, 512, 512, 1024, 1024), ae_depths=(2, 2, 2, 3, 3, 3),
     ae_decoder_depths=(3, 3, 3, 3, 3, 3), ae_vit_stages=3, ae_resample="conv",
@@ -243,7 +250,7 @@ class SPAR(nn.Module):
                                          "without": (0, 0)}[config.symmetric]
         autoencoder = config.ae_vit_stages, config.ae_resample
         vision = VisionEncoder(config.side, config.patch, config.vision_width, config.vision_layers,
-                               config.vision_heads, 4, config.d)  # E_s
+                               config.vision_heads, 4, config.d, config.imagenet)  # E_s
         decoder = PixelDecoder(config.p, config.ae_widths, config.ae_decoder_depths, *autoencoder)  # D_p
         # E_p; after P2 it is frozen, and the paper writes E_p'
         self.pixel_encoder = PixelEncoder(config.p, config.ae_widths, config.ae_depths, *autoencoder)
@@ -282,6 +289,10 @@ class SPAR(nn.Module):
         """E_p(I) `b n p`, one latent for each visual token."""
         return pixel_latent(self.pixel_encoder, images, self.config.grid)
 
+    def clean_pixel_latent(self, images: Tensor) -> Tensor:
+        """What P3's DiT learns to draw: E_p(I) · scale `b p h w`."""
+        return self.as_grid(self.pixel_latent(images)).float() * self.latent_scale
+
     def as_grid(self, z: Tensor) -> Tensor:
         return rearrange(z, "b (h w) p -> b p h w", h=int(z.shape[1] ** 0.5))
 
@@ -310,7 +321,7 @@ class SPAR(nn.Module):
         # differs from paper: there the words go to the generator as they stand, which has to settle colours and places
         # for the whole picture at once; the LLM settles them one after the other. `generate` alone is the paper's path.
         """
-        if self.config.data:  # only the drawn world teaches to write out
+        if self.config.data or self.config.internvl:  # only the drawn world teaches to write out
             return prompts
         if references is not None:
             return [f"{text} {outcome}" for text, outcome in zip(prompts, self.answer(references, prompts))]

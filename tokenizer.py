@@ -57,16 +57,23 @@ class TransformerLayer(Layer):
         return x + self.scale2 * self.mlp(self.norm2(x))
 
 
+IMAGENET = (-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)  # mean and deviation of red, green, blue in [-1, 1]
+
+
 class VisionEncoder(nn.Module):
     """E_s with its projector: `b 3 H W` -> f_v `b n d`, one token for each 2×2 patches. The side must be the one it was
-    built for (its positions are learned)."""
+    built for (its positions are learned). `imagenet`: its patches see pictures with ImageNet's mean 0 and variance 1."""
 
-    def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, mlp_ratio: float, d: int):
+    def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, mlp_ratio: float, d: int,
+                 imagenet: bool = False):
         super().__init__()
         if side % (2 * patch):
             raise ValueError(f"side {side} is no multiple of a token's {2 * patch} pixels: "
                              "choose another side or patch")
         self.side, self.grid = side, side // patch
+        mean, std = IMAGENET if imagenet else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.cls = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1, 1 + self.grid**2, width) * 0.02)
@@ -76,7 +83,7 @@ class VisionEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.side, self.side):
             raise ValueError(f"expected {self.side}×{self.side} pictures, got {tuple(images.shape)}: resize them first")
-        x = rearrange(self.patches(images), "b v h w -> b (h w) v")
+        x = rearrange(self.patches((images - self.mean) / self.std), "b v h w -> b (h w) v")
         x = torch.cat([repeat(self.cls, "1 1 v -> b 1 v", b=len(x)), x], 1) + self.positions
         for layer in self.layers:
             x = layer(x)

@@ -29,7 +29,6 @@ from benchmarks.cost import bench, plan
 from benchmarks.yardstick import take_reading
 from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, unified_batch
 from diffusion import Noise, text_to_image_losses, unified_losses
-from disk import openmoji
 from disk.layouts import DataFolder, scan
 from disk.reading import DiskData, check_kinds
 from evaluate import evaluate, print_tables
@@ -45,7 +44,9 @@ from plumbing.processes import (Stop, decided_by_first, first_process, gather, j
                                 mean_of_metrics, process_rank, unsharded, wait_for_all)
 from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
-from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
+from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report, trained_parameters
+from public import openmoji
+from public.folders import imported_stages, latent_scale, read_public
 from spar import NAMES, SPAR, Config
 from tokenizer import Losses, autoencoder_losses, tokenizer_losses
 from world.language import DrawnWorld
@@ -65,7 +66,7 @@ def autoencoder_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras")
 
 def text_to_image_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
     with torch.no_grad():
-        z = model.as_grid(model.pixel_latent(batch["images"])).float() * model.latent_scale
+        z = model.clean_pixel_latent(batch["images"])
     return text_to_image_losses(model.dit, z, model.mllm.text_condition(*batch["words"]), batch["noise"]), None
 
 
@@ -75,9 +76,15 @@ def tokenizer_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -
                             extras.encoder_before, extras.discriminator)
 
 
-def unified_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+def connector_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
+    """U1, whose DiT is frozen: SANA is shown the latents that it knows, as UniLIP does (arXiv 2507.23278)."""
+    known = (lambda images: (model.clean_pixel_latent(images), None)) if model.config.sana else None
+    return unified_step(model, batch, weights, extras, known)
+
+
+def unified_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras", clean_latent=None) -> Computed:
     return unified_losses(batch, weights, condition=model.mllm.condition, features=model.tokenizer.features,
-                          clean_latent=model.clean_latent, dit=model.dit, align_head=model.align_head,
+                          clean_latent=clean_latent or model.clean_latent, dit=model.dit, align_head=model.align_head,
                           external_teacher=extras.external_teacher), None
 
 
@@ -146,7 +153,7 @@ STAGES = [
           RECONSTRUCTION | {"L_s": "lambda_s", "L_gan": "lambda_gan"}, cost=9),
     # Sec. 3.3: first what leads to the DiT, which is frozen, on drawing alone; then the DiT too, taught by the
     # tokenizer (Sec. 3.4), on drawing and editing
-    Stage("U1", "connector pre-training", CONNECTOR, unified_batch, unified_step, {"L_fm": 1.0}, cost=4),
+    Stage("U1", "connector pre-training", CONNECTOR, unified_batch, connector_step, {"L_fm": 1.0}, cost=4),
     Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, edits="edits", captions=0.15),
     Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, edits="edits",
           captions=0.15),
@@ -190,8 +197,8 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
     """What a stage needs before its first step: frozen copies, the adversary, the connector's start."""
     config, extras, terms = model.config, Extras(), stage.loss_weights(model.config)
     if "L_lpips" in terms:
-        network = read_vgg16(config.lpips_weights) if config.lpips_weights else model.pixel_encoder
-        extras.perceptual = Perceptual(network).to(model.device)
+        path = config.lpips_weights
+        extras.perceptual = Perceptual(read_vgg16(path).to(model.device) if path else model.pixel_encoder)
     if stage.name == "T3":
         extras.encoder_before = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)
     if "L_gan" in terms:
@@ -209,9 +216,12 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
 
 
 def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> None:
-    """Sets the scale at which what the DiT is to draw has variance 1, on pictures of the stage's `world`."""
-    if stage.name not in ("P3", "U1"):
+    """Sets the scale at which what the DiT is to draw has variance 1, on pictures of the stage's `world`: E_p(I) in P3,
+    then z_f, from U1 on or, where U1 shows SANA its own latents, from U2 on."""
+    if stage.name not in ("P3", "U2" if model.config.sana else "U1"):
         return
+    if stage.name == "P3" and model.config.sana and model.config.dc_ae:
+        return model.latent_scale.fill_(latent_scale(model.config))
     z = []
     with torch.no_grad():
         for first in range(0, 512, 32):
@@ -308,6 +318,16 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
                 stop.leave(f"{stage.name} is finished and saved: the same command goes on with the next stage")
 
 
+def import_stage(model: SPAR, stage: Stage, run: Path, data_folder: DataFolder | None) -> None:
+    """Writes <stage>.pt from a public folder; no step is taken."""
+    prepare(model, stage)
+    measure_latents(model, stage, open_world(model.config, NAMES.index(stage.name), data_folder))
+    trained = [name for pairs in trained_parameters(model, stage).values() for name, _ in pairs]
+    files = read_public(model, stage.name, trained, run)
+    print(f"stage {NAMES.index(stage.name) + 1} of 9  {stage.name}: read from {files[0].split()[0]}"
+          + (f" and {len(files) - 1} more files" if len(files) > 1 else ""))
+
+
 # ---------------------------------------------------------------- a whole run
 
 
@@ -330,6 +350,10 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
         if name in sound:
             if first_process():
                 print(f"stage {NAMES.index(name) + 1} of 9  {name}: finished before, in {run}")
+        elif name in stages and name in imported_stages(config):
+            if first_process():
+                import_stage(build(config, device, words, run, names[:position]), stage_named(name), run, data_folder)
+            wait_for_all()
         elif name in stages:
             model = build(config, device, words, run, names[:position])
             left = partial(seconds_after, config, name, later[1:])
@@ -352,7 +376,8 @@ def seconds_after(config: Config, name: str, later: list[str], speed: float) -> 
 
 
 def one_batch(config: Config, stage: Stage) -> Batch:  # for a forecast
-    return Batches(config, stage.name, stage.sample, stage.shares(config))[0]
+    words = text_tokenizer(replace(config, data=""))
+    return Batches(config, stage.name, stage.sample, stage.shares(config), words=words)[0]
 
 
 def step_module(model: SPAR, stage: Stage) -> StepModule:  # for a forecast
@@ -369,14 +394,15 @@ def some_steps(config: Config, stage: Stage, folder: Path, device: str, clock: C
 def main() -> None:
     config, rest = parse(__doc__.splitlines()[0])
     if rest.plan:
-        print(plan(config, STAGES, one_batch, step_module))
+        print(plan(config, STAGES, one_batch, step_module, rest.out))
         return
     if rest.replay:
         print(replay(rest.replay, rest.device, STAGES, training_of, one_step, {"Noise": Noise, "Turns": Turns}))
         return
     check_precision(config.precision, rest.device)
     if rest.bench:
-        bench(config, rest.device, rest.out, STAGES, one_batch, step_module, partial(some_steps, device=rest.device))
+        stages = [stage for stage in STAGES if stage.name not in imported_stages(config)]
+        bench(config, rest.device, rest.out, stages, one_batch, step_module, partial(some_steps, device=rest.device))
         return
     device, start = join_processes(rest.device, config.shard), time.time()
     if Path(config.data) == openmoji.folder(config.side) and first_process():

@@ -6,6 +6,7 @@ what autograd keeps for backward and counts the multiplications.
 """
 
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -26,6 +27,8 @@ from parts.layer import layers
 from plumbing.command import write_text
 from plumbing.devices import processor
 from plumbing.run_folder import text_tokenizer
+from plumbing.training import trained_parameters
+from public.folders import check_folders, imported_stages
 from spar import NAMES, SPAR, Config
 
 PROBE = 4  # pictures in the forecast's step; what it finds grows in proportion
@@ -95,14 +98,21 @@ def activations(module: torch.nn.Module, step: Callable, recompute: bool) -> tup
     return kept([]), max(sizes, default=0)
 
 
-def plan(config: Config, stages: list, one_batch: Callable, step_module: Callable) -> str:
-    """The stages of a run in figures; allocates no weights."""
-    lines, gib = [], 2**30
+def plan(config: Config, stages: list, one_batch: Callable, step_module: Callable, out: Path) -> str:
+    """The stages of a run in figures, and what it writes into `out`; allocates no weights. Of public folders the
+    headers are read and checked."""
+    lines, gib, moments = [], 2**30, 1 if config.optimizer == "muon" else 2
     with torch.device("meta"):
-        SPAR(config, text_tokenizer(replace(config, data="")))  # numbers that do not fit are told here
-    chosen = [stage for stage in stages if stage.name != config.skip_stage]
+        model = SPAR(config, text_tokenizer(replace(config, data="")))  # numbers that do not fit are told here
+    folders, imported = check_folders(config, model), imported_stages(config)
+    disk, largest = 0, 0
+    for stage in (stage for stage in stages if stage.name in imported):
+        disk += 4 * sum(p.numel() for pairs in trained_parameters(model, stage).values() for _, p in pairs)
+    chosen = [stage for stage in stages if stage.name != config.skip_stage and stage.name not in imported]
     for stage in tqdm(chosen, desc="forecast", leave=False):
         i, cost = NAMES.index(stage.name), forecast(config, stage, one_batch, step_module)
+        kept = 4 * (2 + moments) * cost["trained"]  # weights, average, moments
+        disk, largest = disk + kept, max(largest, kept)
         if not lines:
             recomputed = ", layers recomputed" if config.checkpointing else ""
             lines.append(f"preset {config.preset}: {cost['all'] / 1e6:.1f} M parameters, {config.side} px, "
@@ -113,7 +123,10 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
                      f"{cost['flops'] / 1e12:8.2f} TFLOP a step  {cost['total'] / gib:6.2f} GiB = "
                      f"{cost['weights'] / gib:.2f} weights + {cost['optimizer'] / gib:.2f} gradients, moments, average "
                      f"+ {cost['activations'] / gib:.2f} activations")
-    return "\n".join(lines)
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    lines.append(f"{out}: {disk / gib:.2f} GiB of stages and at most {2 * largest / gib:.2f} GiB of progress, "
+                 f"{shutil.disk_usage(there).free / gib:.2f} GiB free")
+    return "\n".join([*folders, *lines])
 
 
 # ---------------------------------------------------------------- measured

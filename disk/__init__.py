@@ -7,5 +7,4 @@ it when you bring your own; README.md beside this file says how a folder may loo
     bytepair    the vocabulary that a run learns from its texts                when words are not the drawn world's
     check       python data.py --check and --build-vocab                       before training
     measure     every figure of such a run, beside a trivial baseline          with evaluate.py
-    openmoji    one such data set                                              as an example
 """

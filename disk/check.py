@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from disk import openmoji
+from public import openmoji
 from disk.bytepair import FIRST, learn_merges, save_vocabulary
 from disk.files import BadFile, Blob, printable, read_picture
 from disk.layouts import DataFolder, scan

@@ -16,6 +16,7 @@ from disk.files import BadFile, read_picture
 from disk.layouts import DESCRIBE, DataFolder, Sample
 from disk.reading import DiskData, as_tensor
 from parts.metrics import frechet_distance, psnr, share, ssim
+from parts.words import Turns, dialogue
 
 Table = dict[str, float]
 Cell = tuple[list[Tensor], str, bool | None]  # pictures side by side, the words under them, whether it is right
@@ -150,23 +151,16 @@ def retrieval(model, pictures: Tensor, captions: list[str]) -> Table:
 @torch.no_grad()
 def likelihoods(model, pictures: Tensor, captions: list[str]) -> Tensor:
     """log p(caption | picture) − log p(caption), `pictures captions`: how much a picture speaks for each caption."""
-    words, llm = model.words, model.mllm.llm
-    question = words.encode(DESCRIBE)
-    ids, _ = words.pad([question + words.encode(text) + [words.eos_id] for text in captions], left=False)
-    ids = ids.to(model.device)
-    answers = (torch.arange(ids.shape[1], device=ids.device) >= len(question)) & (ids != words.pad_id)
+    said = dialogue(model.words, [("", text) for text in captions], [0] * len(captions))
+    said = Turns(*(part if part is None else part.to(model.device) for part in said))
 
-    def score(start, f_v=None):
-        cache = model.mllm.read_prefix(start, f_v).cache
-        rows = len(ids), -1, -1, -1
-        hidden, _ = llm(llm.embedding(ids), cache=[(k.expand(rows), v.expand(rows)) for k, v in cache])
-        log_p = llm.logits(hidden[-1][:, :-1]).float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
-        return (log_p * answers[:, 1:]).sum(1)
+    def score(f_v=None):
+        start, _ = model.encode_prompts([DESCRIBE], has_image=f_v is not None)
+        losses = model.mllm.text_losses(said, model.mllm.read_prefix(start, f_v))
+        return losses.new_zeros(len(captions)).index_add(0, said.rows, -losses)
 
-    start, _ = model.encode_prompts([""], has_image=True)
-    alone = score(start[:, :1])
-    pictures = tqdm(pictures, desc="retrieval", leave=False)
-    return torch.stack([score(start, model.tokenizer.features(picture[None])) - alone for picture in pictures])
+    alone, pictures = score(), tqdm(pictures, desc="retrieval", leave=False)
+    return torch.stack([score(model.tokenizer.features(picture[None])) - alone for picture in pictures])
 
 
 def equal_captions(captions: list[str]) -> Tensor:

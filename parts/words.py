@@ -19,7 +19,7 @@ class TextTokenizer:
     """Text <-> ids: what the word-level one below and the byte-pair one (bytepair.py) share. They add `len`, `encode`,
     `decode`."""
 
-    pad_id, bos_id, eos_id, image_id = range(4)  # image_id stands where a visual token goes
+    pad_id, bos_id, eos_id, image_id = range(4)  # image_id stands where a visual token goes; public/qwen.py has others
     request = ""  # what a request to draw begins with
 
     def pad(self, rows: list[list[int]], left: bool = True) -> tuple[Tensor, Tensor]:

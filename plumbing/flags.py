@@ -7,13 +7,14 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-from disk import openmoji
+from public import openmoji
+from public.folders import SIZES, sizes_of
 from plumbing.command import Parser, UserError
 from plumbing.devices import best_device, default_precision
 from spar import CHOICES, NAMES, PER_STAGE, PRESETS, Config, make_config
 
 FIRST_DAY = ("seed", "steps", "batch", "lr", "router", "tokenizer", "align", "teacher", "anchor", "skip_stage", "data",
-             "edits", "precision", "attention", "workers")  # what --help shows; --help-all shows every field
+             "edits", "internvl", "dc_ae", "sana", "precision", "attention", "workers")  # what --help shows; --help-all shows every field
 
 
 def field_help() -> dict[str, tuple[str, str]]:
@@ -91,7 +92,8 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
     preset = PRESETS[given["preset"]]
     if defaults["precision"] != "bf16":
         preset = {key: value for key, value in preset.items() if key != "precision"}  # bf16 is for where it is fast
-    config = make_config(**defaults | preset | given)
+    given |= {model: str(Path(given[model]).absolute()) for model in SIZES if given.get(model)}
+    config = make_config(**defaults | preset | given | sizes_of(given))
     for key in PER_STAGE:
         setattr(config, key, getattr(config, key) * (len(NAMES) if len(getattr(config, key)) == 1 else 1))
         if len(getattr(config, key)) != len(NAMES):

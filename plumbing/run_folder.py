@@ -7,6 +7,7 @@
     resume/          the stage in progress, as PyTorch's distributed checkpoints: two, until the next stage ends
     replay/          a step whose loss was not finite
     bad.jsonl, vocabulary.json     with data on disk: samples that others stood in for; its byte pairs
+    tokenizer.json   of a run from a folder of InternVL3: that model's text tokenizer
     results.json, report/        written by the evaluation
 """
 
@@ -27,6 +28,7 @@ from plumbing.checkpoints import BrokenCheckpoint, load_stage, read_stage
 from plumbing.command import UserError, write_beside, write_text
 from plumbing.devices import compile_parts, set_up_torch
 from plumbing.processes import first_process, gather
+from public.qwen import keep_tokenizer, load_qwen
 from router import is_uneven, layer_choice
 from spar import HOW, NAMES, PER_STAGE, SPAR, Config, make_config
 from world.language import WORDS
@@ -86,7 +88,10 @@ MANY_MAKE_MODULES = ("layers", "blocks", "depths", "stages", "noises", "heads") 
 
 
 def text_tokenizer(config: Config, run: Path | None = None) -> TextTokenizer:
-    """The drawn world's words, or with data on disk the byte pairs that the run learned from it."""
+    """The drawn world's words, with data on disk the byte pairs that the run learned from it, or those of InternVL3,
+    before there is a run from the public folder."""
+    if config.internvl:
+        return load_qwen(run or Path(config.internvl), config.longest)
     if not config.data:
         return WordTokenizer(WORDS)
     return load_vocabulary(run / "vocabulary.json", config.longest)
@@ -152,15 +157,21 @@ def check_same_run(config: Config, run: Path) -> None:
     """Writes config.json, or finds the same one there; only how it is computed (`HOW`) may have changed since."""
     path = run / "config.json"
     if path.exists():
+        config.public = config.public or load_config(run).public
         before, now = asdict(load_config(run)), asdict(config)
         differing = [key for key in now if before[key] != now[key] and key not in HOW]
         if differing:
             key = differing[0]
             raise UserError(f"{run} was begun with {key} = {before[key]!r}, not {now[key]!r}: choose another --out")
-    write_text(path, json.dumps(asdict(config), indent=1) + "\n")
+    write_config(config, run)
+
+
+def write_config(config: Config, run: Path) -> None:
+    write_text(run / "config.json", json.dumps(asdict(config), indent=1) + "\n")
 
 
 FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
+    "dc_ae": "P2", "sana": "P3",
     "k": "P3", "router": "P3", "connector_layers": "P3", "shift": "P3", "noises_per_picture": "P3",
     "lambda_lpips": "T1", "lpips_weights": "T1", "lambda_p": "T1", "lambda_f": "T1",
     "tokenizer": "T1", "symmetric": "T1", "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1",
@@ -174,7 +185,7 @@ def take_over(config: Config, run: Path, source: Path) -> None:
     """Copies from `source` the stages before the first that a differing field touches."""
     before, now = asdict(load_config(source)), asdict(config)
     touched = len(NAMES)
-    for key in (key for key in now if before[key] != now[key] and key not in ("preset", "skip_stage", *HOW)):
+    for key in (key for key in now if before[key] != now[key] and key not in ("preset", "skip_stage", "public", *HOW)):
         if key in PER_STAGE:
             touched = min([touched, *(i for i in range(9) if before[key][i] != now[key][i])])
         else:
@@ -192,8 +203,10 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
     """Makes the folder, or finds the same run there. Prints a warning where the layers to choose from are uneven."""
     if is_uneven(choice := layer_choice(config.llm_layers, config.k)):
         print(f"--k {config.k} of {config.llm_layers} layers: the router chooses from layers {choice}, an uneven menu")
-    if source:
-        load_config(source)  # a wrong folder is told before anything is written
+    if source:  # a wrong folder is told before anything is written
+        before = load_config(source)
+        same = all(getattr(before, model) == getattr(config, model) for model in ("internvl", "dc_ae", "sana"))
+        config.public = before.public if same else ""
     run.mkdir(parents=True, exist_ok=True)
     check_same_run(config, run)
     if source:
@@ -202,7 +215,9 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
         shutil.rmtree(run / "resume", ignore_errors=True)
         for name in stages:
             (run / f"{name}.pt").unlink(missing_ok=True)
-    if data_folder and not (run / "vocabulary.json").exists():
+    if config.internvl and not (run / "tokenizer.json").exists():
+        keep_tokenizer(Path(config.internvl), run)
+    if data_folder and not config.internvl and not (run / "vocabulary.json").exists():
         write_vocabulary(data_folder.root, data_folder.texts(), config.tokens, config.longest, run / "vocabulary.json")
 
 

