@@ -62,7 +62,8 @@ IMAGENET = (-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)  # mean and deviation o
 
 class VisionEncoder(nn.Module):
     """E_s with its projector: `b 3 H W` -> f_v `b n d`, one token for each 2×2 patches. The side must be the one it was
-    built for (its positions are learned). `imagenet`: its patches see pictures with ImageNet's mean 0 and variance 1."""
+    built for (its positions are learned). `imagenet`: pictures reach it with ImageNet's mean 0 and variance
+    1."""
 
     def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, mlp_ratio: float, d: int,
                  imagenet: bool = False):

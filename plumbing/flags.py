@@ -14,7 +14,7 @@ from plumbing.devices import best_device, default_precision
 from spar import CHOICES, NAMES, PER_STAGE, PRESETS, Config, make_config
 
 FIRST_DAY = ("seed", "steps", "batch", "lr", "router", "tokenizer", "align", "teacher", "anchor", "skip_stage", "data",
-             "edits", "internvl", "dc_ae", "sana", "precision", "attention", "workers")  # what --help shows; --help-all shows every field
+             "edits", "internvl", "dc_ae", "sana", "precision", "attention", "workers")  # --help-all shows every field
 
 
 def field_help() -> dict[str, tuple[str, str]]:

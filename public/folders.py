@@ -119,7 +119,7 @@ def dc_ae_sizes(folder: Path) -> dict:
     kinds = whole.content.get("encoder_block_types", "ResBlock")
     vit_stages = kinds.count("EfficientViTBlock") if isinstance(kinds, list) else 0
     scales = [[]] * (len(widths) - vit_stages) + [[5]] * vit_stages
-    usual = ["EfficientViTBlock" if scale else "ResBlock" for scale in scales] if isinstance(kinds, list) else "ResBlock"
+    usual = ["EfficientViTBlock" if scale else "ResBlock" for scale in scales] if vit_stages else kinds
     whole.want({"in_channels": (3,), "attention_head_dim": (32,), "decoder_block_out_channels": (list(widths),),
                 "decoder_norm_types": ("rms_norm",), "decoder_act_fns": ("silu",), "decoder_conv_act_fn": ("relu",),
                 "encoder_out_shortcut": (True,), "decoder_in_shortcut": (True,),

@@ -1,8 +1,8 @@
-"""Qwen2.5's text tokenizer and InternVL3's templates: what a run that starts from a folder of InternVL3 reads and writes.
+"""Qwen2.5's text tokenizer and InternVL3's templates: what a run that starts from such a folder reads and writes.
 
     ask    <|im_start|>user\\n<img>{picture}</img>\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\n
-    draw   <|im_start|>user\\nGenerate an image: WORDS<|im_end|>\\n<|im_start|>assistant\\n<img>         then the queries
-    edit   <|im_start|>user\\nEdit the image: WORDS\\n<img>{picture}</img><|im_end|>\\n<|im_start|>assistant\\n<img>   too
+    draw   <|im_start|>user\\nGenerate an image: WORDS<|im_end|>\\n<|im_start|>assistant\\n<img>, then the queries
+    edit   <|im_start|>user\\nEdit the image: WORDS\\n<img>{picture}</img><|im_end|>\\n<|im_start|>assistant\\n<img>
 
 To ask is InternVL3's own template in transformers; to draw and to edit are those of UniLIP (arXiv 2507.23278), on which
 the paper builds: in an edit the words come before the picture. An emptied prompt, for guidance, is "Generate an image."
@@ -44,6 +44,9 @@ class QwenTokenizer(TextTokenizer):
         self.pairs.no_padding(), self.pairs.no_truncation()
         self.pairs.encode_special_tokens = True
         ids = {sign: self.pairs.token_to_id(sign) for sign in SIGNS}
+        for entry in json.loads(state)["added_tokens"]:  # the package counts on from the words, whatever the file says
+            if self.pairs.token_to_id(entry["content"]) != entry["id"]:
+                raise ValueError(f"{entry['content']} has the id {entry['id']}, which leaves a gap behind the words")
         if missing := [sign for sign in SIGNS if ids[sign] is None]:
             raise ValueError(f"it has no {missing[0]}")
         self.pad_id, self.bos_id, self.eos_id, self.image_id = (ids[sign] for sign in SIGNS[:4])

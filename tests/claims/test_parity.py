@@ -119,7 +119,7 @@ def padding(kind, length):
 def test_all_hidden_states_equal_qwen2_where_there_are_words(size, kind, length, loudness):
     """Embeddings, each layer's result and the normed last one; padding is masked and does not count as a position."""
     ours, theirs = language_models(size)
-    pairs = share(ours, theirs, [*LANGUAGE, (r"^language\.", "")], loudness)[1:]  # without the embedding's weights: x comes from outside
+    pairs = share(ours, theirs, [*LANGUAGE, (r"^language\.", "")], loudness)[1:]  # x comes from outside, not from words
     x, mask = normal(3, length, size[0], size=loudness), padding(kind, length)
     reference = theirs(inputs_embeds=x, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                        output_hidden_states=True).hidden_states

@@ -17,11 +17,20 @@ from tests.tools import public_folders
 tokenizers = pytest.importorskip("tokenizers", reason="InternVL3's text tokenizer is read by an optional extra")
 
 CHOSEN = [
-    "Hello world! It's 3.14 and I'LL go\n\n  there’s  a tab\t\tend   ", "x²+½ Ⅷ 一二三 日本語 テキスト", "naïve café e\u0301",
-    "emoji 😀👩‍👩‍👧 ok", "foo_bar __x__ a-b", "वि हिन्दी ١٢٣", "\x1c\x1d a\x1fb", "'ſ'S it's", "   \r\n  x", "", " ", "\n",
+    "Hello world! It's 3.14 and I'LL go\n\n  there’s  a tab\t\tend   ", "x²+½ Ⅷ 一二三 日本語 テキスト",
+    "naïve café e\u0301",
+    "emoji 😀👩‍👩‍👧 ok", "foo_bar __x__ a-b", "वि हिन्दी ١٢٣", "\x1c\x1d a\x1fb", "'ſ'S it's", "   \r\n  x", "",
+    " ", "\n",
     "Generate an image: a large red circle", "user\n", "assistant\n", "a\u00a0b\u2003c\u3000d", "１２３ ４", "…—“quoted”",
-    "https://a.b/c?d=e&f=%20", "ΑΒΓ αβγ Ωμέγα", "СНОВА и снова", "한국어 문장", "ไทย", "שלום", "\u200bzero", "🇫🇷🇩🇪", "\ufeffbom"]
-PIECES = [*(chr(c) for c in range(32, 127)), *"éßñøЖшאبक你日本한ไ😀½²Ⅷ’“—\u00a0\u2003\t\n\r", "'s", "'LL", "  ", "\n\n", " the", "ing"]
+    "https://a.b/c?d=e&f=%20", "ΑΒΓ αβγ Ωμέγα", "СНОВА и снова", "한국어 문장", "ไทย", "שלום", "\u200bzero",
+    "🇫🇷🇩🇪", "\ufeffbom"]
+PIECES = [*(chr(c) for c in range(32, 127)), *"éßñøЖшאبक你日本한ไ😀½²Ⅷ’“—\u00a0\u2003\t\n\r", "'s", "'LL", "  ", "\n\n",
+          " the", "ing"]
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+         "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+         "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
+         "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<img>", "</img>", "<IMG_CONTEXT>", "<quad>",
+         "</quad>", "<ref>", "</ref>", "<box>", "</box>"]  # InternVL3's, ids from 151643 on
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +47,7 @@ def real(tmp_path_factory):
     merges = [" ".join(spelled[part] for part in halves(token, ranks)) for token in sorted(ranks, key=ranks.get)
               if len(token) > 1]
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    signs = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<img>": 151665, "</img>": 151666,
-             "<IMG_CONTEXT>": 151667}
-    public_folders.write_json(folder / "added_tokens.json", signs)
+    public_folders.write_json(folder / "added_tokens.json", {sign: 151643 + i for i, sign in enumerate(ADDED)})
     encoding = tiktoken.Encoding("qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
     return load_qwen(folder, 512), encoding
 
@@ -82,14 +89,12 @@ def test_ids_are_those_of_the_real_vocabulary(real):
 
 def test_known_ids_and_templates(real):
     words, encoding = real
-    assert (words.encode("\n"), words.encode("user\n"), words.encode("assistant\n")) == ([198], [872, 198], [77091, 198])
-    assert (words.pad_id, words.bos_id, words.eos_id, words.image_id, len(words)) == (151643, 151644, 151645, 151667,
-                                                                                      151668)
+    assert [words.encode(text) for text in ("\n", "user\n", "assistant\n")] == [[198], [872, 198], [77091, 198]]
+    assert [words.pad_id, words.bos_id, words.eos_id, words.image_id] == [151643, 151644, 151645, 151667]
+    assert len(words) == 151674
 
     def spelled(ids):
-        names = {151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151665: "<img>",
-                 151666: "</img>", 151667: "<IMG_CONTEXT>"}
-        return "".join(names.get(i) or encoding.decode([i]) for i in ids.tolist())
+        return "".join(ADDED[i - 151643] if i >= 151643 else encoding.decode([i]) for i in ids.tolist())
 
     picture = "<img>" + "<IMG_CONTEXT>" * 3 + "</img>"
     answer = "<|im_end|>\n<|im_start|>assistant\n"
@@ -98,7 +103,7 @@ def test_known_ids_and_templates(real):
             (words.prompts(["what is it?"]), f"<|im_start|>user\nwhat is it?{answer}"),
             (words.requests(["a red cat"]), f"<|im_start|>user\nGenerate an image: a red cat{answer}<img>"),
             (words.requests([""]), f"<|im_start|>user\nGenerate an image.{answer}<img>"),
-            (words.requests(["make it blue"], 3), f"<|im_start|>user\nEdit the image: make it blue\n{picture}{answer}<img>"),
+            (words.requests(["do it"], 3), f"<|im_start|>user\nEdit the image: do it\n{picture}{answer}<img>"),
             (words.requests([""], 3), f"<|im_start|>user\nEdit the image.\n{picture}{answer}<img>")):
         assert spelled(ids[0]) == wanted and mask.all()
 
@@ -133,6 +138,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(small, tmp_path):
     state = json.loads(tokenizer_state(small))
     state["added_tokens"] = state["added_tokens"][:-1]
     with pytest.raises(ValueError, match="it has no <IMG_CONTEXT>"):
+        QwenTokenizer(json.dumps(state), 5)
+    state["added_tokens"].append(dict(state["added_tokens"][0], content="<IMG_CONTEXT>", id=400))
+    with pytest.raises(ValueError, match="<IMG_CONTEXT> has the id 400, which leaves a gap"):
         QwenTokenizer(json.dumps(state), 5)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match="the text tokenizer does not fit"):

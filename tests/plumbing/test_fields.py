@@ -246,8 +246,8 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 
 
 ELSEWHERE = {test.__name__: test for test in (
-    preset, internvl, dc_ae, sana, public, imagenet, lpips_weights, teacher, skip_stage, data, tokens, longest, flip, max_bad, compile, checkpointing, workers,
-    shard, save_minutes, sampling_steps, guidance, sampler, sampling_shift)}
+    preset, internvl, dc_ae, sana, public, imagenet, lpips_weights, teacher, skip_stage, data, tokens, longest, flip,
+    max_bad, compile, checkpointing, workers, shard, save_minutes, sampling_steps, guidance, sampler, sampling_shift)}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Config)])

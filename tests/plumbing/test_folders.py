@@ -164,7 +164,8 @@ def test_a_run_goes_from_folders_to_use_without_them(trained, tmp_path):
     assert again.generate(["a hand"] * 2, images)[0].equal(model.generate(["a hand"] * 2, images)[0])
     done = call("evaluate.py", moved, "--count", "2")
     assert done.returncode == 0, done.stderr
-    assert {"reconstruction", "understanding", "retrieval", "generation"} <= set(json.loads((moved / "results.json").read_text()))
+    results = json.loads((moved / "results.json").read_text())
+    assert {"reconstruction", "understanding", "retrieval", "generation"} <= set(results)
 
 
 def test_a_second_start_goes_on_and_one_with_other_folders_is_refused(folders, tmp_path, capsys):
@@ -284,7 +285,8 @@ def changed_json(path: Path, *keys, value) -> None:
 @pytest.mark.parametrize("folder, keys, value, message", [
     ("internvl", ("vision_config", "qk_normalization"), True, "qk_normalization is True"),
     ("internvl", ("vision_config", "norm_type"), "rms_norm", "norm_type is 'rms_norm'"),
-    ("internvl", ("select_layer",), -2, "select_layer is -2"), ("internvl", ("ps_version",), "v1", "ps_version is 'v1'"),
+    ("internvl", ("select_layer",), -2, "select_layer is -2"),
+    ("internvl", ("ps_version",), "v1", "ps_version is 'v1'"),
     ("internvl", ("downsample_ratio",), 1.0, "downsample_ratio is 1.0"),
     ("internvl", ("llm_config", "architectures"), ["LlamaForCausalLM"], "LlamaForCausalLM"),
     ("internvl", ("llm_config", "rope_theta"), 10000.0, "rope_theta is 10000.0"),
@@ -346,8 +348,8 @@ def not_finite(tensors: dict) -> None:
     (lambda root: (root / "internvl" / "config.json").write_text("{"), "config.json cannot be read"),
     (lambda root: (root / "internvl" / "config.json").unlink(), "config.json cannot be read"),
     (lambda root: (root / "internvl" / "merges.txt").unlink(), "neither tokenizer.json nor merges.txt"),
-    (lambda root: (root / "internvl" / "added_tokens.json").write_text("{}"), "it has no <|endoftext|>".replace("|", r"\|")),
-    (lambda root: rewritten(root, lambda tensors: tensors.update(more=torch.ones(2))), "nothing here computes with more"),
+    (lambda root: (root / "internvl" / "added_tokens.json").write_text("{}"), "it has no <.endoftext.>"),
+    (lambda root: rewritten(root, lambda tensors: tensors.update(more=torch.ones(2))), "nothing here computes with m"),
     (lambda root: rewritten(root, lambda tensors: tensors.pop("mlp1.1.bias")), "lacks mlp1.1.bias"),
     (lambda root: rewritten(root, lambda tensors: tensors.update({"mlp1.1.bias": torch.ones(48, dtype=torch.int8)})),
      "mlp1.1.bias is I8"),
