@@ -21,8 +21,8 @@ OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h
 DC_AE_NOTE = """# Only the decoder
 
 These weights are DC-AE's, but for the decoder, which SPAR has trained on: it decodes the fused latents z_f of SPAR's
-own tokenizer. The encoder is DC-AE's still, and its latents are not what this decoder expects: encoding with this folder
-and decoding again gives a wrong picture. `scaling_factor` is that of z_f.
+own tokenizer. The encoder is DC-AE's still, and its latents are not what this decoder expects: encoding with this
+folder and decoding again gives a wrong picture. `scaling_factor` is that of z_f.
 """
 
 
