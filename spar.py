@@ -107,8 +107,11 @@ class Config:
     align_hidden: int = 256  # width inside φ_a
 
     # losses: weights of the terms
+    lambda_mse: float = 1.0  # L_mse of T1 to T3, on pictures in [-1, 1] (paper: 1 in [0, 1], which here is 0.25)
     lambda_lpips: float = 0.004  # L_lpips, perceptual (paper: 1.1)
-    lpips_weights: str = ""  # file with VGG16's and LPIPS's weights; empty: features of the frozen pixel encoder
+    vgg: str = ""  # VGG16's weight file, for L_lpips with --lpips; empty: features of the frozen pixel encoder
+    lpips: str = ""  # LPIPS's weight file, the heads on VGG16
+    convnext: str = ""  # ConvNeXt-S's weight file: a tenth of the distance of its logits joins L_lpips (paper: so)
     lambda_z: float = 1e-3  # L_z keeps P2's latents small (DC-AE: none)
     lambda_p: float = 1.0  # L_p, pixel stream onto the pixel latents (T1)
     lambda_f: float = 0.02  # L_f holds z_f on the pixel latents, which P3's DiT knows (paper: 0)
@@ -212,7 +215,7 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     ae_decoder_depths=(3, 3, 3, 3, 3, 3), ae_vit_stages=3, ae_resample="conv",
     queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False,
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
-    lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1,
+    lambda_mse=0.25, lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1,
     shift=1.0, noises_per_picture=1, sampling_steps=20, guidance=4.5, sampler="dpm",
     precision="bf16", checkpointing=True, tokens=32768, longest=512,
     # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives

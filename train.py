@@ -33,7 +33,7 @@ from disk.layouts import DataFolder, scan
 from disk.reading import DiskData, check_kinds
 from evaluate import evaluate, print_tables
 from mllm import language_losses
-from parts.adversary import Discriminator, Perceptual, adversary_optimizer, adversary_step, read_vgg16
+from parts.adversary import Discriminator, Perceptual, adversary_optimizer, adversary_step
 from parts.words import Turns
 from plumbing.checkpoints import load_newest, load_stage, save_progress
 from plumbing.command import UserError, run_command
@@ -44,9 +44,10 @@ from plumbing.processes import (Stop, decided_by_first, first_process, gather, j
                                 mean_of_metrics, process_rank, unsharded, wait_for_all)
 from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
-from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report, trained_parameters
+from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
 from public import openmoji
-from public.folders import imported_stages, latent_scale, read_public
+from public.folders import imported_stages, latent_scale, read_public, stand_ins
+from public.perceptual import perceptual_networks
 from spar import NAMES, SPAR, Config
 from tokenizer import Losses, autoencoder_losses, tokenizer_losses
 from world.language import DrawnWorld
@@ -133,7 +134,7 @@ def value_of(number: float | str, config: Config) -> float:
 STREAMS = {"tokenizer.semantic_stream": 1.0, "tokenizer.pixel_stream": 1.0, "tokenizer.fusion": 1.0}
 CONNECTOR = {"mllm.queries": 1.0, "mllm.router": 1.0, "mllm.connector": 1.0}
 GENERATOR = CONNECTOR | {"dit": 1.0, "align_head": 1.0}
-RECONSTRUCTION = {"L_mse": 1.0, "L_lpips": "lambda_lpips", "L_f": "lambda_f"}
+RECONSTRUCTION = {"L_mse": "lambda_mse", "L_lpips": "lambda_lpips", "L_f": "lambda_f"}
 GENERATION = {"L_fm": 1.0, "L_align": "lambda_a"}
 
 STAGES = [
@@ -197,8 +198,8 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
     """What a stage needs before its first step: frozen copies, the adversary, the connector's start."""
     config, extras, terms = model.config, Extras(), stage.loss_weights(model.config)
     if "L_lpips" in terms:
-        path = config.lpips_weights
-        extras.perceptual = Perceptual(read_vgg16(path).to(model.device) if path else model.pixel_encoder)
+        vgg, convnext = (network and network.to(model.device) for network in perceptual_networks(config))
+        extras.perceptual = Perceptual(vgg or model.pixel_encoder, convnext)
     if stage.name == "T3":
         extras.encoder_before = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)
     if "L_gan" in terms:
@@ -319,13 +320,10 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
 
 
 def import_stage(model: SPAR, stage: Stage, run: Path, data_folder: DataFolder | None) -> None:
-    """Writes <stage>.pt from a public folder; no step is taken."""
+    """Writes <stage>.pt from a public folder."""
     prepare(model, stage)
     measure_latents(model, stage, open_world(model.config, NAMES.index(stage.name), data_folder))
-    trained = [name for pairs in trained_parameters(model, stage).values() for name, _ in pairs]
-    files = read_public(model, stage.name, trained, run)
-    print(f"stage {NAMES.index(stage.name) + 1} of 9  {stage.name}: read from {files[0].split()[0]}"
-          + (f" and {len(files) - 1} more files" if len(files) > 1 else ""))
+    print(f"stage {NAMES.index(stage.name) + 1} of 9  {stage.name}: read from {read_public(model, stage, run)}")
 
 
 # ---------------------------------------------------------------- a whole run
@@ -405,6 +403,8 @@ def main() -> None:
         bench(config, rest.device, rest.out, stages, one_batch, step_module, partial(some_steps, device=rest.device))
         return
     device, start = join_processes(rest.device, config.shard), time.time()
+    if first_process() and not rest.out.exists() and (said := stand_ins(config)):
+        print(plan(config, STAGES, one_batch, step_module, rest.out), said, sep="\n")
     if Path(config.data) == openmoji.folder(config.side) and first_process():
         openmoji.write(config.side)
     wait_for_all()

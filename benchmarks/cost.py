@@ -31,6 +31,7 @@ from plumbing.training import trained_parameters
 from public.folders import check_folders, imported_stages
 from spar import NAMES, SPAR, Config
 
+UTILISATION = 0.4  # of an H100's peak, by which --plan tells the time; what a run reaches: --bench
 PROBE = 4  # pictures in the forecast's step; what it finds grows in proportion
 # Dense half-precision products per second, from the makers' data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -116,11 +117,14 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
         if not lines:
             recomputed = ", layers recomputed" if config.checkpointing else ""
             lines.append(f"preset {config.preset}: {cost['all'] / 1e6:.1f} M parameters, {config.side} px, "
-                         f"{config.grid**2} tokens a picture, {config.precision}{recomputed}; memory of one device:")
+                         f"{config.grid**2} tokens a picture, {config.precision}{recomputed}; days of one H100 at "
+                         f"{UTILISATION:.0%} of its peak, memory of one device:")
         lines.append(f"{stage.name}  {stage.about:42} trains {cost['trained'] / 1e6:8.2f} M  "
                      f"{config.steps[i]:6} steps of {config.batch[i]:3} pictures "
                      f"({config.batch[i] * config.grid**2} tokens)  "
-                     f"{cost['flops'] / 1e12:8.2f} TFLOP a step  {cost['total'] / gib:6.2f} GiB = "
+                     f"{cost['flops'] / 1e12:8.2f} TFLOP a step  "
+                     f"{cost['flops'] * config.steps[i] / UTILISATION / PEAKS['H100'] / 86400:6.2f} GPU-days  "
+                     f"{cost['total'] / gib:6.2f} GiB = "
                      f"{cost['weights'] / gib:.2f} weights + {cost['optimizer'] / gib:.2f} gradients, moments, average "
                      f"+ {cost['activations'] / gib:.2f} activations")
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())

@@ -1,7 +1,7 @@
 """Data on disk: what a folder holds, found out by looking at names, headers and records.
 
     x.jpg|png|webp + x.txt   a caption; x.json may hold {"conversations": …} or {"caption": …}
-    x.source.png + x.target.png + x.instruction.txt      an edit
+    x.source.png + x.target.png + x.instruction.txt      an edit (BLIP3o: x.input.jpg, x.output.jpg, x.txt)
     000.tar 001.tar …        the same names inside (WebDataset: key = name up to the first dot)
     *.json|jsonl             LLaVA: [{"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}]
     *.json|jsonl             edits: [{"source": …, "target": …, "instruction": …}, …]
@@ -23,7 +23,8 @@ from disk.files import (BadFile, Blob, check_name, inside, members, printable, r
 PICTURES = ("jpg", "jpeg", "png", "webp")
 ROLES = {  # ending of a file -> what it is to its key
     "txt": "words", "json": "record", "instruction.txt": "instruction", **{ending: "image" for ending in PICTURES},
-    **{f"{role}.{ending}": role for role in ("source", "target") for ending in PICTURES}}
+    **{f"{name}.{ending}": role for role, names in (("source", ("source", "input")), ("target", ("target", "output")))
+       for name in names for ending in PICTURES}}
 OTHER_PICTURES = ("gif", "bmp", "tif", "tiff", "heic", "avif", "svg", "jp2", "ico", "psd")
 PACKED = re.compile(r"\.(tar\.\w+|tgz|zip|7z|rar|parquet|arrow)$")
 SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|mirror\w*)\b", re.IGNORECASE)

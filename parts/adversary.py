@@ -3,9 +3,6 @@
 Public methods; SPAR uses them in T1 to T3 (Sec. 3.2). Pictures are `b 3 H W` in [-1, 1].
 """
 
-import pickle
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,58 +22,29 @@ def perceptual_distance(maps: list[Tensor], others: list[Tensor], heads: list[Te
 
 
 class Perceptual(nn.Module):
-    """The feature network of the perceptual loss, frozen. Offline: the pixel encoder, as P2 left it.
+    """L_lpips, in float32 also where autocast hands it half: `network.features` of the pictures compared. Offline that
+    is the pixel encoder, as P2 left it. With a `classifier` also the mean squared difference of its logits, weighed as
+    in the paper: LPIPS + 0.1 of it, of which L_lpips is the 1.1th part, as its weight there is 1.1.
 
-    # differs from paper: there it is LPIPS on VGG16 (`VGG16`, with a weight file) plus a ConvNeXt-S distance.
+    # differs from paper: without the public weights (public/perceptual.py) there is no VGG16 and no classifier.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, classifier: nn.Module | None = None):
         super().__init__()
-        self.network = network.requires_grad_(False).eval()
+        self.network, self.classifier = network, classifier
+        self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self.network.features(targets)
-        return perceptual_distance(self.network.features(images), wanted, getattr(self.network, "heads", None))
-
-
-class VGG16(nn.Module):
-    """VGG16's five stages with LPIPS's heads, from one weight file with torchvision's names (`features.N.weight`) and
-    LPIPS's (`linK.model.1.weight`). Raises ValueError if the file lacks one."""
-
-    STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-
-    def __init__(self, weights: dict[str, Tensor]):
-        super().__init__()
-        self.stages, c_in, number = nn.ModuleList(), 3, 0
-        wanted = {}
-        for widths in self.STAGES:
-            stage = nn.ModuleList()
-            for c in widths:
-                stage.append(nn.Conv2d(c_in, c, 3, padding=1))
-                wanted[f"features.{number}"] = stage[-1]
-                c_in, number = c, number + 2  # torchvision counts the ReLUs
-            self.stages.append(stage)
-            number += 1  # and the pooling
-        names = [f"{name}.{key}" for name in wanted for key in ("weight", "bias")]
-        missing = [name for name in [*names, *(f"lin{i}.model.1.weight" for i in range(5))] if name not in weights]
-        if missing:
-            raise ValueError(f"no {missing[0]} in the LPIPS weights: join VGG16's and LPIPS's state dicts in one file")
-        for name, conv in wanted.items():
-            conv.load_state_dict({key: weights[f"{name}.{key}"] for key in ("weight", "bias")})
-        self.heads = nn.ParameterList(weights[f"lin{i}.model.1.weight"] for i in range(5))
-        # LPIPS's scaling of pictures in [-1, 1]
-        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        x, maps = (images - self.mean) / self.std, []
-        for number, stage in enumerate(self.stages):
-            x = F.max_pool2d(x, 2) if number else x
-            for conv in stage:
-                x = F.relu(conv(x))
-            maps.append(x)
-        return maps
+        with torch.autocast(images.device.type, enabled=False):
+            images, targets = images.float(), targets.float()
+            with torch.no_grad():
+                wanted = self.network.features(targets)
+            distance = perceptual_distance(self.network.features(images), wanted, getattr(self.network, "heads", None))
+            if self.classifier is None:
+                return distance
+            with torch.no_grad():
+                logits = self.classifier(targets)
+            return (distance + 0.1 * F.mse_loss(self.classifier(images), logits)) / 1.1
 
 
 class Discriminator(nn.Module):
@@ -108,14 +76,6 @@ class Discriminator(nn.Module):
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         return -self(fake).mean()  # L_GAN
-
-
-def read_vgg16(path: str) -> VGG16:
-    """Raises ValueError for a file that does not hold what `VGG16` needs."""
-    try:
-        return VGG16(torch.load(Path(path), map_location="cpu", weights_only=True))
-    except (ValueError, AttributeError, TypeError, pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"--lpips-weights {path}: {error}".splitlines()[0]) from None
 
 
 def adversary_optimizer(discriminator: Discriminator, lr: float) -> torch.optim.AdamW:

@@ -90,7 +90,9 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
     if defaults["precision"] == "fp16":  # a GPU from before Ampere
         defaults["attention"] = "sdpa"
     preset = PRESETS[given["preset"]]
-    if defaults["precision"] != "bf16":
+    if defaults["precision"] != "bf16" and rest.plan:
+        defaults.pop("precision")  # a forecast is of the machine that the preset is for
+    elif defaults["precision"] != "bf16":
         preset = {key: value for key, value in preset.items() if key != "precision"}  # bf16 is for where it is fast
     given |= {model: str(Path(given[model]).absolute()) for model in SIZES if given.get(model)}
     config = make_config(**defaults | preset | given | sizes_of(given))
@@ -98,6 +100,8 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
         setattr(config, key, getattr(config, key) * (len(NAMES) if len(getattr(config, key)) == 1 else 1))
         if len(getattr(config, key)) != len(NAMES):
             raise UserError(f"--{key} takes one number, or {len(NAMES)}, one for each of {','.join(NAMES)}")
+    if bool(config.vgg) != bool(config.lpips):
+        raise UserError("--vgg and --lpips go together: VGG16's weights, and LPIPS's heads on them")
     if config.align == "external" and not config.teacher:
         raise UserError("--align external needs --teacher RUN, a run folder whose P1 encoder teaches")
     if config.shard and (config.optimizer == "muon" or config.precision == "fp16"):

@@ -173,7 +173,8 @@ def write_config(config: Config, run: Path) -> None:
 FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
     "dc_ae": "P2", "sana": "P3",
     "k": "P3", "router": "P3", "connector_layers": "P3", "shift": "P3", "noises_per_picture": "P3",
-    "lambda_lpips": "T1", "lpips_weights": "T1", "lambda_p": "T1", "lambda_f": "T1",
+    "lambda_mse": "T1", "lambda_lpips": "T1", "vgg": "T1", "lpips": "T1", "convnext": "T1", "lambda_p": "T1",
+    "lambda_f": "T1",
     "tokenizer": "T1", "symmetric": "T1", "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1",
     "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "gan_width": "T3", "lecam": "T3", "encoder_rate": "T3",
     "anchor": "T3", "freeze_encoder": "T3",

@@ -5,5 +5,6 @@ Open it when you have such a folder; README.md beside this file has the commands
     folders     sizes from config.json, every weight checked, P1 to P3        when a folder is refused
     qwen        InternVL3's text tokenizer and its templates                  to see what such a run reads
     export      what was trained, back into folders that others load          to use a run elsewhere
+    perceptual  VGG16 with LPIPS's heads, and ConvNeXt-S                      to judge reconstructions as the paper does
     openmoji    a picture set, made from a font                               as an example of data on disk
 """

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from plumbing.checkpoints import save
 from plumbing.command import UserError
 from plumbing.run_folder import write_config
+from plumbing.training import trained_parameters
 from public.names import SPELLINGS, names_of
 from public.qwen import read_json
 from spar import SPAR, Config
@@ -38,6 +39,16 @@ def folder_of(config: Config, model: str) -> Path | None:
 def imported_stages(config: Config) -> dict[str, str]:
     """Stage -> the public model that stands in its place."""
     return {stage: model for stage, model in IMPORTED.items() if getattr(config, model)}
+
+
+def stand_ins(config: Config) -> str:
+    """What of a run of SPAR's own size is not as in the paper for want of a folder or file; empty: nothing."""
+    missing = {stage: model for stage, model in IMPORTED.items() if not getattr(config, model)}
+    flags = " ".join(f"--{model.replace('_', '-')} DIR" for model in missing.values())
+    said = [f"{', '.join(missing)} are trained; to read them instead: {flags}"] if missing else []
+    said += [] if config.vgg else ["L_lpips reads our own pixel encoder; to read VGG16: --vgg FILE --lpips FILE"]
+    said += [] if config.convnext else ["L_lpips has no classifier's part; to add it: --convnext FILE"]
+    return "\n".join([*said, "(public/README.md)"]) if said and config.preset.startswith("full") else ""
 
 
 # ---------------------------------------------------------------- config.json -> sizes
@@ -269,11 +280,11 @@ def check_folders(config: Config, module: SPAR) -> list[str]:
     return lines
 
 
-def read_public(module: SPAR, stage: str, trained: list[str], run: Path) -> list[str]:
-    """The numbers of the stage's folder into the model's parameters, and those that the stage trains (`trained`) into
-    <stage>.pt, as if it had; -> the folder's files with their checksums, which config.json names from then on. Raises
-    UserError."""
-    config, model = module.config, IMPORTED[stage]
+def read_public(module: SPAR, stage, run: Path) -> str:
+    """The numbers of the folder that stands in for a train.Stage into the model's parameters, and all that the stage
+    would have trained into <stage>.pt; config.json names the folder's files with their checksums from then on. -> what
+    was read, in a line. Raises UserError."""
+    config, model = module.config, IMPORTED[stage.name]
     weights, parameters = Weights(folder_of(config, model), model), dict(module.named_parameters())
     files, known = weights.checksums(), config.public.split(", ") if config.public else []
     changed = [line for line in known if line.startswith(f"{model}/") and line not in files]
@@ -285,11 +296,12 @@ def read_public(module: SPAR, stage: str, trained: list[str], run: Path) -> list
             if not value.isfinite().all():
                 raise UserError(f"{weights.folder / weights.keys[keys[0]]}: {keys[0]} is not finite: fetch it again")
             parameters[name].copy_(value.view_as(parameters[name]))
-    ema = {name: parameters[name].detach().cpu().clone() for name in trained}
+    ema = {name: parameter.detach().cpu().clone() for pairs in trained_parameters(module, stage).values()
+           for name, parameter in pairs}
     config.public = ", ".join(dict.fromkeys([*known, *files]))
     write_config(config, run)
-    save(run / f"{stage}.pt", {"ema": ema, "latent_scale": module.latent_scale.cpu(), "seconds": 0.0})
-    return files
+    save(run / f"{stage.name}.pt", {"ema": ema, "latent_scale": module.latent_scale.cpu(), "seconds": 0.0})
+    return files[0].split()[0] + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
 
 
 def latent_scale(config: Config) -> float:

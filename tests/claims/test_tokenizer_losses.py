@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parts.adversary import VGG16, Discriminator, Perceptual, perceptual_distance
+from parts.adversary import Discriminator, Perceptual, perceptual_distance
 from parts.dcae import PixelEncoder
+from public.perceptual import VGG16, ConvNeXt
 
 
 def encoder():
@@ -105,6 +106,52 @@ def test_vgg16_names_what_the_file_lacks(vgg, name):
 def test_vgg16_takes_its_heads_along_to_another_device(vgg):
     network = VGG16(vgg[1]).to("meta")
     assert all(head.device.type == "meta" for head in network.heads)
+
+
+def test_vgg16_with_the_published_heads_equals_lpips(vgg):
+    lpips = pytest.importorskip("lpips", reason="what we compare with is an optional extra")
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    plain = [module for module in theirs.net.modules() if isinstance(module, nn.Conv2d)]
+    weights = {key: value for key, value in vgg[1].items() if key.startswith("features")}
+    for conv, number in zip(plain, (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), strict=True):
+        conv.load_state_dict({key: weights[f"features.{number}.{key}"] for key in ("weight", "bias")})
+    heads = {f"lin{i}.model.1.weight": getattr(theirs, f"lin{i}").model[1].weight.detach() for i in range(5)}
+    images, others = torch.rand(2, 2, 3, 48, 48) * 2 - 1
+    with torch.no_grad():
+        right = theirs(images, others).mean()
+    torch.testing.assert_close(Perceptual(VGG16(weights | heads))(images, others), right, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", (64, 224, 300))
+def test_convnext_equals_torchvisions(side):
+    torchvision = pytest.importorskip("torchvision", reason="what we compare with is an optional extra")
+    torch.manual_seed(3)
+    theirs = torchvision.models.convnext_small().eval()
+    for name, parameter in theirs.named_parameters():
+        nn.init.normal_(parameter, std=0.5 if "layer_scale" in name else 0.05)
+    ours, images = ConvNeXt().eval(), torch.rand(1, 3, side, side) * 2 - 1
+    ours.load_state_dict(theirs.state_dict())
+    pixels = F.interpolate((images + 1) / 2, size=(224, 224), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(rgb).view(3, 1, 1) for rgb in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        logits, right = ours(images), theirs((pixels - mean) / std)
+    assert logits.std() > 0.01 and (logits - right).abs().max() < 1e-4 * right.abs().max()
+
+
+def test_a_classifier_joins_the_perceptual_loss_with_a_tenth_and_half_precision_stays_out_of_it():
+    class Logits(nn.Module):
+        def forward(self, images):
+            assert images.dtype == torch.float32
+            return images.flatten(1)[:, :10]
+
+    network, (images, others) = encoder(), torch.rand(2, 2, 3, 32, 32)
+    plain, right = Perceptual(network)(images, others), (images - others).flatten(1)[:, :10].square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        joined = Perceptual(network, Logits())(images.bfloat16().float(), others)
+        assert Perceptual(network)(images, others).equal(plain)
+    near = Perceptual(network, Logits())(images, others)
+    torch.testing.assert_close(near, (plain + 0.1 * right) / 1.1)
+    torch.testing.assert_close(joined, near, rtol=0.05, atol=0)
 
 
 class Known(Discriminator):

@@ -10,7 +10,6 @@ from PIL import Image
 
 import train
 from data import Batches
-from public import openmoji
 from disk.check import check
 from disk.files import BadFile, Blob, read_picture, records
 from disk.layouts import scan
@@ -18,10 +17,12 @@ from disk.reading import DiskData, as_tensor, check_kinds
 from evaluate import Protocol, evaluate
 from plumbing.command import UserError
 from plumbing.run_folder import build
+from public import openmoji
 from spar import NAMES
 from tests.tools.commands import call, subprocess_of
 from tests.tools.models import words_of
-from tests.tools.planted import FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shards, triples
+from tests.tools.planted import (FAULTS, everything, folder_of_captions, llava, noise, picture, plant, shard, shards,
+                                 triples)
 from tests.tools.torture import ended, same
 
 
@@ -264,6 +265,16 @@ def test_a_run_on_disk_is_measured_beside_trivial_baselines(tiny, tmp_path):
                       ("generation", "at_1"), ("editing", "overall"), ("editing", "psnr")):
         assert key in tables[name] and f"{key}_baseline" in tables[name], (name, key)
     assert (tmp_path / "run" / "report" / "summary.png").exists()
+
+
+def test_edits_of_blip3os_shards_are_read_as_they_are(tmp_path):
+    shard(tmp_path / "0.tar", [("a.input.jpg", picture(kind="jpeg")), ("a.output.jpg", picture((0, 0, 9), kind="jpeg")),
+                               ("a.txt", b"make it dark"), ("b.jpg", picture(kind="jpeg")), ("b.txt", b"a red wall")])
+    found = scan(tmp_path)
+    assert not found.faults and [sample.instruction() for sample in found.kinds["edits"]] == ["make it dark"]
+    assert [sample.caption() for sample in found.kinds["captions"]] == ["a red wall"]
+    before, after = (read_picture(found.kinds["edits"][0].has[role]) for role in ("source", "target"))
+    assert before.getpixel((3, 3))[0] > 150 > 30 > after.getpixel((3, 3))[0]
 
 
 def test_openmoji_is_a_data_set_like_any_other(tmp_path, monkeypatch):

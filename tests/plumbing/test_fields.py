@@ -15,6 +15,7 @@ from plumbing.flags import parse
 from plumbing.processes import join_processes
 from plumbing.run_folder import build, check_same_run, load_config, stage_names, text_tokenizer
 from public.folders import sizes_of
+from public.perceptual import ConvNeXt
 from spar import NAMES, PER_STAGE, Config, make_config
 from tests.conftest import TINY
 from tests.tools.models import model_of, state, words_of
@@ -38,8 +39,9 @@ BITS = {  # field -> a stage that ends in other bits with another value
     "attention": ("P1", "tiled"),
     "lambda_z": ("P2", 0.1), "dit_heads": ("P3", 2), "dit_cross_heads": ("P3", 1), "positions": ("P3", False),
     "connector_share": ("P3", 1.0), "shift": ("P3", 1.0), "noises_per_picture": ("P3", 1), "drop_words": ("P3", 1.0),
-    "precision": ("P3", "bf16"), "pixel_heads": ("T1", 1), "lambda_lpips": ("T1", 1.0), "lambda_p": ("T1", 0.5),
-    "lambda_f": ("T1", 0.5), "lambda_s": ("T3", 1.0), "lambda_gan": ("T3", 0.1), "gan_start": ("T3", 0.9),
+    "precision": ("P3", "bf16"), "pixel_heads": ("T1", 1), "lambda_mse": ("T1", 0.25),
+    "lambda_lpips": ("T1", 1.0), "lambda_p": ("T1", 0.5), "lambda_f": ("T1", 0.5),
+    "lambda_s": ("T3", 1.0), "lambda_gan": ("T3", 0.1), "gan_start": ("T3", 0.9),
     "gan_width": ("T3", 4),
     "lecam": ("T3", 1.0), "encoder_rate": ("T3", 0.1), "anchor": ("T3", False), "freeze_encoder": ("T3", True),
     "lambda_a": ("U2", 0.1), "align_block": ("U2", 2), "align": ("U2", "none"), "edits": ("U2", 0.25)}
@@ -78,16 +80,45 @@ def preset(end, tmp_path, monkeypatch):
     assert make_config(preset="small") != replace(make_config(), preset="small")
 
 
-def lpips_weights(end, tmp_path, monkeypatch):
-    generator, path, rows, previous = torch.Generator().manual_seed(0), tmp_path / "vgg.pt", {}, 3
+def random_vgg(tmp_path):
+    """-> (file of VGG16, file of LPIPS's heads)"""
+    generator, rows, previous = torch.Generator().manual_seed(0), {}, 3
     widths = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
     for number, c in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), widths):
         rows[f"features.{number}.weight"] = torch.randn(c, previous, 3, 3, generator=generator) / 30
         rows[f"features.{number}.bias"], previous = torch.zeros(c), c
-    for i, c in enumerate((64, 128, 256, 512, 512)):
-        rows[f"lin{i}.model.1.weight"] = torch.rand(1, c, 1, 1, generator=generator)
-    torch.save(rows, path)
-    assert end("T1", lpips_weights=str(path)) != end("T1")
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=generator)
+             for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(rows, tmp_path / "vgg.pth")
+    torch.save(heads, tmp_path / "lpips.pth")
+    return str(tmp_path / "vgg.pth"), str(tmp_path / "lpips.pth")
+
+
+def vgg(end, tmp_path, monkeypatch):
+    networks, heads = random_vgg(tmp_path)
+    assert end("T1", vgg=networks, lpips=heads) != end("T1")
+    with pytest.raises(UserError, match="--vgg .*lpips.pth .*: it lacks features.0.weight"):
+        end("T1", vgg=heads, lpips=heads)
+
+
+def lpips(end, tmp_path, monkeypatch):
+    networks, heads = random_vgg(tmp_path)
+    first = end("T1", vgg=networks, lpips=heads)
+    weights = torch.load(heads)
+    torch.save({key: 2 * value for key, value in weights.items()}, tmp_path / "other.pth")
+    assert end("T1", vgg=networks, lpips=str(tmp_path / "other.pth")) != first
+    with pytest.raises(UserError, match="--lpips .*nowhere"):
+        end("T1", vgg=networks, lpips=str(tmp_path / "nowhere"))
+
+
+def convnext(end, tmp_path, monkeypatch):
+    monkeypatch.setattr("public.perceptual.resize", lambda images, side: images)  # 224 px take a second each
+    torch.manual_seed(0)
+    torch.save(ConvNeXt().state_dict(), tmp_path / "convnext.pth")
+    assert end("T1", convnext=str(tmp_path / "convnext.pth"), side=32, patch=4) != end("T1", side=32, patch=4)
+    torch.save({"classifier.2.bias": torch.ones(1000)}, tmp_path / "half.pth")
+    with pytest.raises(UserError, match="--convnext .*half.pth: .*Missing key"):
+        end("T1", convnext=str(tmp_path / "half.pth"))
 
 
 def imagenet(end, tmp_path, monkeypatch):
@@ -246,8 +277,8 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 
 
 ELSEWHERE = {test.__name__: test for test in (
-    preset, internvl, dc_ae, sana, public, imagenet, lpips_weights, teacher, skip_stage, data, tokens, longest, flip,
-    max_bad, compile, checkpointing, workers, shard, save_minutes, sampling_steps, guidance, sampler, sampling_shift)}
+    preset, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data, tokens, longest,
+    flip, max_bad, compile, checkpointing, workers, shard, save_minutes, sampling_steps, guidance, sampler, sampling_shift)}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Config)])

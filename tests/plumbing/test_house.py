@@ -114,7 +114,7 @@ def may_import(name: str, other: str) -> bool:
             "world": target in ("parts", "world"),
             "disk": target in ("parts", "disk") or other in ("plumbing.command", "public.openmoji"),
             "public": target in ("parts", "public", "spar") or other in (
-                "plumbing.command", "plumbing.checkpoints", "plumbing.run_folder"),
+                "plumbing.command", "plumbing.checkpoints", "plumbing.run_folder", "plumbing.training"),
             "plumbing": target not in ("data", "train", "sample", "evaluate"),
             "data": target not in ("train", "sample", "evaluate"),
             }.get(folder, True)
