@@ -54,7 +54,7 @@ class Batches(torch.utils.data.Dataset):
     data_folder: DataFolder | None = None  # what `--data` holds; None: the drawn world
 
     def __post_init__(self):
-        index = NAMES.index(self.name)
+        index, self.config = NAMES.index(self.name), self.config.at(self.name)
         self.batch = self.config.batch[index]
         self.world = open_world(self.config, index, self.data_folder, self.edits_among(self.batch))
         if self.batch % self.ranks:

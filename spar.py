@@ -63,6 +63,7 @@ class Config:
 
     # pictures and vision encoder E_s (InternViT)
     side: int = 32  # picture side in pixels
+    sides: tuple = (0,) * 9  # the same for each of P1 P2 P3 T1 T2 T3 U1 U2 U3, in training; 0: side (paper: less in T)
     patch: int = 4  # pixels per ViT patch; a visual token is 2×2 patches
     vision_width: int = 64  # v: width of E_s
     vision_layers: int = 4  # layers of E_s
@@ -187,6 +188,10 @@ class Config:
         """A stage's own of the nine numbers of a field."""
         return getattr(self, field)[NAMES.index(name)]
 
+    def at(self, name: str) -> "Config":
+        """With the side that pictures have in this stage."""
+        return replace(self, side=self.of_stage("sides", name) or self.side)
+
 
 CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
            "symmetric": ("", "with", "without"), "router": ("dtr", "last", "mean", "concat", "static"),
@@ -195,7 +200,7 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "attention": ("auto", "triton", "tiled", "sdpa")}
 HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad",
        "sampling_steps", "guidance", "sampler", "sampling_shift")
-PER_STAGE = ("steps", "batch", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine numbers, or one for all
+PER_STAGE = ("sides", "steps", "batch", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine numbers, or one for all
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     precision="bf16",
@@ -219,11 +224,11 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     shift=1.0, noises_per_picture=1, sampling_steps=20, guidance=4.5, sampler="dpm",
     precision="bf16", checkpointing=True, tokens=32768, longest=512,
     # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives
-    # each of its 64 GPUs 32 pictures of 224 px, then 4 of 448 px; 16 are what 80 GB hold. paper leaves open: how often
-    # U1 to U3 pass over their data; here five times, on 64 GPUs as well. differs from paper: T1 to T3 begin there at
-    # 224 px.
+    # each of its 64 GPUs 32 pictures of 224 px, then, in T3 again, 4 of 448 px; 64 and 16 are what 80 GB hold. paper
+    # leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well. differs from paper: T3
+    # runs once, at 448 px.
     steps=(100_000, 100_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
-    batch=(32, 16, 64, 16, 16, 16, 128, 128, 128), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
+    batch=(32, 16, 64, 64, 64, 16, 128, 128, 128), sides=(0, 0, 0, 224, 224, 0, 0, 0, 0), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
     optimizer="adamw", ema=(0.9999,) * 9, weight_decay=(1e-4,) * 6 + (0.0,) * 3, decay_all=False,
     warmup=(0.1,) * 6 + (0.003,) * 3, final_lr=(0.1,) * 3 + (1 / 3,) * 3 + (0.1,) * 3,
     edits=0.3)  # 1.5 M edits ten times, 36 M pictures once
@@ -290,7 +295,7 @@ class SPAR(nn.Module):
 
     def pixel_latent(self, images: Tensor) -> Tensor:
         """E_p(I) `b n p`, one latent for each visual token."""
-        return pixel_latent(self.pixel_encoder, images, self.config.grid)
+        return pixel_latent(self.pixel_encoder, images, images.shape[-1] // self.tokenizer.vision.token)
 
     def clean_pixel_latent(self, images: Tensor) -> Tensor:
         """What P3's DiT learns to draw: E_p(I) · scale `b p h w`."""

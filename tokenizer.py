@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -61,9 +62,9 @@ IMAGENET = (-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)  # mean and deviation o
 
 
 class VisionEncoder(nn.Module):
-    """E_s with its projector: `b 3 H W` -> f_v `b n d`, one token for each 2×2 patches. The side must be the one it was
-    built for (its positions are learned). `imagenet`: pictures reach it with ImageNet's mean 0 and variance
-    1."""
+    """E_s with its projector: `b 3 H W` -> f_v `b n d`, one token for each 2×2 patches. Its learned positions are those
+    of pictures of `side`; for another side they are interpolated, as InternVL does. `imagenet`: pictures reach it with
+    ImageNet's mean 0 and variance 1."""
 
     def __init__(self, side: int, patch: int, width: int, layers: int, heads: int, mlp_ratio: float, d: int,
                  imagenet: bool = False):
@@ -71,7 +72,7 @@ class VisionEncoder(nn.Module):
         if side % (2 * patch):
             raise ValueError(f"side {side} is no multiple of a token's {2 * patch} pixels: "
                              "choose another side or patch")
-        self.side, self.grid = side, side // patch
+        self.grid, self.token = side // patch, 2 * patch
         mean, std = IMAGENET if imagenet else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -82,13 +83,22 @@ class VisionEncoder(nn.Module):
         self.projector = nn.Sequential(nn.LayerNorm(4 * width), nn.Linear(4 * width, d), nn.GELU(), nn.Linear(d, d))
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != (self.side, self.side):
-            raise ValueError(f"expected {self.side}×{self.side} pictures, got {tuple(images.shape)}: resize them first")
+        h, w = images.shape[-2:]
+        if h != w or h % self.token:
+            raise ValueError(f"pictures of {h}×{w}: make them square, a multiple of a token's {self.token} pixels")
         x = rearrange(self.patches((images - self.mean) / self.std), "b v h w -> b (h w) v")
-        x = torch.cat([repeat(self.cls, "1 1 v -> b 1 v", b=len(x)), x], 1) + self.positions
+        x = torch.cat([repeat(self.cls, "1 1 v -> b 1 v", b=len(x)), x], 1) + self.positions_on(h // (self.token // 2))
         for layer in self.layers:
             x = layer(x)
         return self.projector(fold(x[:, 1:]))  # f_v; the CLS token is dropped: nothing reads it
+
+    def positions_on(self, grid: int) -> Tensor:
+        """Positions of the CLS token and of `grid`² patches, `1 n v`."""
+        if grid == self.grid:
+            return self.positions
+        table = rearrange(self.positions[:, 1:], "1 (h w) v -> 1 v h w", h=self.grid).float()
+        table = F.interpolate(table, size=(grid, grid), mode="bicubic")
+        return torch.cat([self.positions[:, :1], rearrange(table, "1 v h w -> 1 (h w) v")], 1)
 
 
 def fold(x: Tensor) -> Tensor:
@@ -196,11 +206,9 @@ def pixel_latent(pixel_encoder: PixelEncoder, images: Tensor, grid: int) -> Tens
     return pixel_encoder(resize(images, grid * pixel_encoder.factor))
 
 
-def autoencoder_losses(pixel_encoder: PixelEncoder, tokenizer: Tokenizer, images: Tensor, grid: int,
-                       weights: dict[str, float]) -> Losses:
-    """P2, in place of DC-AE: E_p and D_p reconstruct, without the tokenizer's encoder.
+def autoencoder_losses(z: Tensor, tokenizer: Tokenizer, images: Tensor, weights: dict[str, float]) -> Losses:
+    """P2, in place of DC-AE: E_p(I), z `b n p`, and D_p reconstruct, without the tokenizer's encoder.
     # differs from paper: a small penalty L_z keeps the latents near unit size (DC-AE has none)."""
-    z = pixel_latent(pixel_encoder, images, grid)
     losses = {"L_mse": squared(tokenizer.decode(z, images.shape[-1]), images)}
     if "L_z" in weights:
         losses["L_z"] = z.float().square().mean()

@@ -62,7 +62,8 @@ def language_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") ->
 
 
 def autoencoder_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
-    return autoencoder_losses(model.pixel_encoder, model.tokenizer, batch["images"], model.config.grid, weights), None
+    z = model.pixel_latent(batch["images"])
+    return autoencoder_losses(z, model.tokenizer, batch["images"], weights), None
 
 
 def text_to_image_step(model: SPAR, batch: Batch, weights: dict, extras: "Extras") -> Computed:
@@ -235,7 +236,7 @@ def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> 
 def training_of(model: SPAR, stage: Stage, data_folder: DataFolder | None = None) -> Training:
     """A stage before its first step."""
     extras = prepare(model, stage)
-    measure_latents(model, stage, open_world(model.config, NAMES.index(stage.name), data_folder))
+    measure_latents(model, stage, open_world(model.config.at(stage.name), NAMES.index(stage.name), data_folder))
     return begin(StepModule(model, stage, extras))
 
 
@@ -322,7 +323,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
 def import_stage(model: SPAR, stage: Stage, run: Path, data_folder: DataFolder | None) -> None:
     """Writes <stage>.pt from a public folder."""
     prepare(model, stage)
-    measure_latents(model, stage, open_world(model.config, NAMES.index(stage.name), data_folder))
+    measure_latents(model, stage, open_world(model.config.at(stage.name), NAMES.index(stage.name), data_folder))
     print(f"stage {NAMES.index(stage.name) + 1} of 9  {stage.name}: read from {read_public(model, stage, run)}")
 
 

@@ -121,7 +121,7 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
                          f"{UTILISATION:.0%} of its peak, memory of one device:")
         lines.append(f"{stage.name}  {stage.about:42} trains {cost['trained'] / 1e6:8.2f} M  "
                      f"{config.steps[i]:6} steps of {config.batch[i]:3} pictures "
-                     f"({config.batch[i] * config.grid**2} tokens)  "
+                     f"({config.batch[i] * config.at(stage.name).grid**2} tokens)  "
                      f"{cost['flops'] / 1e12:8.2f} TFLOP a step  "
                      f"{cost['flops'] * config.steps[i] / UTILISATION / PEAKS['H100'] / 86400:6.2f} GPU-days  "
                      f"{cost['total'] / gib:6.2f} GiB = "

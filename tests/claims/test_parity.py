@@ -72,9 +72,10 @@ IN_PLACE = [(r"^vision", "vision_tower"), (r"^projector", "multi_modal_projector
 # side, patch, width, layers, heads, mlp ratio, d
 @pytest.mark.parametrize("size", [(16, 4, 32, 2, 4, 4, 24), (32, 4, 24, 3, 3, 2, 40), (24, 2, 32, 1, 8, 3, 16),
                                   (28, 7, 20, 4, 1, 4, 20), (56, 14, 48, 2, 6, 4, 32)], ids=str)
-@pytest.mark.parametrize("loudness", [1, 0.2])
-def test_vision_encoder_equals_internvl(size, loudness):
-    """E_s with pixel shuffle and projector, as InternVL3: layer scale, biases, no qk-norm, no final norm."""
+@pytest.mark.parametrize("loudness, larger", [(1, 1), (0.2, 1), (1, 2), (1, 1.5)])
+def test_vision_encoder_equals_internvl(size, loudness, larger):
+    """E_s with pixel shuffle and projector, as InternVL3: layer scale, biases, no qk-norm, no final norm; on pictures of
+    its own side, and on larger ones with its positions interpolated."""
     transformers = pytest.importorskip("transformers", reason=REASON)
     side, patch, width, layers, heads, ratio, d = size
     vision = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, image_size=side,
@@ -85,7 +86,8 @@ def test_vision_encoder_equals_internvl(size, loudness):
     theirs = transformers.InternVLModel._from_config(config, attn_implementation="eager").eval()
     theirs.language_model = None  # compared below, with sizes of its own
     ours = VisionEncoder(side, patch, width, layers, heads, ratio, d)
-    pairs, images = share(ours, theirs, [*VISION, *IN_PLACE], loudness), normal(2, 3, side, side)
+    seen = round(larger * side / (2 * patch)) * 2 * patch
+    pairs, images = share(ours, theirs, [*VISION, *IN_PLACE], loudness), normal(2, 3, seen, seen)
     assert_parity(ours(images), theirs.get_image_features(images).pooler_output, [images], pairs)
 
 

@@ -13,7 +13,7 @@ from parts.layer import layers
 from plumbing.command import UserError
 from plumbing.flags import parse
 from plumbing.processes import join_processes
-from plumbing.run_folder import build, check_same_run, load_config, stage_names, text_tokenizer
+from plumbing.run_folder import build, check_same_run, load_config, load_run, stage_names, text_tokenizer
 from public.folders import sizes_of
 from public.perceptual import ConvNeXt
 from spar import NAMES, PER_STAGE, Config, make_config
@@ -33,7 +33,7 @@ SHAPES = {  # field -> another value, with which some parameter is of another sh
 BITS = {  # field -> a stage that ends in other bits with another value
     "seed": ("P1", 1), "vision_heads": ("P1", 1), "llm_heads": ("P1", 1), "steps": ("P1", (4,) * 9),
     "batch": ("P1", (6,) * 9),
-    "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", (0.5,) * 9),
+    "sides": ("P1", (8,) * 9), "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", (0.5,) * 9),
     "decay_all": ("P1", False),
     "warmup": ("P1", (0.9,) * 9), "final_lr": ("P1", (0.5,) * 9), "clip": ("P1", 0.01), "ema": ("P1", (0.05,) * 9),
     "attention": ("P1", "tiled"),
@@ -303,6 +303,20 @@ def test_of_nine_numbers_each_stage_reads_its_own(field, value, end):
     usual = getattr(make_config(**BASE), field)
     assert end("P2", **{field: (value, *usual[1:])}) == end("P2")
     assert end("P2", **{field: (usual[0], value, *usual[2:])}) != end("P2")
+
+
+def test_a_stage_with_a_side_of_its_own_sees_pictures_of_it_and_the_run_is_used_with_its_own(tmp_path):
+    config = make_config(**BASE | {"sides": (0, 0, 8, 24, 8, 0, 24, 24, 0)})
+    for name, side in zip(NAMES, (16, 16, 8, 24, 8, 16, 24, 24, 16)):
+        stage = train.stage_named(name)
+        batch = train.Batches(config, name, stage.sample, stage.shares(config))[0]
+        assert batch["images"].shape[-1] == side
+        if "noise" in batch:
+            assert batch["noise"].epsilon.shape[-1] == side // 4
+    train.train(config, tmp_path / "run", list(NAMES), "cpu")
+    assert load_run(tmp_path / "run").generate(["a red circle"])[0].shape[-1] == 16
+    with pytest.raises(UserError, match="--sides 18 is no multiple of a token's 8 pixels"):
+        parse("", ["--sides", "18"])
 
 
 def test_one_number_stands_for_all_stages_and_a_few_are_refused(monkeypatch):
