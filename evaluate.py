@@ -31,6 +31,7 @@ from plumbing.command import Parser, UserError, run_command, write_text
 from plumbing.devices import best_device
 from plumbing.pictures import draw_report
 from plumbing.run_folder import config_diff, load_run
+from public.writers import write_for
 from spar import SPAR, Protocol
 from world.drawing import draw
 from world.edits import EDIT_KINDS
@@ -205,11 +206,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Protocol.steps)
     parser.add_argument("--guidance", type=float, default=Protocol.guidance)
     parser.add_argument("--sampler", choices=SAMPLERS, default=Protocol.sampler)
+    parser.add_argument("--write", nargs=3, metavar=("KIND", "PROMPTS", "DIR"), help="instead: pictures for an "
+                        "official evaluator: geneval, wise, imgedit (and its prompts), reconstruction (and pictures)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = vars(parser.read())
-    runs, device = given.pop("runs"), best_device(given.pop("device"))
+    runs, device, write = given.pop("runs"), best_device(given.pop("device")), given.pop("write")
     if given["count"] < 2 or given["steps"] is not None and given["steps"] < 1:
         raise UserError("--count must be at least 2 and --steps at least 1")
+    if write:
+        return write_for(write[0], load_run(runs[0], device), Path(write[1]), Path(write[2]), Protocol(**given))
     several = []
     for run in runs:
         read = run.suffix == ".json"

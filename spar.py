@@ -159,6 +159,7 @@ class Config:
 
     # data on disk; the drawn world has none of it
     data: str = ""  # folder (disk/README.md), or openmoji; empty: the drawn world
+    data_u3: str = ""  # another folder, for U3 alone (paper: so); empty: the same
     tokens: int = 1024  # size of the byte-pair vocabulary that is learned from its texts
     longest: int = 48  # tokens of a text; what is longer is cut
     flip: bool = True  # mirror half of the pictures, but for those whose words name a side
@@ -192,6 +193,9 @@ class Config:
         """With the side that pictures have in this stage."""
         return replace(self, side=self.of_stage("sides", name) or self.side)
 
+    def data_of(self, name: str) -> str:
+        return name == "U3" and self.data_u3 or self.data
+
 
 CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-only", "pixel-only"),
            "symmetric": ("", "with", "without"), "router": ("dtr", "last", "mean", "concat", "static"),
@@ -200,7 +204,7 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "attention": ("auto", "triton", "tiled", "sdpa")}
 HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad",
        "sampling_steps", "guidance", "sampler", "sampling_shift")
-PER_STAGE = ("sides", "steps", "batch", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine numbers, or one for all
+PER_STAGE = ("sides", "steps", "batch", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine, or one for all
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     precision="bf16",
@@ -228,7 +232,8 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     # leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well. differs from paper: T3
     # runs once, at 448 px.
     steps=(100_000, 100_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
-    batch=(32, 16, 64, 64, 64, 16, 128, 128, 128), sides=(0, 0, 0, 224, 224, 0, 0, 0, 0), lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
+    batch=(32, 16, 64, 64, 64, 16, 128, 128, 128), sides=(0, 0, 0, 224, 224, 0, 0, 0, 0),
+    lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
     optimizer="adamw", ema=(0.9999,) * 9, weight_decay=(1e-4,) * 6 + (0.0,) * 3, decay_all=False,
     warmup=(0.1,) * 6 + (0.003,) * 3, final_lr=(0.1,) * 3 + (1 / 3,) * 3 + (0.1,) * 3,
     edits=0.3)  # 1.5 M edits ten times, 36 M pictures once

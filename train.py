@@ -29,8 +29,8 @@ from benchmarks.cost import bench, plan
 from benchmarks.yardstick import take_reading
 from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, unified_batch
 from diffusion import Noise, text_to_image_losses, unified_losses
-from disk.layouts import DataFolder, scan
-from disk.reading import DiskData, check_kinds
+from disk.layouts import DataFolder
+from disk.reading import DiskData, open_folders
 from evaluate import evaluate, print_tables
 from mllm import language_losses
 from parts.adversary import Discriminator, Perceptual, adversary_optimizer, adversary_step
@@ -333,16 +333,15 @@ def import_stage(model: SPAR, stage: Stage, run: Path, data_folder: DataFolder |
 def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None = None,
           resume: bool = True) -> None:
     """Trains the named stages that `run` has not finished. `source`: a run whose untouched stages are taken over."""
-    names, data_folder = stage_names(config), scan(Path(config.data)) if config.data else None
-    if data_folder:
-        check_kinds(data_folder, [name for name in names if name in stages], config.edits)
+    names, trained = stage_names(config), set(stages) - set(imported_stages(config))
+    data = open_folders({name: config.data_of(name) for name in names}, trained, config.edits)
     if first_process():
-        open_run(config, run, stages, source, resume, data_folder)
+        open_run(config, run, stages, source, resume, data["P1"])
     wait_for_all()
     words, sound = text_tokenizer(config, run), finished_stages(run, config)
     if set(stages) - sound and first_process():
         take_reading(run, device, "start")
-        if not data_folder:
+        if not config.data:
             print(draw_data(run, DrawnWorld(config.side, config.seed)))
     for position, name in enumerate(names):
         later = [other for other in names[position:] if other in stages and other not in sound]
@@ -351,16 +350,16 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
                 print(f"stage {NAMES.index(name) + 1} of 9  {name}: finished before, in {run}")
         elif name in stages and name in imported_stages(config):
             if first_process():
-                import_stage(build(config, device, words, run, names[:position]), stage_named(name), run, data_folder)
+                import_stage(build(config, device, words, run, names[:position]), stage_named(name), run, data[name])
             wait_for_all()
         elif name in stages:
             model = build(config, device, words, run, names[:position])
             left = partial(seconds_after, config, name, later[1:])
-            train_stage(model, stage_named(name), run, left, data_folder=data_folder)
+            train_stage(model, stage_named(name), run, left, data_folder=data[name])
             if first_process():
                 take_reading(run, device, name)
             if name in ("P1", "P2", "T3", "U1") and first_process():  # something to look at while the rest trains
-                print(report_so_far(run, device, name, data_folder))
+                print(report_so_far(run, device, name, data[name]))
         elif later:
             raise UserError(f"stage {later[0]} needs {name}, which {run} does not have: add it to --stages")
         else:

@@ -5,13 +5,14 @@ Sample `number` of a stage is a pure function of (seed, stage, number), a broken
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from disk.files import BadFile, Blob, read_picture
-from disk.layouts import DESCRIBE, SIDES, DataFolder
+from disk.layouts import DESCRIBE, SIDES, DataFolder, scan
 
 WINDOW = 1024  # shards are read forward, and mixed inside windows of so many samples
 SUBSTITUTES = 20  # tried in a bad sample's place
@@ -37,6 +38,15 @@ def check_kinds(folder: DataFolder, stages: list[str], edits: float) -> None:
             faults = len(folder.faults)
             more = f"; `python data.py --check {folder.root}` names {faults} faults" if faults else ""
             raise BadFile(f"stage {stage} needs {EXAMPLES[lacking[0]]}; {folder.root} has none{more}")
+
+
+def open_folders(paths: dict[str, str], trained: set[str], edits: float) -> dict[str, DataFolder | None]:
+    """Stage -> what its folder holds, None: the drawn world. `paths`: stage -> folder. Raises BadFile where one of the
+    stages `trained` lacks its kind of data."""
+    folders = {path: scan(Path(path)) for path in dict.fromkeys(paths.values()) if path}
+    for path, folder in folders.items():
+        check_kinds(folder, [stage for stage in paths if paths[stage] == path and stage in trained], edits)
+    return {stage: folders.get(path) for stage, path in paths.items()}
 
 
 class DiskData:

@@ -102,6 +102,8 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
             raise UserError(f"--{key} takes one number, or {len(NAMES)}, one for each of {','.join(NAMES)}")
     if wrong := [side for side in config.sides if side % (2 * config.patch)]:
         raise UserError(f"--sides {wrong[0]} is no multiple of a token's {2 * config.patch} pixels")
+    if config.data_u3 and not config.data:
+        raise UserError("--data-u3 PATH needs --data PATH for the other stages")
     if bool(config.vgg) != bool(config.lpips):
         raise UserError("--vgg and --lpips go together: VGG16's weights, and LPIPS's heads on them")
     if config.align == "external" and not config.teacher:

@@ -6,5 +6,6 @@ Open it when you have such a folder; README.md beside this file has the commands
     qwen        InternVL3's text tokenizer and its templates                  to see what such a run reads
     export      what was trained, back into folders that others load          to use a run elsewhere
     perceptual  VGG16 with LPIPS's heads, and ConvNeXt-S                      to judge reconstructions as the paper does
+    writers     pictures as the official evaluators want them                 to compare with the paper
     openmoji    a picture set, made from a font                               as an example of data on disk
 """

@@ -74,8 +74,8 @@ IN_PLACE = [(r"^vision", "vision_tower"), (r"^projector", "multi_modal_projector
                                   (28, 7, 20, 4, 1, 4, 20), (56, 14, 48, 2, 6, 4, 32)], ids=str)
 @pytest.mark.parametrize("loudness, larger", [(1, 1), (0.2, 1), (1, 2), (1, 1.5)])
 def test_vision_encoder_equals_internvl(size, loudness, larger):
-    """E_s with pixel shuffle and projector, as InternVL3: layer scale, biases, no qk-norm, no final norm; on pictures of
-    its own side, and on larger ones with its positions interpolated."""
+    """E_s with pixel shuffle and projector, as InternVL3: layer scale, biases, no qk-norm, no final norm; on pictures
+    of its own side, and on larger ones with its positions interpolated."""
     transformers = pytest.importorskip("transformers", reason=REASON)
     side, patch, width, layers, heads, ratio, d = size
     vision = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, image_size=side,

@@ -1,6 +1,7 @@
 """Every field of the configuration changes bits, shapes or a file: none is there for nothing."""
 
 import json
+import shutil
 import sys
 from dataclasses import fields, replace
 
@@ -33,7 +34,8 @@ SHAPES = {  # field -> another value, with which some parameter is of another sh
 BITS = {  # field -> a stage that ends in other bits with another value
     "seed": ("P1", 1), "vision_heads": ("P1", 1), "llm_heads": ("P1", 1), "steps": ("P1", (4,) * 9),
     "batch": ("P1", (6,) * 9),
-    "sides": ("P1", (8,) * 9), "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0), "weight_decay": ("P1", (0.5,) * 9),
+    "sides": ("P1", (8,) * 9), "lr": ("P1", (1e-4,) * 9), "optimizer": ("P1", "adamw"), "muon_lr": ("P1", 5.0),
+    "weight_decay": ("P1", (0.5,) * 9),
     "decay_all": ("P1", False),
     "warmup": ("P1", (0.9,) * 9), "final_lr": ("P1", (0.5,) * 9), "clip": ("P1", 0.01), "ema": ("P1", (0.05,) * 9),
     "attention": ("P1", "tiled"),
@@ -182,6 +184,26 @@ def data(end, tmp_path, monkeypatch):
     assert len(words) != len(words_of(make_config(**TINY)))
 
 
+def data_u3(end, tmp_path, monkeypatch):
+    """U3 alone reads it, words by the same byte pairs."""
+    shutil.copytree(everything(tmp_path / "data"), tmp_path / "more")
+    for path in (tmp_path / "more").glob("*.txt"):
+        path.write_text("another caption")
+    seen, make = {}, train.unified_batch
+
+    def watched(source, numbers):
+        seen[source.name] = str(source.data_folder.root)
+        return make(source, numbers)
+
+    monkeypatch.setattr(train, "STAGES", [replace(stage, sample=watched) if stage.sample is make else stage
+                                          for stage in train.STAGES])
+    run = on_disk(tmp_path, "U3", data_u3=str(tmp_path / "more"))
+    assert seen == {"U1": str(tmp_path / "data"), "U2": str(tmp_path / "data"), "U3": str(tmp_path / "more")}
+    assert load_run(run).finished_stages[-1] == "U3"
+    with pytest.raises(UserError, match="--data-u3 PATH needs --data"):
+        parse("", ["--data-u3", "x"])
+
+
 def tokens(end, tmp_path, monkeypatch):
     few, more = (len(json.loads((on_disk(tmp_path, tokens=count) / "vocabulary.json").read_text())["merges"])
                  for count in (264, 268))
@@ -277,8 +299,9 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 
 
 ELSEWHERE = {test.__name__: test for test in (
-    preset, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data, tokens, longest,
-    flip, max_bad, compile, checkpointing, workers, shard, save_minutes, sampling_steps, guidance, sampler, sampling_shift)}
+    preset, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data, data_u3, tokens,
+    longest, flip, max_bad, compile, checkpointing, workers, shard, save_minutes, sampling_steps, guidance, sampler,
+    sampling_shift)}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Config)])

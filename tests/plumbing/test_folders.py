@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from disk.layouts import scan
 from plumbing.checkpoints import load_stage
 from plumbing.command import UserError
 from plumbing.flags import parse
@@ -131,7 +132,7 @@ def test_u1_shows_a_frozen_sana_its_own_latents_and_u2_measures_those_it_learns(
     shown, stage = {}, train.stage_named("U1")
     config, words = before.config, before.words
     batch = train.Batches(config, "U1", stage.sample, stage.shares(config), words=words,
-                          data_folder=train.scan(Path(config.data)))[0]
+                          data_folder=scan(Path(config.data)))[0]
     batch.pop("bad")
     before.dit.register_forward_pre_hook(lambda _, given: shown.update(x_t=given[0]))
     stage.compute(before, batch, {"L_fm": 1.0}, train.Extras())

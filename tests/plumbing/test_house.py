@@ -84,7 +84,7 @@ def test_no_line_is_longer_than_120_characters():
 def test_the_readme_has_at_most_180_lines_and_all_python_7500_but_for_what_needs_others_folders():
     assert len(README.splitlines()) <= 180
     assert sum(map(length, [*ROOT.glob("*.py"), *source_files(*FOLDERS[:-1])])) <= 7500
-    assert sum(map(length, source_files("public"))) <= 1000
+    assert sum(map(length, source_files("public"))) <= 1100
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -113,8 +113,9 @@ def may_import(name: str, other: str) -> bool:
             "spar": target in ("parts", *MODELS),
             "world": target in ("parts", "world"),
             "disk": target in ("parts", "disk") or other in ("plumbing.command", "public.openmoji"),
-            "public": target in ("parts", "public", "spar") or other in (
-                "plumbing.command", "plumbing.checkpoints", "plumbing.run_folder", "plumbing.training"),
+            "public": target in ("parts", "public", "spar", "disk") or other in (
+                "plumbing.command", "plumbing.checkpoints", "plumbing.run_folder", "plumbing.training",
+                "plumbing.pictures"),
             "plumbing": target not in ("data", "train", "sample", "evaluate"),
             "data": target not in ("train", "sample", "evaluate"),
             }.get(folder, True)
