@@ -22,7 +22,7 @@ Letters: b batch, h w rows and columns of the latent, p its channels.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
@@ -52,6 +52,7 @@ class Batches(torch.utils.data.Dataset):
     ranks: int = 1
     words: TextTokenizer = field(default_factory=lambda: WordTokenizer(WORDS))
     data_folder: DataFolder | None = None  # what `--data` holds; None: the drawn world
+    parts: int = 1  # that a process works on one after the other: each is what a process of so many more would have
 
     def __post_init__(self):
         index, self.config = NAMES.index(self.name), self.config.at(self.name)
@@ -59,10 +60,14 @@ class Batches(torch.utils.data.Dataset):
         self.world = open_world(self.config, index, self.data_folder, self.edits_among(self.batch))
         if self.batch % self.ranks:
             raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: "
-                             "see --batch")
+                             f"--batch {nearest_multiple(self.batch, self.ranks)} is the nearest")
+        self.parted = [replace(self, rank=self.rank * self.parts + part, ranks=self.ranks * self.parts, parts=1)
+                       for part in range(self.parts)] if self.parts > 1 else []
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | list[Batch]:
         """"bad": (key, what is wrong) of the samples that others stand in for; "stop": why there is no batch at all."""
+        if self.parted:
+            return [source[step] for source in self.parted]
         try:
             batch = self.make(self, range(step * self.batch, (step + 1) * self.batch))
         except BadFile as bad:  # told by the training process: out of a worker it would come with a traceback
@@ -173,15 +178,21 @@ def to(batch, device):
     return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch
 
 
-def read(batches: Iterator, device: torch.device, where: str) -> tuple[Batch, list, float]:
-    """-> (a batch on the device, the samples that others stand in for, seconds of waiting). Raises BadFile, which says
+def read(batches: Iterator, where: str) -> tuple[list[Batch], list, float]:
+    """-> (the parts of a batch, the samples that others stand in for, seconds of waiting). Raises BadFile, which says
     `where`, where there is no batch."""
-    start = time.time()
+    start, bad = time.time(), []
     batch = next(batches)
-    bad, hopeless = batch.pop("bad", []), batch.pop("stop", "")
-    if hopeless:
-        raise BadFile(f"{where}: {hopeless}")
-    return to(batch, device), bad, time.time() - start
+    parts = batch if isinstance(batch, list) else [batch]
+    for part in parts:
+        bad += part.pop("bad", [])
+        if hopeless := part.pop("stop", ""):
+            raise BadFile(f"{where}: {hopeless}")
+    return parts, bad, time.time() - start
+
+
+def nearest_multiple(number: int, of: int) -> int:
+    return max(1, round(number / of)) * of
 
 
 def show(path: str = "") -> None:

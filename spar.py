@@ -127,6 +127,7 @@ class Config:
     # training: what has nine numbers has one for each of P1 P2 P3 T1 T2 T3 U1 U2 U3; one number stands for all
     steps: tuple = (850, 900, 600, 200, 80, 780, 60, 2700, 230)  # steps of each stage
     batch: tuple = (24, 16, 32, 16, 16, 16, 32, 32, 32)  # pictures of a step, over all processes
+    per_device: tuple = (0,) * 9  # of these, how many a process holds at a time; gradients add up (0: its whole share)
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)  # peak learning rate
     optimizer: str = "muon"  # muon | adamw (paper)
     muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
@@ -193,6 +194,12 @@ class Config:
         """With the side that pictures have in this stage."""
         return replace(self, side=self.of_stage("sides", name) or self.side)
 
+    def parts(self, name: str, ranks: int) -> int:
+        """In how many equal parts one of `ranks` processes works through its share of a step."""
+        share = self.of_stage("batch", name) // ranks
+        held = self.of_stage("per_device", name) or share
+        return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= held)
+
     def data_of(self, name: str) -> str:
         return name == "U3" and self.data_u3 or self.data
 
@@ -202,9 +209,9 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
            "optimizer": ("muon", "adamw"), "sampler": SAMPLERS, "precision": ("fp32", "bf16", "fp16"),
            "attention": ("auto", "triton", "tiled", "sdpa")}
-HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad",
+HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad", "per_device",
        "sampling_steps", "guidance", "sampler", "sampling_shift")
-PER_STAGE = ("sides", "steps", "batch", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine, or one for all
+PER_STAGE = ("sides", "steps", "batch", "per_device", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine or one
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     precision="bf16",
@@ -231,8 +238,9 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     # each of its 64 GPUs 32 pictures of 224 px, then, in T3 again, 4 of 448 px; 64 and 16 are what 80 GB hold. paper
     # leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well. differs from paper: T3
     # runs once, at 448 px.
-    steps=(100_000, 100_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
-    batch=(32, 16, 64, 64, 64, 16, 128, 128, 128), sides=(0, 0, 0, 224, 224, 0, 0, 0, 0),
+    steps=(50_000, 25_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
+    batch=(64, 64, 64, 64, 64, 64, 128, 128, 128), sides=(0, 0, 0, 224, 224, 0, 0, 0, 0),
+    per_device=(32, 16, 64, 64, 64, 16, 128, 128, 128),
     lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
     optimizer="adamw", ema=(0.9999,) * 9, weight_decay=(1e-4,) * 6 + (0.0,) * 3, decay_all=False,
     warmup=(0.1,) * 6 + (0.003,) * 3, final_lr=(0.1,) * 3 + (1 / 3,) * 3 + (0.1,) * 3,

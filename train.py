@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.cost import bench, plan
 from benchmarks.yardstick import take_reading
-from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, unified_batch
+from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, to, unified_batch
 from diffusion import Noise, text_to_image_losses, unified_losses
 from disk.layouts import DataFolder
 from disk.reading import DiskData, open_folders
@@ -246,26 +246,31 @@ def training_of(model: SPAR, stage: Stage, data_folder: DataFolder | None = None
 def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopping: bool = False) -> dict:
     """The same nine things in every stage. -> the losses by symbol, their weighted sum "loss", the norm of the
     "gradient", the learning "rate", the seconds of "waiting" for data, the "bad" samples of all processes, and whether
-    one of them wants to stop. `check(now, step, metrics, batch)` raises where a number is not finite."""
+    one of them wants to stop. `check(now, step, metrics, parts)` raises where a number is not finite."""
     config, steps = now.config, now.config.of_stage("steps", now.stage.name)
-    batch, bad, waiting = read(batches, now.device, f"{now.stage.name} step {step}")  # 1. read
+    parts, bad, waiting = read(batches, f"{now.stage.name} step {step}")  # 1. read
     now.clock("waiting")  # what the time since the last of these went to; only a bench listens
-    rate = now.set_rate(step, steps)  # 2. rate
-    losses, reconstruction = now.module(batch, now.loss_weights, step >= config.gan_start * steps)  # 3. forward
-    loss = sum(now.loss_weights[symbol] * value for symbol, value in losses.items())
-    now.clock("forward")
+    rate, seen, pairs = now.set_rate(step, steps), [], []  # 2. rate
     now.optimizer.zero_grad()
-    now.scaler.scale(loss).backward()  # 4. backward
-    now.clock("backward")
+    for part in parts:  # one, or as many as it takes to fit the device (--per-device): their gradients add up
+        batch = to(part, now.device)
+        losses, reconstruction = now.module(batch, now.loss_weights, step >= config.gan_start * steps)  # 3. forward
+        loss = sum(now.loss_weights[symbol] * value for symbol, value in losses.items())
+        now.clock("forward")
+        now.scaler.scale(loss / len(parts)).backward()  # 4. backward
+        now.clock("backward")
+        seen.append({symbol: value.detach() for symbol, value in (losses | {"loss": loss}).items()})
+        if "L_gan" in losses:
+            pairs.append((batch["images"], reconstruction.detach().float()))
     now.scaler.unscale_(now.optimizer)
     norm = unsharded(nn.utils.clip_grad_norm_(list(now.weights.values()), config.clip))  # 5. clip
-    metrics = mean_of_metrics(losses | {"loss": loss, "gradient": norm, "stopping": stopping, "bad": len(bad)})
-    check(now, step, metrics, batch)  # 6. check: raises before anything has changed
+    mean = {symbol: sum(one[symbol] for one in seen) / len(parts) for symbol in seen[0]}
+    metrics = mean_of_metrics(mean | {"gradient": norm, "stopping": stopping, "bad": len(bad)})
+    check(now, step, metrics, parts)  # 6. check: raises before anything has changed
     now.scaler.step(now.optimizer)  # 7. update
     now.scaler.update()
-    if "L_gan" in losses:
-        adversary_step(now.extras.discriminator, now.extras.adversary, batch["images"],  # 8. adversary
-                       reconstruction.detach().float(), config.lecam)
+    if pairs:
+        adversary_step(now.extras.discriminator, now.extras.adversary, pairs, config.lecam)  # 8. adversary
     now.move_average(step)  # 9. average
     now.clock("optimizer")
     return metrics | {"rate": rate, "waiting": waiting, "bad": gather(bad) if metrics["bad"] else []}
@@ -281,8 +286,8 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
     config, index, device = model.config, NAMES.index(stage.name), model.device
     steps, batch = config.steps[index], config.batch[index]
     torch.manual_seed(1000 * config.seed + index)
-    rank, ranks = process_rank()
-    source = Batches(config, stage.name, stage.sample, stage.shares(config), rank, ranks, model.words, data_folder)
+    source = Batches(config, stage.name, stage.sample, stage.shares(config), *process_rank(), model.words, data_folder,
+                     config.parts(stage.name, process_rank()[1]))
     now = training_of(model, stage, data_folder)
     now.clock = clock or now.clock
     first, spent = load_newest(now, run)
@@ -292,17 +297,17 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
 
     batches = iter(DataLoader(source, batch_size=None, sampler=range(first, steps), num_workers=config.workers,
                               pin_memory=device.type == "cuda", worker_init_fn=Stop.leave_to_parent))
-    bar = tqdm(range(first, steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True, disable=rank > 0)
+    bar = tqdm(range(first, steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True,
+               disable=not first_process())
     check, count_bad = partial(check_finite, run=run if keep else None), bad_samples(run, data_folder, config.max_bad)
-    start = last_save = time.time()
-    waited = 0.0
+    start, last_save, waited = time.time(), time.time(), 0.0
     with Stop() as stop, (run / "log.jsonl").open("a", buffering=1) as log:
         for step in bar:
             metrics = one_step(now, batches, step, check, stop.signal > 0)
             passed, waited = time.time() - start, waited + metrics["waiting"]
             if metrics["bad"]:
                 count_bad(stage.name, step, metrics["bad"])
-            if rank == 0 and (step % 10 == 0 or step == steps - 1):
+            if first_process() and (step % 10 == 0 or step == steps - 1):
                 speed = (step + 1 - first) * batch / passed
                 left = seconds_after(speed) + (steps - step - 1) * batch / speed
                 report(now, step, metrics, bar, log, spent + passed, speed, left, waited / passed)
@@ -374,8 +379,7 @@ def seconds_after(config: Config, name: str, later: list[str], speed: float) -> 
 
 
 def one_batch(config: Config, stage: Stage) -> Batch:  # for a forecast
-    words = text_tokenizer(replace(config, data=""))
-    return Batches(config, stage.name, stage.sample, stage.shares(config), words=words)[0]
+    return Batches(config, stage.name, stage.sample, stage.shares(config), words=text_tokenizer(config))[0]
 
 
 def step_module(model: SPAR, stage: Stage) -> StepModule:  # for a forecast
@@ -392,16 +396,13 @@ def some_steps(config: Config, stage: Stage, folder: Path, device: str, clock: C
 def main() -> None:
     config, rest = parse(__doc__.splitlines()[0])
     if rest.plan:
-        print(plan(config, STAGES, one_batch, step_module, rest.out))
-        return
+        return print(plan(config, STAGES, one_batch, step_module, rest.out))
     if rest.replay:
-        print(replay(rest.replay, rest.device, STAGES, training_of, one_step, {"Noise": Noise, "Turns": Turns}))
-        return
+        return print(replay(rest.replay, rest.device, STAGES, training_of, one_step, {"Noise": Noise, "Turns": Turns}))
     check_precision(config.precision, rest.device)
     if rest.bench:
-        stages = [stage for stage in STAGES if stage.name not in imported_stages(config)]
-        bench(config, rest.device, rest.out, stages, one_batch, step_module, partial(some_steps, device=rest.device))
-        return
+        run_stage = partial(some_steps, device=rest.device)
+        return bench(config, rest.device, rest.out, STAGES, one_batch, step_module, run_stage)
     device, start = join_processes(rest.device, config.shard), time.time()
     if first_process() and not rest.out.exists() and (said := stand_ins(config)):
         print(plan(config, STAGES, one_batch, step_module, rest.out), said, sep="\n")

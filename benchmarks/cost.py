@@ -42,10 +42,11 @@ def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) 
     and the arithmetic of one step, forward and backward, in FLOP (`flops`, of which `dit_flops` inside the DiT).
     `one_batch` and `step_module` are train.py's."""
     index = NAMES.index(stage.name)
-    small = replace(config, batch=(PROBE,) * len(NAMES), align="none" if config.align == "none" else "self", teacher="")
+    small = replace(config, batch=(PROBE,) * len(NAMES), per_device=(0,) * len(NAMES), teacher="",
+                    align="none" if config.align == "none" else "self")
     batch = one_batch(small, stage)
     with torch.device("meta"):
-        model = SPAR(small, text_tokenizer(replace(small, data="")))
+        model = SPAR(small, text_tokenizer(small))
     with warnings.catch_warnings(action="ignore"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.to_empty(device="cpu")
         module = step_module(model, stage)
@@ -59,9 +60,10 @@ def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) 
     frozen_copies = sum(p.numel() for copy in copies if copy for p in copy.parameters())
     moments = 1 if config.optimizer == "muon" else 2  # of matrices; the few other parameters have two in any case
     share = config.batch[index] / PROBE
+    held = share / config.parts(stage.name, 1)
     cost = {"all": whole, "trained": ours, "weights": 4 * (whole + frozen_copies),
             "optimizer": 4 * (2 + moments) * ours,  # gradient, moments, running average
-            "activations": (kept + one_layer) * share, "flops": counter.get_total_flops() * share,
+            "activations": (kept + one_layer) * held, "flops": counter.get_total_flops() * share,
             "dit_flops": sum(counter.get_flop_counts().get("StepModule.model.dit", {}).values()) * share}
     return cost | {"total": cost["weights"] + cost["optimizer"] + cost["activations"]}
 
@@ -104,7 +106,7 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
     headers are read and checked."""
     lines, gib, moments = [], 2**30, 1 if config.optimizer == "muon" else 2
     with torch.device("meta"):
-        model = SPAR(config, text_tokenizer(replace(config, data="")))  # numbers that do not fit are told here
+        model = SPAR(config, text_tokenizer(config))  # numbers that do not fit are told here
     folders, imported = check_folders(config, model), imported_stages(config)
     disk, largest = 0, 0
     for stage in (stage for stage in stages if stage.name in imported):
@@ -147,11 +149,12 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
     and DTR cost: its step with ÷ its step without, taken by turns."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
     peak = next((value for key, value in PEAKS.items() if key in name), None)
-    config = replace(config, steps=(steps,) * len(NAMES))
+    held = tuple(config.of_stage("batch", name) // config.parts(name, 1) for name in NAMES)
+    config = replace(config, steps=(steps,) * len(NAMES), batch=held, per_device=(0,) * len(NAMES))
     result = {"device": name, "torch": torch.__version__, "preset": config.preset, "precision": config.precision,
               "compile": config.compile, "stages": {}}
     print(f"{name}, torch {torch.__version__}, preset {config.preset}, {config.precision}")
-    for stage in stages:
+    for stage in (stage for stage in stages if stage.name not in imported_stages(config)):
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         cost = forecast(config, stage, one_batch, step_module)

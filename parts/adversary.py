@@ -88,10 +88,12 @@ def adversary_optimizer(discriminator: Discriminator, lr: float) -> torch.optim.
     return optimizer
 
 
-def adversary_step(discriminator: Discriminator, optimizer: torch.optim.Optimizer, real: Tensor, fake: Tensor,
+def adversary_step(discriminator: Discriminator, optimizer: torch.optim.Optimizer, pairs: list[tuple[Tensor, Tensor]],
                    lecam: float) -> None:
-    """The discriminator's own step, on pictures and copies of them. Raises ValueError where its loss is not finite."""
+    """The discriminator's own step, on parts of a batch: pictures and copies of them. Raises ValueError where its loss
+    is not finite."""
     optimizer.zero_grad()  # also what the generator's loss left there
+    real, fake = map(torch.cat, zip(*pairs)) if len(pairs) > 1 else pairs[0]
     loss = discriminator.loss(real, fake, lecam)
     if not mean_over_processes(loss.detach().clone()).isfinite():
         raise ValueError("T3: the discriminator's loss is not finite; lower --lr or --lambda-gan")

@@ -14,7 +14,7 @@ from plumbing.run_folder import build, load_config, stage_names, text_tokenizer
 from spar import NAMES
 
 
-def check_finite(now, step: int, metrics: dict[str, float], batch: dict, run: Path | None) -> None:
+def check_finite(now, step: int, metrics: dict[str, float], parts: list[dict], run: Path | None) -> None:
     """Raises UserError before the update, and leaves the step in `run`/replay. A scaled gradient (fp16) may overflow:
     the scaler skips that step by itself."""
     wrong = [symbol for symbol, value in metrics.items()
@@ -29,7 +29,7 @@ def check_finite(now, step: int, metrics: dict[str, float], batch: dict, run: Pa
         if optimizer is not None:
             optimizer.zero_grad()
     save_progress(run, name, step, now.state() | {"step": step, "seconds": 0.0}, "replay")
-    content = {"batch": plain(batch), "random": torch.get_rng_state(), "metrics": metrics}
+    content = {"parts": [plain(part) for part in parts], "random": torch.get_rng_state(), "metrics": metrics}
     save(run / "replay" / f"batch-{process_rank()[0]}.pt", content)
     wait_for_all()
     raise UserError(f"{message}; `python train.py --replay {run / 'replay'}` shows the step again")
@@ -66,22 +66,22 @@ def replay(folder: Path, device: str, stages: list, training_of: Callable, one_s
     lines = [f"{name} step {int(step)}, {len(paths)} process(es)"]
     for path in paths:
         kept = torch.load(path, map_location=device, weights_only=True)
-        batch = {key: kinds[value["kind"]](*value["fields"]) if isinstance(value, dict) else value
-                 for key, value in kept["batch"].items()}
+        parts = [{key: kinds[value["kind"]](*value["fields"]) if isinstance(value, dict) else value
+                  for key, value in part.items()} for part in kept["parts"]]
         torch.set_rng_state(kept["random"].cpu())
         metrics = {}
 
-        def look(now, step, values, batch):
+        def look(now, step, values, parts):
             metrics.update(values)
             raise Seen
 
         try:
-            one_step(now, iter([dict(batch)]), int(step), look)
+            one_step(now, iter([[dict(part) for part in parts]]), int(step), look)
         except Seen:
             pass
         lines += [f"{symbol:10} then {kept['metrics'][symbol]:<12.6g} now {value:<12.6g}"
                   for symbol, value in metrics.items() if symbol not in ("stopping", "bad")]
-        lines += [f"batch      {key}: not finite" for key, value in batch.items()
+        lines += [f"batch      {key}: not finite" for part in parts for key, value in part.items()
                   if isinstance(value, torch.Tensor) and not value.isfinite().all()]
         grads = {key: parameter.grad for key, parameter in now.weights.items() if parameter.grad is not None}
         for title, tensors in (("weight", now.weights), ("gradient", grads)):

@@ -88,11 +88,11 @@ MANY_MAKE_MODULES = ("layers", "blocks", "depths", "stages", "noises", "heads") 
 
 
 def text_tokenizer(config: Config, run: Path | None = None) -> TextTokenizer:
-    """The drawn world's words, with data on disk the byte pairs that the run learned from it, or those of InternVL3,
-    before there is a run from the public folder."""
+    """The drawn world's words, with data on disk the byte pairs that the run learned from it, or those of InternVL3.
+    Before there is a run: of the public folder, else the drawn world's."""
     if config.internvl:
         return load_qwen(run or Path(config.internvl), config.longest)
-    if not config.data:
+    if not config.data or run is None:
         return WordTokenizer(WORDS)
     return load_vocabulary(run / "vocabulary.json", config.longest)
 

@@ -157,6 +157,26 @@ def public(end, tmp_path, monkeypatch):
     assert load_config(tmp_path).public == again.public == config.public
 
 
+def per_device(end, tmp_path, monkeypatch):
+    """Gradients add up over the parts of a step, whose samples and noises are the same. (P1's means are of words, of
+    which a part has more than another.)"""
+    for name in ("P2", "P3", "T3", "U2"):
+        (weights, lines), (in_parts, others) = end(name), end(name, per_device=(2,) * 9)
+        assert weights != in_parts and len(lines) == len(others)
+        for line, other in zip(lines, others):
+            assert other == pytest.approx(line, rel=2e-4, abs=1e-5), name
+    config = make_config(**BASE | {"per_device": (3,) * 9})
+    assert [config.parts("P2", ranks) for ranks in (1, 2, 4, 8)] == [4, 2, 1, 1]  # 8 pictures: 2, 2, 2, 1 at a time
+    stage, held = train.stage_named("P2"), []
+    compute = stage.compute
+    watched = replace(stage, compute=lambda model, batch, *rest: held.append(len(batch["images"])) or compute(
+        model, batch, *rest))
+    train.train_stage(build(config, "cpu"), watched, tmp_path)
+    assert held == [2] * 12
+    with pytest.raises(ValueError, match="--batch 9 is the nearest"):
+        train.Batches(config, "P2", stage.sample, {}, 0, 3)
+
+
 def teacher(end, tmp_path, monkeypatch):
     folders = []
     for seed in (1, 2):
@@ -299,7 +319,8 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 
 
 ELSEWHERE = {test.__name__: test for test in (
-    preset, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data, data_u3, tokens,
+    preset, per_device, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data,
+    data_u3, tokens,
     longest, flip, max_bad, compile, checkpointing, workers, shard, save_minutes, sampling_steps, guidance, sampler,
     sampling_shift)}
 
