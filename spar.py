@@ -209,8 +209,8 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
            "optimizer": ("muon", "adamw"), "sampler": SAMPLERS, "precision": ("fp32", "bf16", "fp16"),
            "attention": ("auto", "triton", "tiled", "sdpa")}
-HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad", "per_device",
-       "sampling_steps", "guidance", "sampler", "sampling_shift")
+HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad",
+       "per_device", "sampling_steps", "guidance", "sampler", "sampling_shift")
 PER_STAGE = ("sides", "steps", "batch", "per_device", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine or one
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
