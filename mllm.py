@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import attention
 from parts.layer import Layer, RMSNorm
@@ -28,6 +29,8 @@ from parts.positions import grid_positions, rotary, rotate, word_positions
 from parts.shared_batch import share_of_mean
 from parts.words import TEXT_LOSSES, TextTokenizer, Turns, WordTokenizer
 from router import ROUTERS, layer_choice
+
+LOGITS = 2**26  # numbers that are held at a time
 
 # ---------------------------------------------------------------- language model
 
@@ -104,6 +107,16 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden @ self.embedding.weight.T if self.output is None else self.output(hidden)
+
+    def word_losses(self, states: Tensor, words: Tensor) -> Tensor:
+        """−log p of each of the `words` `t`, in float32, from the states `t d` that they follow: some at a time, whose
+        logits are computed again in backward, where all together would be gigabytes (Qwen2.5: 151,674 columns)."""
+        def loss(states: Tensor, words: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(states).float(), words, reduction="none")
+
+        parts = list(zip(*(x.split(max(1, LOGITS // len(self.embedding.weight))) for x in (states, words))))
+        again = len(parts) > 1 and torch.is_grad_enabled()
+        return torch.cat([checkpoint(loss, *part, use_reentrant=False) if again else loss(*part) for part in parts])
 
 
 # ---------------------------------------------------------------- connector
@@ -199,8 +212,7 @@ class MLLM(nn.Module):
         mask = F.pad(mask, (0, turns.ids.shape[1]), value=True)  # causal, no word sees the padding behind it
         hidden, _ = self.llm(self.embed(turns.ids), mask, cache)
         states = torch.cat([last, hidden[-1]], 1)  # column i: what word i follows
-        logits = self.llm.logits(states[turns.rows, turns.columns]).float()
-        return F.cross_entropy(logits, turns.ids[turns.rows, turns.columns], reduction="none")
+        return self.llm.word_losses(states[turns.rows, turns.columns], turns.ids[turns.rows, turns.columns])
 
     @torch.no_grad()
     def answer(self, ids: Tensor, mask: Tensor, f_v: Tensor | None = None, max_new: int = 24, temperature: float = 0.0,

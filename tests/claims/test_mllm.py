@@ -338,3 +338,21 @@ def test_a_batch_without_words_has_losses_of_zero_and_a_gradient_for_every_proce
     assert {symbol: value.item() for symbol, value in losses.items()} == {"L_lm": 0, "L_caption": 0, "L_text": 0}
     sum(losses.values()).backward()
     assert vision.weight.grad is not None and not vision.weight.grad.any()
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_logits_computed_some_at_a_time_give_the_same_losses_and_gradients(tied, monkeypatch):
+    torch.manual_seed(0)
+    llm = LanguageModel(40, d=16, layers=1, heads=2, kv_heads=1, mlp=24, tied=tied)
+    words, results, shapes = torch.randint(0, 40, (11,)), [], []
+    compute = llm.logits
+    llm.logits = lambda hidden: shapes.append(len(hidden)) or compute(hidden)
+    for limit in (2**26, 3 * 40):
+        monkeypatch.setattr("mllm.LOGITS", limit)
+        states = torch.randn(11, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        losses = llm.word_losses(states, words)
+        results.append([losses, *torch.autograd.grad(losses.square().sum(), [states, llm.embedding.weight, *(
+            [] if tied else [llm.output.weight])], allow_unused=True)])
+    assert shapes[:5] == [11, 3, 3, 3, 2] and sorted(shapes[5:]) == [2, 3, 3, 3]  # once more in backward
+    for whole, parts in zip(*results):
+        assert (whole is None and parts is None) or torch.allclose(whole, parts, atol=1e-6)
