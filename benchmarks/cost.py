@@ -18,11 +18,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from disk.layouts import DataFolder
+from disk.reading import NEEDS, open_folders
 from parts.layer import layers
 from plumbing.command import write_text
 from plumbing.devices import processor
@@ -44,7 +47,7 @@ def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) 
     index = NAMES.index(stage.name)
     small = replace(config, batch=(PROBE,) * len(NAMES), per_device=(0,) * len(NAMES), teacher="",
                     align="none" if config.align == "none" else "self")
-    batch = one_batch(small, stage)
+    batch = lengthened(one_batch(small, stage), config.longest if config.data else 0)
     with torch.device("meta"):
         model = SPAR(small, text_tokenizer(small))
     with warnings.catch_warnings(action="ignore"), FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -66,6 +69,26 @@ def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) 
             "activations": (kept + one_layer) * held, "flops": counter.get_total_flops() * share,
             "dit_flops": sum(counter.get_flop_counts().get("StepModule.model.dit", {}).values()) * share}
     return cost | {"total": cost["weights"] + cost["optimizer"] + cost["activations"]}
+
+
+def lengthened(batch: dict, longest: int) -> dict:
+    """The batch with prompts of `longest` words, the most that data on disk may bring."""
+    for key in {"words", "instructions"} & set(batch):
+        ids, mask = batch[key]
+        more = max(0, longest - ids.shape[1])
+        batch[key] = (torch.cat([ids[:, -1:].expand(-1, more), ids], 1), F.pad(mask, (more, 0), value=True))
+    return batch
+
+
+def passes(config: Config, name: str, folder: DataFolder) -> str:
+    """How often a stage goes over its data on disk."""
+    drawn, told = config.of_stage("steps", name) * config.of_stage("batch", name), []
+    edits = config.edits if "edits" in NEEDS[name] else 0.0
+    for kind in NEEDS[name]:
+        count = sum(not sample.is_test for sample in folder.kinds[kind])
+        share = edits if kind == "edits" else 1 - edits
+        told += [f"{drawn * share / count:.3g} passes over {count} {kind}"] if count and share else []
+    return ", ".join(told)
 
 
 def activations(module: torch.nn.Module, step: Callable, recompute: bool) -> tuple[int, int]:
@@ -108,7 +131,8 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
     with torch.device("meta"):
         model = SPAR(config, text_tokenizer(config))  # numbers that do not fit are told here
     folders, imported = check_folders(config, model), imported_stages(config)
-    disk, largest = 0, 0
+    disk, largest, names = 0, 0, [name for name in NAMES if name != config.skip_stage]
+    data = open_folders({name: config.data_of(name) for name in names}, set(), config.edits)
     for stage in (stage for stage in stages if stage.name in imported):
         disk += 4 * sum(p.numel() for pairs in trained_parameters(model, stage).values() for _, p in pairs)
     chosen = [stage for stage in stages if stage.name != config.skip_stage and stage.name not in imported]
@@ -128,7 +152,8 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
                      f"{cost['flops'] * config.steps[i] / UTILISATION / PEAKS['H100'] / 86400:6.2f} GPU-days  "
                      f"{cost['total'] / gib:6.2f} GiB = "
                      f"{cost['weights'] / gib:.2f} weights + {cost['optimizer'] / gib:.2f} gradients, moments, average "
-                     f"+ {cost['activations'] / gib:.2f} activations")
+                     f"+ {cost['activations'] / gib:.2f} activations"
+                     + (f"  {passes(config, stage.name, data[stage.name])}" if data[stage.name] else ""))
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     lines.append(f"{out}: {disk / gib:.2f} GiB of stages and at most {2 * largest / gib:.2f} GiB of progress, "
                  f"{shutil.disk_usage(there).free / gib:.2f} GiB free")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from benchmarks import cost
 from disk.layouts import scan
 from plumbing.checkpoints import load_stage
 from plumbing.command import UserError
@@ -22,10 +23,11 @@ from public.folders import Weights, check_folders, folder_of, matched, sizes_of
 from public.names import SPELLINGS, names_of
 from spar import NAMES, PRESETS, make_config
 from tests.claims.test_sizes import DC_AE, INTERN_VIT, QWEN, QWEN_BOTH, SANA, SANA_BOTH, on_meta
+from tests.conftest import TINY
 from tests.tools import public_folders
 from tests.tools.commands import call
 from tests.tools.models import model_of, state
-from tests.tools.planted import everything
+from tests.tools.planted import everything, folder_of_captions
 
 for package in ("transformers", "diffusers", "safetensors", "tokenizers"):
     pytest.importorskip(package, reason="the public models and their readers are an optional extra")
@@ -371,6 +373,17 @@ def test_a_flag_that_contradicts_a_folder_is_refused_and_the_folder_beats_the_pr
     assert parsed("--preset", "full").d == parsed().d == parsed("--d", "48").d == 48
     with pytest.raises(UserError, match="makes d 48, --d makes it 64"):
         parsed("--d", "64")
+
+
+def test_plan_counts_the_passes_and_the_longest_prompts_of_data_on_disk(tmp_path, capsys):
+    data = folder_of_captions(tmp_path / "data")
+    config = make_config(**TINY | {"data": str(data), "edits": 0.0, "longest": 100})
+    told = cost.plan(config, train.STAGES, train.one_batch, train.step_module, tmp_path / "run")
+    captions = sum(not sample.is_test for sample in scan(data).kinds["captions"])
+    assert f"{2 * 8 / captions:.3g} passes over {captions} captions" in told and "over" not in told.splitlines()[-1]
+    short, long = (cost.forecast(make_config(**TINY | {"data": where, "longest": 100}), train.stage_named("U2"),
+                                 train.one_batch, train.step_module)["activations"] for where in ("", str(data)))
+    assert long > 1.2 * short
 
 
 def test_plan_checks_the_folders_and_writes_nothing(folders, tmp_path):
