@@ -14,6 +14,7 @@ u width of the condition, k routed layers.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 
 import torch
 from einops import rearrange
@@ -260,8 +261,19 @@ def make_config(**changes) -> Config:
     return Config(**{**PRESETS[changes.get("preset", "toy")], **changes})
 
 
+def in_use(method: Callable) -> Callable:
+    """A use of the model: without gradient, and on a GPU with products in the run's own precision."""
+    @wraps(method)
+    def use(model: "SPAR", *given, **options):
+        with torch.no_grad(), torch.autocast(model.device.type, model.half, enabled=model.half is not None):
+            return method(model, *given, **options)
+    return use
+
+
 class SPAR(nn.Module):
     """Tokenizer, multimodal language model and diffusion transformer, with what a user does with them."""
+
+    half: torch.dtype | None = None  # of products in use; `load_run` sets it on a GPU
 
     def __init__(self, config: Config, words: TextTokenizer):
         """`words`: what the LLM reads and writes; the drawn world's: `plumbing.run_folder.text_tokenizer(config)`."""
@@ -324,7 +336,7 @@ class SPAR(nn.Module):
         """`b 3 H W` -> `b 3 H W`, both in [-1, 1]."""
         return self.in_parts(lambda part: self.tokenizer(part)[0], images).clamp(-1, 1)
 
-    @torch.no_grad()
+    @in_use
     def answer(self, images: Tensor | None, questions: list[str], max_new: int = 24, temperature: float = 0.0,
                generator: torch.Generator | None = None) -> list[str]:
         """One answer for each question about its picture (None: questions about words alone)."""
@@ -350,7 +362,7 @@ class SPAR(nn.Module):
         requests = [self.words.request + text for text in prompts]
         return self.answer(None, requests, temperature=temperature, generator=generator)
 
-    @torch.no_grad()
+    @in_use
     def generate(self, prompts: list[str], references: Tensor | None = None, seed: int = 0, steps: int | None = None,
                  guidance: float | None = None, sampler: str | None = None, text_only: bool = False):
         """Draw each prompt, or edit its reference picture `b 3 H W` as it says.
@@ -375,9 +387,10 @@ class SPAR(nn.Module):
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents `b p h w` -> pictures in [-1, 1]."""
-        tokens = rearrange(z / self.latent_scale, "b p h w -> b (h w) p")
-        return self.in_parts(lambda part: self.tokenizer.decode(part, self.config.side), tokens).clamp(-1, 1)
+        """Scaled latents `b p h w` -> pictures in [-1, 1], in float32: DC-AE's decoder overflows in half."""
+        tokens = rearrange(z.float() / self.latent_scale, "b p h w -> b (h w) p")
+        with torch.autocast(self.device.type, enabled=False):
+            return self.in_parts(lambda part: self.tokenizer.decode(part, self.config.side), tokens).clamp(-1, 1)
 
     def in_parts(self, decoded: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
         """`decoded` of a few of the `batch` at a time: a decoder's maps are the largest that there are."""

@@ -135,6 +135,9 @@ def load_run(run: Path, device: str = "cpu", upto: str = NAMES[-1]) -> SPAR:
     model.finished_stages = names
     for name in names:
         load_stage(model, run, name)
+    if device.startswith("cuda"):
+        set_up_torch(device)
+        model.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
     return model
 
 

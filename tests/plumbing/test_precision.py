@@ -1,6 +1,8 @@
 """Half precision learns what full precision learns; what needs float32 stays float32."""
 
 import functools
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 
 import train
 from parts.layer import Layer
-from plumbing import devices
+from plumbing import devices, run_folder
 from plumbing.command import UserError
+from plumbing.run_folder import load_run
 from spar import NAMES, make_config
 from tests.conftest import TINY
 from tests.tools.models import model_of, run_stage, state
@@ -142,3 +145,42 @@ def test_a_stage_goes_on_in_another_precision(kinds, tiny, tmp_path, monkeypatch
     fresh = torch.amp.GradScaler("cpu").state_dict()
     assert restored[0][1] == {"fp32": {}, "fp16": before or fresh}[kinds[1]]
     assert (tmp_path / "P1.pt").exists() and all(value.isfinite().all() for value in scales[0].weights.values())
+
+
+def test_in_use_half_precision_draws_nearly_the_same_picture_and_decodes_in_float32(whole_run, monkeypatch):
+    model, images = load_run(whole_run), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    kinds = []
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched(torch.nn.Conv2d.forward, kinds))
+    full = [model.generate(["a red circle"] * 2, references)[0] for references in (None, images)]
+    assert set(kinds) == {torch.float32}
+    model.half = torch.bfloat16
+    kinds.clear()
+    half = [model.generate(["a red circle"] * 2, references)[0] for references in (None, images)]
+    assert torch.bfloat16 in kinds and kinds[-1] == torch.float32
+    for a, b in zip(full, half):
+        assert b.dtype == torch.float32 and 0 < (a - b).abs().mean() < 0.05
+    assert len(model.answer(images, ["how many objects are there ?"] * 2, max_new=3)) == 2
+
+
+def watched(forward, kinds):
+    def call(self, x):
+        y = forward(self, x)
+        kinds.append(y.dtype)
+        return y
+    return call
+
+
+@pytest.mark.parametrize("precision, half", [("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_run_is_used_on_a_gpu_in_its_own_precision_and_elsewhere_in_float32(precision, half, whole_run, tmp_path,
+                                                                              monkeypatch):
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    content = json.loads((run / "config.json").read_text()) | {"precision": precision}
+    (run / "config.json").write_text(json.dumps(content))
+    assert load_run(run).half is None
+    set_up = []
+    monkeypatch.setattr(run_folder, "set_up_torch", set_up.append)
+    monkeypatch.setattr(torch, "device", lambda name: torch_device("cpu" if str(name) == "cuda" else name))
+    assert load_run(run, "cuda").half is half and set_up == ["cuda"]
+
+
+torch_device = torch.device
