@@ -46,7 +46,7 @@ from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
 from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
 from public import openmoji
-from public.folders import imported_stages, latent_scale, read_public, stand_ins
+from public.folders import check_folders, imported_stages, latent_scale, read_public, stand_ins
 from public.perceptual import perceptual_networks
 from spar import NAMES, SPAR, Config
 from tokenizer import Losses, autoencoder_losses, tokenizer_losses
@@ -223,7 +223,7 @@ def measure_latents(model: SPAR, stage: Stage, world: DrawnWorld | DiskData) -> 
     if stage.name not in ("P3", "U2" if model.config.sana else "U1"):
         return
     if stage.name == "P3" and model.config.sana and model.config.dc_ae:
-        return model.latent_scale.fill_(latent_scale(model.config))
+        return model.latent_scale.fill_(latent_scale(Path(model.config.dc_ae)))
     z = []
     with torch.no_grad():
         for first in range(0, 512, 32):
@@ -294,7 +294,6 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
     if first_process():
         cut_logs(run, stage.name, first)
     wait_for_all()
-
     batches = iter(DataLoader(source, batch_size=None, sampler=range(first, steps), num_workers=config.workers,
                               pin_memory=device.type == "cuda", worker_init_fn=Stop.leave_to_parent))
     bar = tqdm(range(first, steps), desc=f"stage {index + 1} of 9  {stage.name}", dynamic_ncols=True,
@@ -341,6 +340,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
     names, trained = stage_names(config), set(stages) - set(imported_stages(config))
     data = open_folders({name: config.data_of(name) for name in names}, trained, config.edits)
     if first_process():
+        check_folders(config, run)
         open_run(config, run, stages, source, resume, data["P1"])
     wait_for_all()
     words, sound = text_tokenizer(config, run), finished_stages(run, config)

@@ -130,7 +130,7 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
     lines, gib, moments = [], 2**30, 1 if config.optimizer == "muon" else 2
     with torch.device("meta"):
         model = SPAR(config, text_tokenizer(config))  # numbers that do not fit are told here
-    folders, imported = check_folders(config, model), imported_stages(config)
+    folders, imported = check_folders(config), imported_stages(config)
     disk, largest, names = 0, 0, [name for name in NAMES if name != config.skip_stage]
     data = open_folders({name: config.data_of(name) for name in names}, set(), config.edits)
     for stage in (stage for stage in stages if stage.name in imported):

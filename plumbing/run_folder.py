@@ -157,9 +157,10 @@ def finished_stages(run: Path, config: Config) -> set[str]:
 
 
 def check_same_run(config: Config, run: Path) -> None:
-    """Writes config.json, or finds the same one there; only how it is computed (`HOW`) may have changed since."""
+    """Writes config.json, or finds the same one there; only how it is computed (`HOW`) may have changed since. A run
+    that has computed nothing yet may become another."""
     path = run / "config.json"
-    if path.exists():
+    if path.exists() and (any(run.glob("*.pt")) or any(run.glob("resume/*"))):
         config.public = config.public or load_config(run).public
         before, now = asdict(load_config(run)), asdict(config)
         differing = [key for key in now if before[key] != now[key] and key not in HOW]
@@ -219,7 +220,7 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
         shutil.rmtree(run / "resume", ignore_errors=True)
         for name in stages:
             (run / f"{name}.pt").unlink(missing_ok=True)
-    if config.internvl and not (run / "tokenizer.json").exists():
+    if config.internvl and not (run / "P1.pt").exists():
         keep_tokenizer(Path(config.internvl), run)
     if data_folder and not config.internvl and not (run / "vocabulary.json").exists():
         write_vocabulary(data_folder.root, data_folder.texts(), config.tokens, config.longest, run / "vocabulary.json")

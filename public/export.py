@@ -39,6 +39,7 @@ def export_public(model: SPAR, public: str, run: Path, out: Path) -> None:
     weights = Weights(source, public)
     if changed := [line for line in weights.checksums() if line not in config.public.split(", ")]:
         raise UserError(f"{source} is no longer what {run} began with ({changed[0]}): put the first one back")
+    described = read_json(source / "config.json")
     parameters, ours = dict(model.named_parameters()), {}
     for name, keys in matched(weights, model, config, public).items():
         rows = parameters[name].detach().cpu().split([weights.shape(key)[0] for key in keys])
@@ -54,7 +55,7 @@ def export_public(model: SPAR, public: str, run: Path, out: Path) -> None:
         if path.is_file() and (path == weights.index or not path.name.endswith(OTHER_WEIGHTS)):
             shutil.copyfile(path, out / path.name)
     if public == "dc_ae":
-        described = read_json(source / "config.json") | {"scaling_factor": model.latent_scale.item()}
+        described |= {"scaling_factor": model.latent_scale.item()}
         write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
         write_text(out / "README.md", DC_AE_NOTE)
     print(out)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from plumbing.checkpoints import save
 from plumbing.command import UserError
-from plumbing.run_folder import write_config
+from plumbing.run_folder import load_config, text_tokenizer, write_config
 from plumbing.training import trained_parameters
 from public.names import SPELLINGS, names_of
 from public.qwen import read_json
@@ -24,6 +24,7 @@ from spar import SPAR, Config
 
 IMPORTED = {"P1": "internvl", "P2": "dc_ae", "P3": "sana"}  # stage -> the public model that may stand in its place
 STEM = {"internvl": "model", "dc_ae": "diffusion_pytorch_model", "sana": "diffusion_pytorch_model"}
+TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 DTYPES = ("F32", "F16", "BF16")
 REBUILT = ("rotary_emb.inv_freq",)  # ends of names that old files hold and everyone computes anew
 
@@ -63,18 +64,20 @@ class Described:
     def part(self, *names: str) -> "Described":
         for name in names:
             if isinstance(self.content.get(name), dict):
-                return Described(self.path, self.content[name], f"{name}.")
+                return Described(self.path, self.content[name], f"{self.where}{name}.")
         raise UserError(f"{self.path} has no {names[0]}: is it the folder of another model?")
 
     def take(self, key: str, usual):
-        """`usual`: what a file without the key means; its kind is the value's."""
+        """A size; `usual`: what a file without the key means, whose kind is the value's. A list becomes a tuple."""
         value = self.content.get(key, usual)
         if isinstance(value, list) and isinstance(usual, int) and len(value) == 2 and value[0] == value[1]:
             value = value[0]  # a square's side
-        kinds = (int, float) if isinstance(usual, float) else type(usual)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(usual, bool):
-            raise UserError(f"{self.path}: {self.where}{key} is {value!r}, where a {type(usual).__name__} is wanted")
-        return value
+        largest, like = 1000 if "layers" in key else 1e6, usual[0] if isinstance(usual, tuple) else usual
+        parts = value if isinstance(usual, tuple) and isinstance(value, (list, tuple)) else [value]
+        sound = isinstance(usual, tuple) == isinstance(value, (list, tuple)) and 0 < len(parts) <= 10
+        if not sound or not all(type(part) in (int, type(like)) and 0 < part <= largest for part in parts):
+            raise UserError(f"{self.path}: {self.where}{key} is {str(value)[:50]!r}, which is no size")
+        return tuple(value) if isinstance(usual, tuple) else value
 
     def want(self, wanted: dict[str, tuple]) -> None:
         """key -> what it must be, then what a file without it means."""
@@ -84,11 +87,13 @@ class Described:
                 raise UserError(f"{self.path}: {self.where}{key} is {value!r}; only {right!r} is computed here")
 
 
-def described(config_folder: Path) -> Described:
-    content = read_json(config_folder / "config.json")
-    if not isinstance(content, dict):
-        raise UserError(f"{config_folder / 'config.json'} is no object: fetch the folder again")
-    return Described(config_folder / "config.json", content)
+def described(folder: Path) -> Described:
+    return Described(folder / "config.json", read_json(folder / "config.json"))
+
+
+def divides(path: Path, whole: int, parts: int, what: str) -> None:
+    if whole % parts:
+        raise UserError(f"{path}: {what} {whole} is no multiple of {parts}")
 
 
 def internvl_sizes(folder: Path) -> dict:
@@ -109,24 +114,31 @@ def internvl_sizes(folder: Path) -> dict:
     d, heads = language.take("hidden_size", 4096), language.take("num_attention_heads", 32)
     language.want({"model_type": ("qwen2",), "architectures": (["Qwen2ForCausalLM"],), "hidden_act": ("silu",),
                    "rms_norm_eps": (1e-6,), "use_sliding_window": (False,), "head_dim": (d // heads,)})
-    rope = Described(whole.path, language.content.get("rope_parameters") or language.content, language.where)
+    rope = language.part("rope_parameters") if language.content.get("rope_parameters") else language
     rope.want({"rope_theta": (1e6, 1e4)})
-    scaling = language.content.get("rope_scaling") or language.content.get("rope_parameters") or {}
-    if (kind := scaling.get("rope_type", scaling.get("type", "default"))) not in ("default", "dynamic"):
-        raise UserError(f"{whole.path}: rope scaling {kind!r} is not computed here")  # dynamic: beyond 32768 tokens
-    head = {names["head"] + ".weight" for names in SPELLINGS.values()}
-    tied = not head & set(Weights(folder, "internvl").keys)
-    return {"side": vision.take("image_size", 448), "patch": vision.take("patch_size", 14), "vision_width": width,
-            "vision_layers": vision.take("num_hidden_layers", 24), "d": d, "llm_heads": heads,
-            "vision_heads": vision.take("num_attention_heads", 16), "imagenet": True, "tied": tied,
+    scaling = language.part("rope_scaling") if language.content.get("rope_scaling") else rope
+    kind = scaling.content.get("rope_type", scaling.content.get("type", "default"))
+    if kind not in ("default", "dynamic"):  # dynamic: beyond 32768 tokens
+        raise UserError(f"{whole.path}: rope scaling {str(kind)[:50]!r} is not computed here")
+    tied = not {f"{names['head']}.weight" for names in SPELLINGS.values()} & set(Weights(folder, "internvl").keys)
+    if tied and language.content.get("tie_word_embeddings", whole.content.get("tie_word_embeddings")) is False:
+        raise UserError(f"{folder} lacks lm_head.weight, though its config.json ties no weights: fetch it again")
+    side, patch, vision_heads, kv_heads = (part.take(key, usual) for part, key, usual in (
+        (vision, "image_size", 448), (vision, "patch_size", 14), (vision, "num_attention_heads", 16),
+        (language, "num_key_value_heads", 32)))
+    for multiple, of, what in ((width, vision_heads, "vision width"), (side, 2 * patch, "image_size"),
+                               (d, 2 * heads, "hidden_size"), (heads, kv_heads, "heads")):
+        divides(whole.path, multiple, of, what)
+    return {"side": side, "patch": patch, "vision_width": width, "vision_layers": vision.take("num_hidden_layers", 24),
+            "vision_heads": vision_heads, "imagenet": True, "d": d, "llm_heads": heads, "llm_kv_heads": kv_heads,
             "llm_layers": language.take("num_hidden_layers", 32), "vocabulary": language.take("vocab_size", 151936),
-            "llm_kv_heads": language.take("num_key_value_heads", 32), "llm_mlp": language.take("intermediate_size",
-                                                                                             22016)}
+            "llm_mlp": language.take("intermediate_size", 22016), "tied": tied}
 
 
 def dc_ae_sizes(folder: Path) -> dict:
     whole = described(folder)
-    widths = tuple(whole.take("encoder_block_out_channels", [128, 256, 512, 512, 1024, 1024]))
+    whole.want({"_class_name": ("AutoencoderDC", None)})
+    widths = whole.take("encoder_block_out_channels", (128, 256, 512, 512, 1024, 1024))
     kinds = whole.content.get("encoder_block_types", "ResBlock")
     vit_stages = kinds.count("EfficientViTBlock") if isinstance(kinds, list) else 0
     scales = [[]] * (len(widths) - vit_stages) + [[5]] * vit_stages
@@ -136,18 +148,26 @@ def dc_ae_sizes(folder: Path) -> dict:
                 "encoder_out_shortcut": (True,), "decoder_in_shortcut": (True,),
                 "encoder_block_types": (usual, "ResBlock"), "decoder_block_types": (usual, "ResBlock"),
                 "encoder_qkv_multiscales": (scales,), "decoder_qkv_multiscales": (scales,)})
-    shuffles = {whole.content.get("downsample_block_type", "pixel_unshuffle") == "pixel_unshuffle",
-                whole.content.get("upsample_block_type", "pixel_shuffle") == "pixel_shuffle"}
-    if len(shuffles) > 1:
-        raise UserError(f"{whole.path}: upsample_block_type fits another downsample_block_type; both shuffle or none")
-    depths = [tuple(whole.take(f"{half}_layers_per_block", [3])) for half in ("encoder", "decoder")]
-    return {"p": whole.take("latent_channels", 32), "ae_widths": widths, "ae_depths": depths[0],
-            "ae_decoder_depths": depths[1], "ae_vit_stages": vit_stages,
-            "ae_resample": "shuffle" if shuffles == {True} else "conv"}
+    ways = tuple(whole.content.get(key, usual) for key, usual in (("downsample_block_type", "pixel_unshuffle"),
+                                                                  ("upsample_block_type", "pixel_shuffle")))
+    known = {("pixel_unshuffle", "pixel_shuffle"): "shuffle", ("Conv", "interpolate"): "conv",
+             ("conv", "interpolate"): "conv"}
+    if ways not in known:
+        raise UserError(f"{whole.path}: only {' or '.join('/'.join(way) for way in known)} are computed here, "
+                        f"not {'/'.join(map(str, ways))[:60]}")
+    depths = [whole.take(f"{half}_layers_per_block", (3,) * len(widths)) for half in ("encoder", "decoder")]
+    p, _ = whole.take("latent_channels", 32), latent_scale(folder)
+    for depth in depths:
+        if len(depth) != len(widths):
+            raise UserError(f"{whole.path}: {len(depth)} layers_per_block for {len(widths)} block_out_channels")
+    divides(whole.path, widths[-1], p, "the last width")
+    return {"p": p, "ae_widths": widths, "ae_depths": depths[0], "ae_decoder_depths": depths[1],
+            "ae_vit_stages": vit_stages, "ae_resample": known[ways]}
 
 
 def sana_sizes(folder: Path) -> dict:
     whole = described(folder)
+    whole.want({"_class_name": ("SanaTransformer2DModel", None)})
     p, heads, cross_heads = (whole.take(key, usual) for key, usual in (
         ("in_channels", 32), ("num_attention_heads", 70), ("num_cross_attention_heads", 20)))
     c = heads * whole.take("attention_head_dim", 32)
@@ -155,6 +175,7 @@ def sana_sizes(folder: Path) -> dict:
                 "norm_elementwise_affine": (False,), "norm_eps": (1e-6,), "interpolation_scale": (None,),
                 "guidance_embeds": (False,), "timestep_scale": (1.0,), "cross_attention_dim": (c, 2240),
                 "cross_attention_head_dim": (c // cross_heads, 112)})
+    divides(whole.path, c, cross_heads, "width")
     return {"p": p, "c": c, "dit_heads": heads, "dit_cross_heads": cross_heads, "positions": False,
             "dit_layers": whole.take("num_layers", 20), "condition_width": whole.take("caption_channels", 2304),
             "dit_mlp_ratio": float(whole.take("mlp_ratio", 2.5))}
@@ -200,19 +221,23 @@ class Weights:
             if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
                 raise UserError(f"{self.index} maps no weights to files: fetch it again")
             names = sorted(set(listed.values()))
-            if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+            if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")
+                           or not name.isprintable()]:
                 raise UserError(f"{self.index} names {outside[0]!r}, which is no file of its folder")
         else:
             raise UserError(f"{folder} holds no {single.name} and no index of shards: fetch the folder again")
         self.files, self.keys = {}, {}
         for name in names:
             try:
+                if not (folder / name).is_file():
+                    raise OSError("no such plain file")
                 self.files[name] = safe_open(str(folder / name), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{folder / name} is not whole ({error}): fetch it again") from None
             for key in self.files[name].keys():
-                if listed is None or listed.get(key) == name:
-                    self.keys[key] = name
+                if listed is not None and listed.get(key) != name:
+                    raise UserError(f"{folder / name} holds {key!r}, which the index does not name: fetch it again")
+                self.keys[key] = name
         if lost := sorted(set(listed or ()) - set(self.keys)):
             raise UserError(f"{folder / listed[lost[0]]} lacks {lost[0]}, which the index names: fetch it again")
 
@@ -227,9 +252,10 @@ class Weights:
         return self.files[self.keys[key]].get_tensor(key)
 
     def checksums(self) -> list[str]:
-        """Of each file "model/name" and the beginning of its SHA-256."""
-        found = []
-        for name in tqdm(sorted(self.files), desc=f"checksums of {self.folder.name}", leave=False):
+        """Of each file "model/name" and the beginning of its SHA-256; of the small ones those that are read."""
+        found, small = [], ("config.json", *((*TOKENIZERS, self.index.name) if self.model == "internvl" else ()))
+        names = [*self.files, *(name for name in small if (self.folder / name).is_file())]
+        for name in tqdm(sorted(names), desc=f"checksums of {self.folder.name}", leave=False):
             with (self.folder / name).open("rb") as file:
                 found.append(f"{self.model}/{name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}")
         return found
@@ -256,7 +282,7 @@ def matched(weights: Weights, module: nn.Module, config: Config, model: str) -> 
             continue
         if missing := [key for key in keys if key not in weights.keys]:
             raise UserError(f"{weights.folder} lacks {missing[0]}, which {name} is made of")
-        shapes = [weights.shape(key) for key in keys]
+        shapes = [weights.shape(key) or (1,) for key in keys]
         joined = sum(shape[0] for shape in shapes), *shapes[0][1:]
         if trailing(joined) != trailing(tuple(parameter.shape)) or len({shape[1:] for shape in shapes}) > 1:
             raise UserError(f"{weights.folder / weights.keys[keys[0]]}: {keys[0]} has the shape "
@@ -269,12 +295,21 @@ def matched(weights: Weights, module: nn.Module, config: Config, model: str) -> 
     return found
 
 
-def check_folders(config: Config, module: SPAR) -> list[str]:
-    """`module` may be on the meta device: headers alone are read. -> a line for each folder. Raises UserError."""
-    lines = []
-    for model in dict.fromkeys(imported_stages(config).values()):
+def check_folders(config: Config, run: Path | None = None) -> list[str]:
+    """Everything but the numbers: headers are read, and, where `run` has begun with such folders, their files compared
+    with those. -> a line for each folder. Raises UserError."""
+    lines, models = [], list(imported_stages(config).values())
+    if models:
+        with torch.device("meta"):
+            module = SPAR(config, text_tokenizer(config))
+    known = load_config(run).public.split(", ") if models and run and (run / "config.json").exists() else []
+    for model in models:
         weights = Weights(folder_of(config, model), model)
         matched(weights, module, config, model)
+        if begun := [line for line in known if line.startswith(f"{model}/")]:
+            if changed := set(begun) ^ set(weights.checksums()):
+                raise UserError(f"{weights.folder} is no longer what {run} began with ({min(changed)}): "
+                                "choose another --out")
         numbers = sum(torch.Size(weights.shape(key)).numel() for key in weights.keys)
         lines.append(f"{weights.folder}: {len(weights.keys)} weights, {numbers / 1e6:.1f} M numbers, all fit")
     return lines
@@ -287,9 +322,6 @@ def read_public(module: SPAR, stage, run: Path) -> str:
     config, model = module.config, IMPORTED[stage.name]
     weights, parameters = Weights(folder_of(config, model), model), dict(module.named_parameters())
     files, known = weights.checksums(), config.public.split(", ") if config.public else []
-    changed = [line for line in known if line.startswith(f"{model}/") and line not in files]
-    if changed:
-        raise UserError(f"{weights.folder} is no longer what {run} began with ({changed[0]}): choose another --out")
     with torch.no_grad():
         for name, keys in tqdm(matched(weights, module, config, model).items(), desc=model, leave=False):
             value = torch.cat([weights.read(key) for key in keys]).float()
@@ -304,6 +336,6 @@ def read_public(module: SPAR, stage, run: Path) -> str:
     return files[0].split()[0] + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
 
 
-def latent_scale(config: Config) -> float:
-    """At which DC-AE's latents are what SANA draws."""
-    return described(Path(config.dc_ae)).take("scaling_factor", 1.0)
+def latent_scale(folder: Path) -> float:
+    """At which the latents of a folder of DC-AE are what SANA draws."""
+    return float(described(folder).take("scaling_factor", 1.0))

@@ -38,13 +38,18 @@ class QwenTokenizer(TextTokenizer):
             raise UserError("InternVL3's text tokenizer needs an extra: pip install tokenizers") from None
         self.state, self.longest = state, longest
         try:
-            self.pairs = tokenizers.Tokenizer.from_str(state)
+            content = json.loads(state)
+            for entry in (added := content["added_tokens"]):  # then a user's words never become one
+                entry["special"] = entry["special"] or entry["content"] in SIGNS
+            if content["model"]["dropout"]:
+                raise ValueError("its dropout makes other ids each time")
+            self.pairs = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the package raises plain Exceptions
-            raise ValueError(f"it is no tokenizer ({error})") from None
+            raise ValueError(f"it is no tokenizer ({type(error).__name__}: {error})") from None
         self.pairs.no_padding(), self.pairs.no_truncation()
         self.pairs.encode_special_tokens = True
         ids = {sign: self.pairs.token_to_id(sign) for sign in SIGNS}
-        for entry in json.loads(state)["added_tokens"]:  # the package counts on from the words, whatever the file says
+        for entry in added:  # the package counts on from the words, whatever the file says
             if self.pairs.token_to_id(entry["content"]) != entry["id"]:
                 raise ValueError(f"{entry['content']} has the id {entry['id']}, which leaves a gap behind the words")
         if missing := [sign for sign in SIGNS if ids[sign] is None]:
@@ -58,8 +63,10 @@ class QwenTokenizer(TextTokenizer):
         return max(self.pairs.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        ids = self.pairs.encode(text, add_special_tokens=False).ids[:self.longest]
-        return [i for i in ids if i not in (self.pad_id, self.image_id)]  # what they stand for is never a word
+        """Raises ValueError for half a character."""
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{text!r} holds half a character: write it anew, in UTF-8")
+        return self.pairs.encode(text, add_special_tokens=False).ids[:self.longest]
 
     def decode(self, ids: list[int]) -> str:
         return self.pairs.decode(ids, skip_special_tokens=True).strip()
@@ -90,14 +97,28 @@ class QwenTokenizer(TextTokenizer):
         self.__init__(**given)
 
 
-def read_json(path: Path):
-    """Raises ValueError for what is missing, too large or no JSON."""
+def read_text(path: Path) -> str:
+    """Raises ValueError for what is missing, no plain file, too large or not UTF-8."""
     try:
+        if not path.is_file():
+            raise ValueError("it is no plain file")
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES >> 20} MB")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}): fetch the folder again") from None
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError, also for what is no JSON object."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): fetch the folder again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object: fetch the folder again")
+    return content
 
 
 def tokenizer_state(folder: Path) -> str:
@@ -107,9 +128,11 @@ def tokenizer_state(folder: Path) -> str:
         return json.dumps(read_json(folder / FILE), ensure_ascii=False)
     if missing := [name for name in ("vocab.json", "merges.txt") if not (folder / name).exists()]:
         raise UserError(f"{folder} has neither {FILE} nor {missing[0]}: fetch the folder's text tokenizer too")
-    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = read_text(folder / "merges.txt").splitlines()
     merges = [line for number, line in enumerate(merges) if line and not (number == 0 and line.startswith("#version"))]
     added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").exists() else {}
+    if not all(type(i) is int for i in added.values()):
+        raise ValueError(f"{folder / 'added_tokens.json'} maps signs to what is no number: fetch it again")
     split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return json.dumps({

@@ -37,25 +37,36 @@ def entries(path: Path) -> list:
         text = path.read_text(encoding="utf-8")
         found = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" \
             else json.loads(text)
+        if not found:
+            raise ValueError("it holds no prompts")
         return list(found.items()) if isinstance(found, dict) else found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def words(value) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{value!r} is no prompt")
+    return value
 
 
 def geneval(path: Path, out: Path) -> list[Row]:
     rows = []
     for number, entry in enumerate(entries(path)):
         write_text(out / f"{number:05}" / "metadata.jsonl", json.dumps(entry))
-        rows += [(entry["prompt"], None, out / f"{number:05}" / "samples" / f"{k:05}.png") for k in range(SAMPLES)]
+        folder = out / f"{number:05}" / "samples"
+        rows += [(words(entry["prompt"]), None, folder / f"{k:05}.png") for k in range(SAMPLES)]
     return rows
 
 
 def wise(path: Path, out: Path) -> list[Row]:
-    return [(entry["Prompt"], None, out / f"{int(entry['prompt_id'])}.png") for entry in entries(path)]
+    return [(words(entry["Prompt"]), None, out / f"{int(entry['prompt_id'])}.png") for entry in entries(path)]
 
 
 def imgedit(path: Path, out: Path) -> list[Row]:
-    return [(entry["prompt"], inside(path.parent, entry["id"]), out / f"{Path(key).name}.png")
+    if wrong := [key for key, _ in entries(path) if not key or Path(key).name != key]:
+        raise ValueError(f"the key {wrong[0]!r} is no file's name")
+    return [(words(entry["prompt"]), inside(path.parent, entry["id"]), out / f"{key}.png")
             for key, entry in entries(path)]
 
 
@@ -109,6 +120,6 @@ def write_for(kind: str, model: SPAR, source: Path, out: Path, how: Protocol) ->
         raise UserError(f"--write {kind}: one of {', '.join(KINDS)}, reconstruction")
     try:
         rows = KINDS[kind](source, out)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{source} is not {kind}'s ({type(error).__name__}: {error})") from None
     write_drawings(model, rows, how)

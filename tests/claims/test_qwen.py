@@ -121,6 +121,12 @@ def test_signs_in_a_users_words_are_words(small):
         ids = words.encode(f"a {sign} b")
         assert not set(ids) & {words.pad_id, words.bos_id, words.eos_id, words.image_id}, sign
         assert words.decode(ids) == f"a {sign} b"
+    content = json.loads(words.state)
+    content["added_tokens"] = [entry | {"special": False} for entry in content["added_tokens"]]
+    other = QwenTokenizer(json.dumps(content), 512)
+    assert all(other.encode(f"a {sign} b") == words.encode(f"a {sign} b") for sign in public_folders.SIGNS)
+    with pytest.raises(ValueError, match="half a character"):
+        words.encode("a \udcff")
     ids, mask = words.requests(["<IMG_CONTEXT>" * 5, "a"], visual_tokens=2)
     assert (ids == words.image_id).sum(1).tolist() == [2, 2] and not mask[1].all() and mask[0].all()
 
@@ -141,6 +147,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(small, tmp_path):
         QwenTokenizer(json.dumps(state), 5)
     state["added_tokens"].append(dict(state["added_tokens"][0], content="<IMG_CONTEXT>", id=400))
     with pytest.raises(ValueError, match="<IMG_CONTEXT> has the id 400, which leaves a gap"):
+        QwenTokenizer(json.dumps(state), 5)
+    state["model"]["dropout"] = 0.5
+    with pytest.raises(ValueError, match="its dropout makes other ids"):
         QwenTokenizer(json.dumps(state), 5)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match="the text tokenizer does not fit"):

@@ -5,6 +5,7 @@ transformers and diffusers make the folders (tests/tools/public_folders.py), and
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -188,6 +189,12 @@ def test_a_second_start_goes_on_and_one_with_other_folders_is_refused(folders, t
     path.write_bytes(content)
     with pytest.raises(UserError, match="is no longer what .* began with .sana/diffusion_pytorch_model"):
         imported(root, run, "P3")
+    content[-1] ^= 1
+    path.write_bytes(content)
+    imported(root, run, "P3")
+    changed_json(root / "dc-ae" / "config.json", "scaling_factor", value=0.5)
+    with pytest.raises(UserError, match="is no longer what .* began with .dc_ae/config.json"):
+        imported(root, run, "P3")
 
 
 @pytest.mark.parametrize("model, flag", [("internvl", "internvl"), ("dc_ae", "dc-ae"), ("sana", "sana")])
@@ -297,14 +304,36 @@ def changed_json(path: Path, *keys, value) -> None:
     ("internvl", ("llm_config", "rope_scaling"), {"type": "yarn"}, "rope scaling 'yarn'"),
     ("internvl", ("vision_config", "intermediate_size"), 100, "intermediate_size is 100"),
     ("internvl", ("vision_config",), 3, "has no vision_config"),
-    ("internvl", ("llm_config", "hidden_size"), "48", "hidden_size is '48', where a int is wanted"),
+    ("internvl", ("llm_config", "hidden_size"), "48", "hidden_size is '48', which is no size"),
+    ("internvl", ("llm_config", "hidden_size"), 1e30, "which is no size"),
+    ("internvl", ("llm_config", "num_attention_heads"), 0, "num_attention_heads is '0', which is no size"),
+    ("internvl", ("llm_config", "num_attention_heads"), 5, "hidden_size 48 is no multiple of 10"),
+    ("internvl", ("vision_config", "num_attention_heads"), 3, "vision width 32 is no multiple of 3"),
+    ("internvl", ("vision_config", "num_attention_heads"), -1, "which is no size"),
+    ("internvl", ("vision_config", "num_hidden_layers"), 10**9, "which is no size"),
+    ("internvl", ("vision_config", "patch_size"), 0, "which is no size"),
+    ("internvl", ("vision_config", "image_size"), 36, "image_size 36 is no multiple of 8"),
+    ("internvl", ("llm_config", "vocab_size"), 4 * 10**7, "which is no size"),
+    ("internvl", ("llm_config", "rope_scaling"), "x", "has no rope_scaling"),
+    ("internvl", ("llm_config", "rope_parameters"), [1], "has no rope_parameters"),
+    ("dc-ae", ("scaling_factor",), float("nan"), "scaling_factor is 'nan', which is no size"),
+    ("dc-ae", ("scaling_factor",), 0, "which is no size"), ("dc-ae", ("scaling_factor",), 1e39, "which is no size"),
+    ("dc-ae", ("encoder_layers_per_block",), [], "which is no size"),
+    ("dc-ae", ("encoder_layers_per_block",), [1, 2], "2 layers_per_block for 3 block_out_channels"),
+    ("dc-ae", ("latent_channels",), 0, "which is no size"),
+    ("dc-ae", ("downsample_block_type",), "x", "are computed here, not x/interpolate"),
+    ("dc-ae", ("_class_name",), "AutoencoderKL", "only 'AutoencoderDC' is computed here"),
+    ("sana/transformer", ("_class_name",), "AutoencoderDC", "only 'SanaTransformer2DModel' is computed here"),
+    ("sana/transformer", ("num_layers",), 10**7, "which is no size"),
+    ("sana/transformer", ("mlp_ratio",), float("inf"), "which is no size"),
+    ("sana/transformer", ("num_cross_attention_heads",), 0, "which is no size"),
     ("internvl", ("llm_config", "num_hidden_layers"), 3, "nothing here computes with language_model.model.layers.3"),
     ("internvl", ("llm_config", "num_hidden_layers"), 5, "lacks language_model.model.layers.4"),
     ("internvl", ("llm_config", "intermediate_size"), 81, "has the shape .*where mllm.llm.layers.0"),
     ("internvl", ("vision_config", "image_size"), 40, "has the shape"),
     ("dc-ae", ("encoder_qkv_multiscales",), [[], [], [3]], "encoder_qkv_multiscales is"),
     ("dc-ae", ("decoder_norm_types",), "batch_norm", "decoder_norm_types is 'batch_norm'"),
-    ("dc-ae", ("upsample_block_type",), "pixel_shuffle", "both shuffle or none"),
+    ("dc-ae", ("upsample_block_type",), "pixel_shuffle", "are computed here, not Conv/pixel_shuffle"),
     ("dc-ae", ("latent_channels",), 16, "they do not belong together"),
     ("sana/transformer", ("qk_norm",), "rms_norm_across_heads", "qk_norm is 'rms_norm_across_heads'"),
     ("sana/transformer", ("guidance_embeds",), True, "guidance_embeds is True"),
@@ -313,9 +342,7 @@ def test_what_is_not_computed_here_is_refused_by_name(folder, keys, value, messa
     root = shutil.copytree(folders[0], tmp_path / "public")
     changed_json(root / folder / "config.json", *keys, value=value)
     with pytest.raises(UserError, match=message) as refused:
-        config = config_of(root)
-        with torch.device("meta"):
-            check_folders(config, model_of(config))
+        check_folders(config_of(root))
     assert "\n" not in str(refused.value)
 
 
@@ -346,6 +373,19 @@ def not_finite(tensors: dict) -> None:
      r"names '\.\./x\.safetensors', which is no file of its folder"),
     (lambda root: with_index(root, lambda names: names.update(extra="model-00001-of-00002.safetensors")),
      "lacks extra, which the index names"),
+    (lambda root: with_index(root, lambda names: names.pop("mlp1.1.bias")),
+     "'mlp1.1.bias', which the index does not name"),
+    (lambda root: with_index(root, lambda names: names.pop("language_model.lm_head.weight")), "the index does not name"),
+    (lambda root: (root / "internvl" / "model.safetensors").unlink() or (
+        root / "internvl" / "model.safetensors.index.json").write_text("[]"), "is no JSON object"),
+    (lambda root: rewritten(root, lambda tensors: tensors.pop("language_model.lm_head.weight")), "lacks lm_head.wei"),
+    (lambda root: rewritten(root, lambda tensors: tensors.update({"mlp1.1.bias": torch.ones(())})), "has the shape"),
+    (lambda root: (root / "internvl" / "config.json").unlink() or os.mkfifo(root / "internvl" / "config.json"),
+     "it is no plain file"),
+    (lambda root: (root / "internvl" / "added_tokens.json").write_text("[]"), "is no JSON object"),
+    (lambda root: (root / "internvl" / "added_tokens.json").write_text('{"<img>": "7"}'), "what is no number"),
+    (lambda root: (root / "internvl" / "tokenizer.json").write_text("{}"), "it is no tokenizer"),
+    (lambda root: (root / "internvl" / "merges.txt").write_bytes(b"\xff\xfe"), "cannot be read"),
     (lambda root: (root / "internvl" / "model.safetensors").unlink(), "holds no model.safetensors"),
     (lambda root: (root / "internvl" / "model.safetensors").write_bytes(b"\0" * 99), "is not whole"),
     (lambda root: (root / "internvl" / "config.json").write_text("{"), "config.json cannot be read"),
@@ -356,13 +396,35 @@ def not_finite(tensors: dict) -> None:
     (lambda root: rewritten(root, lambda tensors: tensors.pop("mlp1.1.bias")), "lacks mlp1.1.bias"),
     (lambda root: rewritten(root, lambda tensors: tensors.update({"mlp1.1.bias": torch.ones(48, dtype=torch.int8)})),
      "mlp1.1.bias is I8"),
-    (lambda root: rewritten(root, not_finite), "mlp1.1.bias is not finite")], ids=range(12))
+    (lambda root: rewritten(root, not_finite), "mlp1.1.bias is not finite")], ids=range(22))
 def test_a_broken_folder_is_refused_in_one_line_before_anything_of_it_is_kept(harm, message, folders, tmp_path):
     root, run = shutil.copytree(folders[0], tmp_path / "public"), tmp_path / "run"
     harm(root)
     with pytest.raises((UserError, ValueError), match=message) as refused:
         imported(root, run, "P1")
     assert "\n" not in str(refused.value) and not (run / "P1.pt").exists()
+
+
+def test_what_a_refused_start_left_does_not_stay(folders, tmp_path):
+    root, run = shutil.copytree(folders[0], tmp_path / "public"), tmp_path / "run"
+    merges = (root / "internvl" / "merges.txt").read_text()
+    (root / "internvl" / "merges.txt").write_text("#version: 0.2\n")
+    weights = (root / "internvl" / "model.safetensors").read_bytes()
+    rewritten(root, not_finite)
+    with pytest.raises(UserError, match="is not finite"):
+        imported(root, run, "P1")
+    (root / "internvl" / "merges.txt").write_text(merges)
+    (root / "internvl" / "model.safetensors").write_bytes(weights)
+    other = root.rename(tmp_path / "other")  # the first path was mistaken, too
+    model = imported(other, run, "P1")
+    assert len(model.words.encode("the")) == 1, "its byte pairs are those of the mended folder"
+
+
+def test_another_models_folder_is_refused_before_any_stage(folders, tmp_path):
+    for wrong in ({"dc_ae": str(folders[0] / "internvl")}, {"sana": str(folders[0] / "dc-ae")},
+                  {"internvl": str(folders[0] / "dc-ae")}, {"sana": str(folders[0] / "internvl" / "config.json")}):
+        with pytest.raises((UserError, ValueError)):
+            config_of(folders[0], **wrong)
 
 
 def test_a_flag_that_contradicts_a_folder_is_refused_and_the_folder_beats_the_preset(folders, monkeypatch):

@@ -79,7 +79,10 @@ def test_reconstructions_are_pairs_and_what_is_there_is_not_made_again(whole_run
 @pytest.mark.parametrize("kind, content, message", [
     ("geneval", '[{"tag": "x"}]', "is not geneval's (KeyError: 'prompt')"), ("wise", "{", "Expecting"),
     ("imgedit", '{"a": {"id": "../x.png", "prompt": "y"}}', "leads out of"), ("genevil", "[]", "one of geneval, wise"),
-    ("wise", '[{"Prompt": "x", "prompt_id": "../../y"}]', "invalid literal"), ("imgedit", "[1]", "is not imgedit's")])
+    ("wise", '[{"Prompt": "x", "prompt_id": "../../y"}]', "invalid literal"), ("imgedit", "[1]", "is not imgedit's"),
+    ("wise", '[{"Prompt": "x", "prompt_id": Infinity}]', "OverflowError"), ("wise", "[]", "holds no prompts"),
+    ("wise", '[{"Prompt": 7, "prompt_id": 1}]', "7 is no prompt"), ("wise", "[" * 100000, "recursion"),
+    ("imgedit", '{"a/1": {"id": "x.png", "prompt": "y"}}', "no file's name")])
 def test_other_files_are_refused_in_one_line(whole_run, tmp_path, kind, content, message):
     (tmp_path / "x.json").write_text(content)
     done = write(whole_run, kind, tmp_path / "x.json", tmp_path / "out")
