@@ -152,6 +152,7 @@ def public(end, tmp_path, monkeypatch):
     """Written by the run itself; a later start keeps it (test_folders.py)."""
     config = make_config(**TINY | {"public": "sana/a.safetensors 00"})
     check_same_run(config, tmp_path)
+    (tmp_path / "P1.pt").touch()  # before that a run has computed nothing, and may become another
     again = make_config(**TINY)
     check_same_run(again, tmp_path)
     assert load_config(tmp_path).public == again.public == config.public

@@ -375,7 +375,7 @@ def not_finite(tensors: dict) -> None:
      "lacks extra, which the index names"),
     (lambda root: with_index(root, lambda names: names.pop("mlp1.1.bias")),
      "'mlp1.1.bias', which the index does not name"),
-    (lambda root: with_index(root, lambda names: names.pop("language_model.lm_head.weight")), "the index does not name"),
+    (lambda root: with_index(root, lambda names: names.pop("language_model.lm_head.weight")), "the index does not na"),
     (lambda root: (root / "internvl" / "model.safetensors").unlink() or (
         root / "internvl" / "model.safetensors.index.json").write_text("[]"), "is no JSON object"),
     (lambda root: rewritten(root, lambda tensors: tensors.pop("language_model.lm_head.weight")), "lacks lm_head.wei"),

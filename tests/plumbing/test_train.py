@@ -95,8 +95,10 @@ def test_a_scale_of_the_steps_is_part_of_the_configuration(tmp_path):
     config, _ = parse(arguments=["--steps-scale", "0.01"])
     assert config.steps == tuple(max(1, round(steps / 100)) for steps in make_config().steps)
     check_same_run(config, tmp_path)
+    check_same_run(parse(arguments=["--steps-scale", "0.02"])[0], tmp_path)  # nothing is computed yet
+    (tmp_path / "P1.pt").touch()
     with pytest.raises(UserError, match="was begun with steps"):
-        check_same_run(parse(arguments=[])[0], tmp_path)
+        check_same_run(config, tmp_path)
 
 
 def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tmp_path):
