@@ -80,9 +80,10 @@ class Described:
         return tuple(value) if isinstance(usual, tuple) else value
 
     def want(self, wanted: dict[str, tuple]) -> None:
-        """key -> what it must be, then what a file without it means."""
+        """key -> what it must be, then what a file without it, or with null, means."""
         for key, (right, *usual) in wanted.items():
-            value = self.content.get(key, *usual or [right])
+            value = self.content.get(key)
+            value = (usual or [right])[0] if value is None else value
             if value != right:
                 raise UserError(f"{self.path}: {self.where}{key} is {value!r}; only {right!r} is computed here")
 
