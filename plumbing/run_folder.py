@@ -220,7 +220,7 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
         shutil.rmtree(run / "resume", ignore_errors=True)
         for name in stages:
             (run / f"{name}.pt").unlink(missing_ok=True)
-    if config.internvl and not (run / "P1.pt").exists():
+    if config.internvl and not all((run / name).exists() for name in ("P1.pt", "tokenizer.json")):
         keep_tokenizer(Path(config.internvl), run)
     if data_folder and not config.internvl and not (run / "vocabulary.json").exists():
         write_vocabulary(data_folder.root, data_folder.texts(), config.tokens, config.longest, run / "vocabulary.json")

@@ -420,6 +420,18 @@ def test_what_a_refused_start_left_does_not_stay(folders, tmp_path):
     assert len(model.words.encode("the")) == 1, "its byte pairs are those of the mended folder"
 
 
+def test_an_ablation_takes_over_what_was_read_with_words_and_checksums(folders, tmp_path):
+    first = imported(folders[0], tmp_path / "first", "T1")
+    config = config_of(folders[0], lambda_s=0.5)
+    train.train(config, tmp_path / "second", list(NAMES[:4]), "cpu", source=tmp_path / "first")
+    second = load_run(tmp_path / "second")
+    assert second.finished_stages == first.finished_stages and second.words.encode("the") == first.words.encode("the")
+    for name in NAMES[:4]:
+        assert (tmp_path / "second" / f"{name}.pt").read_bytes() == (tmp_path / "first" / f"{name}.pt").read_bytes()
+    assert load_config(tmp_path / "second").public == load_config(tmp_path / "first").public != ""
+    export_public(second, "sana", tmp_path / "second", tmp_path / "out")
+
+
 def test_another_models_folder_is_refused_before_any_stage(folders, tmp_path):
     for wrong in ({"dc_ae": str(folders[0] / "internvl")}, {"sana": str(folders[0] / "dc-ae")},
                   {"internvl": str(folders[0] / "dc-ae")}, {"sana": str(folders[0] / "internvl" / "config.json")}):
