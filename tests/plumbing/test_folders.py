@@ -33,6 +33,7 @@ from tests.tools.planted import everything, folder_of_captions
 for package in ("transformers", "diffusers", "safetensors", "tokenizers"):
     pytest.importorskip(package, reason="the public models and their readers are an optional extra")
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 REST = dict(pixel_layers=1, pixel_heads=2, stream_blocks=1, k=2, queries=16, connector_layers=1, align_block=1,
             align_hidden=16, gan_width=8, gan_start=0.0, steps=(2,) * 9, batch=(4,) * 9)
 IMAGENET = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -452,7 +453,7 @@ def test_a_flag_that_contradicts_a_folder_is_refused_and_the_folder_beats_the_pr
 def test_plan_counts_the_passes_and_the_longest_prompts_of_data_on_disk(tmp_path, capsys):
     data = folder_of_captions(tmp_path / "data")
     config = make_config(**TINY | {"data": str(data), "edits": 0.0, "longest": 100})
-    told = cost.plan(config, train.STAGES, train.one_batch, train.step_module, tmp_path / "run")
+    told = cost.plan(config, [train.stage_named("U1")], train.one_batch, train.step_module, tmp_path / "run")
     captions = sum(not sample.is_test for sample in scan(data).kinds["captions"])
     assert f"{2 * 8 / captions:.3g} passes over {captions} captions" in told and "over" not in told.splitlines()[-1]
     short, long = (cost.forecast(make_config(**TINY | {"data": where, "longest": 100}), train.stage_named("U2"),
