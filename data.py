@@ -19,10 +19,11 @@ process makes it, ahead of time or not, before a restart or after it, and severa
 Letters: b batch, h w rows and columns of the latent, p its channels.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -61,8 +62,10 @@ class Batches(torch.utils.data.Dataset):
         if self.batch % self.ranks:
             raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: "
                              f"--batch {nearest_multiple(self.batch, self.ranks)} is the nearest")
-        self.parted = [replace(self, rank=self.rank * self.parts + part, ranks=self.ranks * self.parts, parts=1)
-                       for part in range(self.parts)] if self.parts > 1 else []
+        parted = [copy.copy(self) for _ in range(self.parts)] if self.parts > 1 else []  # all of one world
+        for part, source in enumerate(parted):
+            source.rank, source.ranks, source.parted = self.rank * self.parts + part, self.ranks * self.parts, []
+        self.parted = parted
 
     def __getitem__(self, step: int) -> Batch | list[Batch]:
         """"bad": (key, what is wrong) of the samples that others stand in for; "stop": why there is no batch at all."""

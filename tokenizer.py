@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from attention import attention
 from parts.adversary import Discriminator, Perceptual
 from parts.dcae import PixelDecoder, PixelEncoder, resize
-from parts.layer import Layer
+from parts.layer import ImageNetScale, Layer
 
 # ---------------------------------------------------------------- vision encoder E_s
 
@@ -58,9 +58,6 @@ class TransformerLayer(Layer):
         return x + self.scale2 * self.mlp(self.norm2(x))
 
 
-IMAGENET = (-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)  # mean and deviation of red, green, blue in [-1, 1]
-
-
 class VisionEncoder(nn.Module):
     """E_s with its projector: `b 3 H W` -> f_v `b n d`, one token for each 2×2 patches. Its learned positions are those
     of pictures of `side`; for another side they are interpolated, as InternVL does. `imagenet`: pictures reach it with
@@ -73,9 +70,7 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"side {side} is no multiple of a token's {2 * patch} pixels: "
                              "choose another side or patch")
         self.grid, self.token = side // patch, 2 * patch
-        mean, std = IMAGENET if imagenet else ((0.0,) * 3, (1.0,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.scale = ImageNetScale(imagenet)
         self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.cls = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1, 1 + self.grid**2, width) * 0.02)
@@ -86,7 +81,7 @@ class VisionEncoder(nn.Module):
         h, w = images.shape[-2:]
         if h != w or h % self.token:
             raise ValueError(f"pictures of {h}×{w}: make them square, a multiple of a token's {self.token} pixels")
-        x = rearrange(self.patches((images - self.mean) / self.std), "b v h w -> b (h w) v")
+        x = rearrange(self.patches(self.scale(images)), "b v h w -> b (h w) v")
         x = torch.cat([repeat(self.cls, "1 1 v -> b 1 v", b=len(x)), x], 1) + self.positions_on(h // (self.token // 2))
         for layer in self.layers:
             x = layer(x)

@@ -250,7 +250,7 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
     config, steps = now.config, now.config.of_stage("steps", now.stage.name)
     parts, bad, waiting = read(batches, f"{now.stage.name} step {step}")  # 1. read
     now.clock("waiting")  # what the time since the last of these went to; only a bench listens
-    rate, seen, pairs = now.set_rate(step, steps), [], []  # 2. rate
+    rate, losses_of, pairs = now.set_rate(step, steps), [], []  # 2. rate
     now.optimizer.zero_grad()
     for part in parts:  # one, or as many as it takes to fit the device (--per-device): their gradients add up
         batch = to(part, now.device)
@@ -259,12 +259,12 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
         now.clock("forward")
         now.scaler.scale(loss / len(parts)).backward()  # 4. backward
         now.clock("backward")
-        seen.append({symbol: value.detach() for symbol, value in (losses | {"loss": loss}).items()})
+        losses_of.append({symbol: value.detach() for symbol, value in (losses | {"loss": loss}).items()})
         if "L_gan" in losses:
             pairs.append((batch["images"], reconstruction.detach().float()))
     now.scaler.unscale_(now.optimizer)
     norm = unsharded(nn.utils.clip_grad_norm_(list(now.weights.values()), config.clip))  # 5. clip
-    mean = {symbol: sum(one[symbol] for one in seen) / len(parts) for symbol in seen[0]}
+    mean = {symbol: sum(of_part[symbol] for of_part in losses_of) / len(parts) for symbol in losses_of[0]}
     metrics = mean_of_metrics(mean | {"gradient": norm, "stopping": stopping, "bad": len(bad)})
     check(now, step, metrics, parts)  # 6. check: raises before anything has changed
     now.scaler.step(now.optimizer)  # 7. update

@@ -29,7 +29,7 @@ from disk.reading import NEEDS, open_folders
 from parts.layer import layers
 from plumbing.command import write_text
 from plumbing.devices import processor
-from plumbing.run_folder import text_tokenizer
+from plumbing.run_folder import stage_names, text_tokenizer
 from plumbing.training import trained_parameters
 from public.folders import check_folders, imported_stages
 from spar import NAMES, SPAR, Config
@@ -82,13 +82,13 @@ def lengthened(batch: dict, longest: int) -> dict:
 
 def passes(config: Config, name: str, folder: DataFolder) -> str:
     """How often a stage goes over its data on disk."""
-    drawn, told = config.of_stage("steps", name) * config.of_stage("batch", name), []
+    drawn, counts = config.of_stage("steps", name) * config.of_stage("batch", name), []
     edits = config.edits if "edits" in NEEDS[name] else 0.0
     for kind in NEEDS[name]:
         count = sum(not sample.is_test for sample in folder.kinds[kind])
         share = edits if kind == "edits" else 1 - edits
-        told += [f"{drawn * share / count:.3g} passes over {count} {kind}"] if count and share else []
-    return ", ".join(told)
+        counts += [f"{drawn * share / count:.3g} passes over {count} {kind}"] if count and share else []
+    return ", ".join(counts)
 
 
 def activations(module: torch.nn.Module, step: Callable, recompute: bool) -> tuple[int, int]:
@@ -127,18 +127,18 @@ def activations(module: torch.nn.Module, step: Callable, recompute: bool) -> tup
 def plan(config: Config, stages: list, one_batch: Callable, step_module: Callable, out: Path) -> str:
     """The stages of a run in figures, and what it writes into `out`; allocates no weights. Of public folders the
     headers are read and checked."""
-    lines, gib, moments = [], 2**30, 1 if config.optimizer == "muon" else 2
+    lines, gib = [], 2**30
     with torch.device("meta"):
         model = SPAR(config, text_tokenizer(config))  # numbers that do not fit are told here
     folders, imported = check_folders(config), imported_stages(config)
-    disk, largest, names = 0, 0, [name for name in NAMES if name != config.skip_stage]
-    data = open_folders({name: config.data_of(name) for name in names}, set(), config.edits)
+    disk, largest = 0, 0
+    data = open_folders({name: config.data_of(name) for name in stage_names(config)}, set(), config.edits)
     for stage in (stage for stage in stages if stage.name in imported):
         disk += 4 * sum(p.numel() for pairs in trained_parameters(model, stage).values() for _, p in pairs)
     chosen = [stage for stage in stages if stage.name != config.skip_stage and stage.name not in imported]
     for stage in tqdm(chosen, desc="forecast", leave=False):
         i, cost = NAMES.index(stage.name), forecast(config, stage, one_batch, step_module)
-        kept = 4 * (2 + moments) * cost["trained"]  # weights, average, moments
+        kept = cost["optimizer"]  # as many bytes: weights in place of gradients, moments, average
         disk, largest = disk + kept, max(largest, kept)
         if not lines:
             recomputed = ", layers recomputed" if config.checkpointing else ""

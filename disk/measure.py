@@ -151,13 +151,13 @@ def retrieval(model, pictures: Tensor, captions: list[str]) -> Table:
 @torch.no_grad()
 def likelihoods(model, pictures: Tensor, captions: list[str]) -> Tensor:
     """log p(caption | picture) − log p(caption), `pictures captions`: how much a picture speaks for each caption."""
-    said = dialogue(model.words, [("", text) for text in captions], [0] * len(captions))
-    said = Turns(*(part if part is None else part.to(model.device) for part in said))
+    turns = dialogue(model.words, [("", text) for text in captions], [0] * len(captions))
+    turns = Turns(*(part if part is None else part.to(model.device) for part in turns))
 
     def score(f_v=None):
         start, _ = model.encode_prompts([DESCRIBE], has_image=f_v is not None)
-        losses = model.mllm.text_losses(said, model.mllm.read_prefix(start, f_v))
-        return losses.new_zeros(len(captions)).index_add(0, said.rows, -losses)
+        losses = model.mllm.text_losses(turns, model.mllm.read_prefix(start, f_v))
+        return losses.new_zeros(len(captions)).index_add(0, turns.rows, -losses)
 
     alone, pictures = score(), tqdm(pictures, desc="retrieval", leave=False)
     return torch.stack([score(model.tokenizer.features(picture[None])) - alone for picture in pictures])

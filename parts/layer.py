@@ -5,6 +5,7 @@ Computing a layer's insides again in backward trades a third more arithmetic for
 a layer is also the unit in which `--shard` spreads a model over processes.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +29,20 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
+
+
+class ImageNetScale(nn.Module):
+    """Pictures `b 3 H W` in [-1, 1] -> with ImageNet's mean 0 and variance 1, channel by channel, as public networks
+    read them; without `on` as they are."""
+
+    def __init__(self, on: bool = True):
+        super().__init__()
+        for name, values in (("mean", (-0.03, -0.088, -0.188) if on else (0.0,) * 3),
+                             ("std", (0.458, 0.448, 0.45) if on else (1.0,) * 3)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
 
 
 class MixFFN(nn.Module):

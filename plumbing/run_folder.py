@@ -161,8 +161,9 @@ def check_same_run(config: Config, run: Path) -> None:
     that has computed nothing yet may become another."""
     path = run / "config.json"
     if path.exists() and (any(run.glob("*.pt")) or any(run.glob("resume/*"))):
-        config.public = config.public or load_config(run).public
-        before, now = asdict(load_config(run)), asdict(config)
+        before = asdict(load_config(run))
+        config.public = config.public or before["public"]
+        now = asdict(config)
         differing = [key for key in now if before[key] != now[key] and key not in HOW]
         if differing:
             key = differing[0]

@@ -46,10 +46,10 @@ def stand_ins(config: Config) -> str:
     """What of a run of SPAR's own size is not as in the paper for want of a folder or file; empty: nothing."""
     missing = {stage: model for stage, model in IMPORTED.items() if not getattr(config, model)}
     flags = " ".join(f"--{model.replace('_', '-')} DIR" for model in missing.values())
-    said = [f"{', '.join(missing)} are trained; to read them instead: {flags}"] if missing else []
-    said += [] if config.vgg else ["L_lpips reads our own pixel encoder; to read VGG16: --vgg FILE --lpips FILE"]
-    said += [] if config.convnext else ["L_lpips has no classifier's part; to add it: --convnext FILE"]
-    return "\n".join([*said, "(public/README.md)"]) if said and config.preset.startswith("full") else ""
+    lines = [f"{', '.join(missing)} are trained; to read them instead: {flags}"] if missing else []
+    lines += [] if config.vgg else ["L_lpips reads our own pixel encoder; to read VGG16: --vgg FILE --lpips FILE"]
+    lines += [] if config.convnext else ["L_lpips has no classifier's part; to add it: --convnext FILE"]
+    return "\n".join([*lines, "(public/README.md)"]) if lines and config.preset.startswith("full") else ""
 
 
 # ---------------------------------------------------------------- config.json -> sizes
@@ -254,12 +254,12 @@ class Weights:
 
     def checksums(self) -> list[str]:
         """Of each file "model/name" and the beginning of its SHA-256; of the small ones those that are read."""
-        found, small = [], ("config.json", *((*TOKENIZERS, self.index.name) if self.model == "internvl" else ()))
+        lines, small = [], ("config.json", *((*TOKENIZERS, self.index.name) if self.model == "internvl" else ()))
         names = [*self.files, *(name for name in small if (self.folder / name).is_file())]
         for name in tqdm(sorted(names), desc=f"checksums of {self.folder.name}", leave=False):
             with (self.folder / name).open("rb") as file:
-                found.append(f"{self.model}/{name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}")
-        return found
+                lines.append(f"{self.model}/{name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}")
+        return lines
 
 
 def trailing(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -277,7 +277,7 @@ def matched(weights: Weights, module: nn.Module, config: Config, model: str) -> 
     if not spellings:
         raise UserError(f"{weights.folder}: no weight begins with "
                         + ", ".join(begin["vision"] for begin in SPELLINGS.values()) + ": it is no InternVL3")
-    names, found = names_of(model, config, spellings[-1] if model == "internvl" else "transformers"), {}
+    names, parts = names_of(model, config, spellings[-1] if model == "internvl" else "transformers"), {}
     for name, parameter in module.named_parameters():
         if not (keys := names(name)):
             continue
@@ -288,12 +288,12 @@ def matched(weights: Weights, module: nn.Module, config: Config, model: str) -> 
         if trailing(joined) != trailing(tuple(parameter.shape)) or len({shape[1:] for shape in shapes}) > 1:
             raise UserError(f"{weights.folder / weights.keys[keys[0]]}: {keys[0]} has the shape "
                             f"{' + '.join(map(str, shapes))}, where {name} has {tuple(parameter.shape)}")
-        found[name] = keys
-    used = {key for keys in found.values() for key in keys}
+        parts[name] = keys
+    used = {key for keys in parts.values() for key in keys}
     if left := [key for key in weights.keys if key not in used and not key.endswith(REBUILT)]:
         raise UserError(f"{weights.folder / weights.keys[left[0]]}: nothing here computes with {left[0]}"
                         + (f" and {len(left) - 1} more" if len(left) > 1 else ""))
-    return found
+    return parts
 
 
 def check_folders(config: Config, run: Path | None = None) -> list[str]:

@@ -62,7 +62,7 @@ def encoder_rules(stages: int, vit_stages: int) -> Rules:
 
 
 def decoder_rules(stages: int, vit_stages: int) -> Rules:
-    deep_first = (r"^stages\.(\d+)", lambda found: f"up_blocks.{stages - 1 - int(found[1])}")
+    deep_first = (r"^stages\.(\d+)", lambda match: f"up_blocks.{stages - 1 - int(match[1])}")
     return [deep_first, *autoencoder_rules(stages, vit_stages)]
 
 
@@ -100,10 +100,10 @@ def names_of(model: str, config: Config, spelling: str = "transformers") -> Call
     def names(name: str) -> list[str]:
         for ours, (theirs, rules) in parts.items():
             if name.startswith(ours):
-                found = [theirs + key for key in renamed(name.removeprefix(ours), rules)]
+                keys = [theirs + key for key in renamed(name.removeprefix(ours), rules)]
                 if model != "internvl":
-                    return found
-                split = [key.partition(".") for key in found]
+                    return keys
+                split = [key.partition(".") for key in keys]
                 return [f"{SPELLINGS[spelling][part]}.{rest}" for part, _, rest in split]
         return []
 

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from parts.dcae import resize
+from parts.layer import ImageNetScale
 from plumbing.command import UserError
 from spar import Config
 
@@ -47,12 +48,10 @@ class VGG16(nn.Module):
         for name, conv in wanted.items():
             conv.load_state_dict({key: weights[f"{name}.{key}"] for key in ("weight", "bias")})
         self.heads = nn.ParameterList(weights[f"lin{i}.model.1.weight"] for i in range(5))
-        # LPIPS's scaling of pictures in [-1, 1]
-        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        self.scale = ImageNetScale()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        x, maps = (images - self.mean) / self.std, []
+        x, maps = self.scale(images), []
         for number, stage in enumerate(self.stages):
             x = F.max_pool2d(x, 2) if number else x
             for conv in stage:
@@ -98,12 +97,11 @@ class ConvNeXt(nn.Module):
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(ChannelLayerNorm(widths[-1], eps=1e-6), nn.Flatten(),
                                         nn.Linear(widths[-1], classes))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.scale = ImageNetScale()
 
     def forward(self, images: Tensor) -> Tensor:
-        x = ((resize(images, 224) + 1) / 2 - self.mean) / self.std
-        return self.classifier(self.features(x).mean((2, 3), keepdim=True))
+        x = self.features(self.scale(resize(images, 224)))
+        return self.classifier(x.mean((2, 3), keepdim=True))
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

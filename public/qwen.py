@@ -71,9 +71,9 @@ class QwenTokenizer(TextTokenizer):
     def decode(self, ids: list[int]) -> str:
         return self.pairs.decode(ids, skip_special_tokens=True).strip()
 
-    def turn(self, said: list[int]) -> list[int]:
+    def turn(self, content: list[int]) -> list[int]:
         """A user's turn, up to where the assistant begins to speak."""
-        return [*self.user, *said, self.eos_id, *self.line, *self.assistant]
+        return [*self.user, *content, self.eos_id, *self.line, *self.assistant]
 
     def picture(self, visual_tokens: int) -> list[int]:
         return [*self.begin_image, *[self.image_id] * visual_tokens, *self.end_image] if visual_tokens else []
@@ -87,8 +87,8 @@ class QwenTokenizer(TextTokenizer):
         """Requests to draw, or instructions with the picture that they change behind them; the queries come next."""
         task = "Edit the image" if visual_tokens else "Generate an image"
         picture = [*self.line, *self.picture(visual_tokens)] if visual_tokens else []
-        said = [self.encode(f"{task}: {text}" if text else f"{task}.") for text in texts]
-        return self.pad([[*self.turn([*words, *picture]), *self.begin_image] for words in said])
+        tasks = [self.encode(f"{task}: {text}" if text else f"{task}.") for text in texts]
+        return self.pad([[*self.turn([*ids, *picture]), *self.begin_image] for ids in tasks])
 
     def __getstate__(self) -> dict:  # to other processes it travels as text
         return {"state": self.state, "longest": self.longest}

@@ -35,11 +35,11 @@ def entries(path: Path) -> list:
     """A JSON list or object, or JSON lines."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" \
+        content = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" \
             else json.loads(text)
-        if not found:
+        if not content:
             raise ValueError("it holds no prompts")
-        return list(found.items()) if isinstance(found, dict) else found
+        return list(content.items()) if isinstance(content, dict) else content
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
 
