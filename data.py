@@ -23,7 +23,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
@@ -54,21 +54,28 @@ class Batches(torch.utils.data.Dataset):
     words: TextTokenizer = field(default_factory=lambda: WordTokenizer(WORDS))
     data_folder: DataFolder | None = None  # what `--data` holds; None: the drawn world
     parts: int = 1  # that a process works on one after the other: each is what a process of so many more would have
+    split: str = "train"
 
     def __post_init__(self):
-        index, self.config = NAMES.index(self.name), self.config.at(self.name)
+        whole, index, self.config = self.config, NAMES.index(self.name), self.config.at(self.name)
         self.batch = self.config.batch[index]
-        self.world = open_world(self.config, index, self.data_folder, self.edits_among(self.batch))
+        self.world = open_world(self.config, index, self.data_folder, self.edits_among(self.batch), self.split)
         if self.batch % self.ranks:
             raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: "
                              f"--batch {nearest_multiple(self.batch, self.ranks)} is the nearest")
+        self.early = None  # what stands in for it in the first steps of T3, with smaller pictures
         parted = [copy.copy(self) for _ in range(self.parts)] if self.parts > 1 else []  # all of one world
         for part, source in enumerate(parted):
             source.rank, source.ranks, source.parted = self.rank * self.parts + part, self.ranks * self.parts, []
         self.parted = parted
+        if self.name == "T3" and whole.early and whole.of_stage("sides", "T2"):
+            sides = whole.sides[:5] + whole.sides[4:5] + whole.sides[6:]
+            self.early = replace(self, config=replace(whole, sides=sides, early=0.0))
 
     def __getitem__(self, step: int) -> Batch | list[Batch]:
         """"bad": (key, what is wrong) of the samples that others stand in for; "stop": why there is no batch at all."""
+        if self.early and step < self.config.early * self.config.of_stage("steps", "T3"):
+            return self.early[step]
         if self.parted:
             return [source[step] for source in self.parted]
         try:
@@ -168,7 +175,8 @@ def open_world(config: Config, epoch: int, data_folder: DataFolder | None, edits
     """Where a stage's samples come from; its number is their epoch's."""
     if data_folder is None:
         return DrawnWorld(config.side, config.seed, split, epoch)
-    return DiskData(data_folder, config.side, config.seed, epoch, split, config.flip, config.batch[epoch], edits)
+    return DiskData(data_folder, config.side, config.seed, epoch, split, config.flip, config.batch[epoch], edits,
+                    config.fit)
 
 
 def to(batch, device):

@@ -65,6 +65,7 @@ class Config:
     # pictures and vision encoder E_s (InternViT)
     side: int = 32  # picture side in pixels
     sides: tuple = (0,) * 9  # the same for each of P1 P2 P3 T1 T2 T3 U1 U2 U3, in training; 0: side (paper: less in T)
+    early: float = 0.0  # share of T3's steps at T2's side, before its own (paper: a whole pass)
     patch: int = 4  # pixels per ViT patch; a visual token is 2×2 patches
     vision_width: int = 64  # v: width of E_s
     vision_layers: int = 4  # layers of E_s
@@ -122,6 +123,7 @@ class Config:
     lambda_a: float = 0.5  # L_align (U2, U3)
     gan_start: float = 0.3  # share of T3 after which the adversary joins
     gan_width: int = 16  # channels of the discriminator's first layer
+    gan_as_stage: bool = False  # its rate, betas, decay and clipping are the stage's (paper: so), else half the rate
     lecam: float = 0.001  # weight of LeCam in the discriminator's loss
     encoder_rate: float = 1.0  # T3: the encoder's learning rate as a share of the stage's (paper: 0.1)
 
@@ -132,6 +134,7 @@ class Config:
     lr: tuple = (1e-3, 2e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-3, 1.5e-3, 7e-4)  # peak learning rate
     optimizer: str = "muon"  # muon | adamw (paper)
     muon_lr: float = 10.0  # the matrices' rate under Muon, as a multiple of lr
+    betas: tuple = (0.9, 0.99)  # decay of AdamW's means of gradients and of their squares (paper: 0.9, 0.999)
     weight_decay: tuple = (0.1,) * 9  # share of a weight that lr = 1 takes off it in a step (paper: 1e-4 in T, 0 in U)
     decay_all: bool = True  # also off norms, biases, tables, positions and queries (paper: not)
     warmup: tuple = (0.05,) * 9  # share of a stage's steps in which the rate rises
@@ -141,7 +144,7 @@ class Config:
     shift: float = 3.0  # moves training's σ towards the noise (SANA: 3)
     noises_per_picture: int = 2  # times and noises for each picture, whose condition is computed once
     drop_words: float = 0.1  # share of emptied prompts, for guidance
-    edits: float = 0.375  # share of editing in U2 and U3
+    edits: tuple = (0.0,) * 7 + (0.375,) * 2  # share of editing in a stage's batches: U2 and U3 alone edit
 
     # sampling: how a run draws where nothing else is asked for; may change while it goes on
     sampling_steps: int = 16  # steps from noise to a picture (paper: 20)
@@ -165,6 +168,7 @@ class Config:
     tokens: int = 1024  # size of the byte-pair vocabulary that is learned from its texts
     longest: int = 48  # tokens of a text; what is longer is cut
     flip: bool = True  # mirror half of the pictures, but for those whose words name a side
+    fit: str = "middle"  # what becomes a square of a picture with words: its middle | squash: all of it, squeezed
     max_bad: float = 0.02  # share of its samples that may turn out bad and be replaced; above it the run stops
 
     # how it is computed, not what: may change while a run goes on
@@ -175,6 +179,7 @@ class Config:
     workers: int = 0  # processes that make batches ahead of time
     shard: bool = False  # FSDP2: spread weights and optimizer over the processes (default: a copy on each, DDP)
     save_minutes: float = 10.0  # how often a stage in progress is saved
+    look_minutes: float = 0.0  # how often held-out losses, memory and pictures of it are written down; 0: never
 
     @property
     def grid(self) -> int:
@@ -209,10 +214,11 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "symmetric": ("", "with", "without"), "router": ("dtr", "last", "mean", "concat", "static"),
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
            "optimizer": ("muon", "adamw"), "sampler": SAMPLERS, "precision": ("fp32", "bf16", "fp16"),
-           "attention": ("auto", "triton", "tiled", "sdpa")}
-HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "max_bad",
-       "per_device", "sampling_steps", "guidance", "sampler", "sampling_shift")
-PER_STAGE = ("sides", "steps", "batch", "per_device", "lr", "weight_decay", "warmup", "final_lr", "ema")  # nine or one
+           "attention": ("auto", "triton", "tiled", "sdpa"), "fit": ("middle", "squash")}
+HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "look_minutes",
+       "max_bad", "per_device", "sampling_steps", "guidance", "sampler", "sampling_shift")
+PER_STAGE = ("sides", "steps", "batch", "per_device", "lr", "weight_decay", "warmup", "final_lr", "ema",
+             "edits")  # nine or one
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
     precision="bf16",
@@ -237,15 +243,16 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     precision="bf16", checkpointing=True, tokens=32768, longest=512,
     # P1 to P3 stand in for the public models: their numbers are ours. T1 to T3: the paper's steps and rates; it gives
     # each of its 64 GPUs 32 pictures of 224 px, then, in T3 again, 4 of 448 px; 64 and 16 are what 80 GB hold. paper
-    # leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well. differs from paper: T3
-    # runs once, at 448 px.
-    steps=(50_000, 25_000, 100_000, 100_000, 100_000, 100_000, 22_000, 31_000, 150),
+    # leaves open: how often U1 to U3 pass over their data; here five times, on 64 GPUs as well. differs from paper:
+    # T3's two passes, at 224 and at 448 px, are one: the rate falls once, the adversary joins once.
+    steps=(50_000, 25_000, 100_000, 100_000, 100_000, 200_000, 22_000, 31_000, 150), early=0.5, gan_start=0.15,
     batch=(64, 64, 64, 64, 64, 64, 128, 128, 128), sides=(0, 0, 0, 224, 224, 0, 0, 0, 0),
     per_device=(32, 16, 64, 64, 64, 16, 128, 128, 128),
     lr=(1e-4, 1e-4, 1e-4, 3e-4, 3e-4, 3e-4, 1e-4, 1e-4, 1e-4),
     optimizer="adamw", ema=(0.9999,) * 9, weight_decay=(1e-4,) * 6 + (0.0,) * 3, decay_all=False,
-    warmup=(0.1,) * 6 + (0.003,) * 3, final_lr=(0.1,) * 3 + (1 / 3,) * 3 + (0.1,) * 3,
-    edits=0.3)  # 1.5 M edits ten times, 36 M pictures once
+    warmup=(0.1,) * 6 + (0.003,) * 3, final_lr=(0.1,) * 3 + (1 / 3,) * 2 + (1 / 30,) + (0.1,) * 3,
+    betas=(0.9, 0.999), gan_as_stage=True, save_minutes=30.0, look_minutes=60.0,
+    edits=(0.0,) * 7 + (0.3, 0.57))  # ten times 1.5 of 51 M; three times 46 of 243 k (BLIP3o-60k, arXiv 2506.18095)
 
 PRESETS: dict[str, dict] = {
     "toy": {},

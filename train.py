@@ -12,7 +12,6 @@ what all of them do. The same command goes on with a stopped run (plumbing/READM
 """
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks.cost import bench, plan
+from benchmarks.look import watch
 from benchmarks.yardstick import take_reading
 from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, to, unified_batch
 from diffusion import Noise, text_to_image_losses, unified_losses
@@ -104,32 +104,27 @@ class Stage:
     sample: Callable[..., Batch]  # (Batches, numbers of the step's pictures) -> what the losses read
     compute: Callable[..., Computed]  # one of the functions above
     losses: dict[str, float | str]
-    edits: float | str = 0.0  # share of the batch that edits
     captions: float = 0.5  # share of whole captions among the requests; the rest leave something unsaid
     outcomes: float = 0.5  # share of edits whose outcome is said as well, as `SPAR.rewrite` says it
     cost: float = 6.5  # seconds per 1000 pictures of the toy preset on two cores; only the time left is told from it
 
     def shares(self, config: Config) -> dict[str, float]:
         """What its batches are made of."""
-        return {"edits": value_of(self.edits, config), "captions": self.captions, "outcomes": self.outcomes}
+        return {"edits": config.of_stage("edits", self.name), "captions": self.captions, "outcomes": self.outcomes}
 
     def rates(self, config: Config) -> dict[str, float]:
         """Prefix -> share of the learning rate; 0 leaves it as it is."""
-        rates = {prefix: value_of(rate, config) for prefix, rate in self.trains.items()}
+        rates = {prefix: getattr(config, str(rate), rate) for prefix, rate in self.trains.items()}
         return rates | {"tokenizer.vision": 0.0} if config.freeze_encoder and self.name == "T3" else rates
 
     def loss_weights(self, config: Config) -> dict[str, float]:
         """Symbol -> weight of the terms that this configuration asks for."""
-        weights = {symbol: value_of(weight, config) for symbol, weight in self.losses.items()}
+        weights = {symbol: getattr(config, str(weight), weight) for symbol, weight in self.losses.items()}
         if not config.anchor:
             weights.pop("L_s", None)
         if config.align == "none":
             weights.pop("L_align", None)
         return {symbol: weight for symbol, weight in weights.items() if weight}
-
-
-def value_of(number: float | str, config: Config) -> float:
-    return getattr(config, number) if isinstance(number, str) else number
 
 
 STREAMS = {"tokenizer.semantic_stream": 1.0, "tokenizer.pixel_stream": 1.0, "tokenizer.fusion": 1.0}
@@ -156,9 +151,8 @@ STAGES = [
     # Sec. 3.3: first what leads to the DiT, which is frozen, on drawing alone; then the DiT too, taught by the
     # tokenizer (Sec. 3.4), on drawing and editing
     Stage("U1", "connector pre-training", CONNECTOR, unified_batch, connector_step, {"L_fm": 1.0}, cost=4),
-    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, edits="edits", captions=0.15),
-    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, edits="edits",
-          captions=0.15),
+    Stage("U2", "joint pre-training", GENERATOR, unified_batch, unified_step, GENERATION, captions=0.15),
+    Stage("U3", "supervised fine-tuning", GENERATOR, unified_batch, unified_step, GENERATION, captions=0.15),
 ]
 
 
@@ -206,7 +200,9 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
     if "L_gan" in terms:
         with model.device:
             extras.discriminator = Discriminator(config.gan_width)
-        extras.adversary = adversary_optimizer(extras.discriminator, config.of_stage("lr", stage.name) / 2)
+        lr, decay = (config.of_stage(field, stage.name) for field in ("lr", "weight_decay"))
+        as_stage = (lr, config.betas, decay) if config.gan_as_stage else (lr / 2,)
+        extras.adversary = adversary_optimizer(extras.discriminator, *as_stage)
     if stage.name == "P3":
         model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained the LLM since the model was made
     if "L_align" in stage.losses and config.align == "external":
@@ -270,7 +266,8 @@ def one_step(now: Training, batches: Iterator, step: int, check: Callable, stopp
     now.scaler.step(now.optimizer)  # 7. update
     now.scaler.update()
     if pairs:
-        adversary_step(now.extras.discriminator, now.extras.adversary, pairs, config.lecam)  # 8. adversary
+        adversary_step(now.extras.discriminator, now.extras.adversary, pairs, config.lecam,
+                       config.clip * config.gan_as_stage)  # 8. adversary
     now.move_average(step)  # 9. average
     now.clock("optimizer")
     return metrics | {"rate": rate, "waiting": waiting, "bad": gather(bad) if metrics["bad"] else []}
@@ -290,6 +287,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
                      config.parts(stage.name, process_rank()[1]))
     now = training_of(model, stage, data_folder)
     now.clock = clock or now.clock
+    look = watch(now, model, source, run, one_batch, step_module)
     first, spent = load_newest(now, run)
     if first_process():
         cut_logs(run, stage.name, first)
@@ -310,6 +308,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
                 speed = (step + 1 - first) * batch / passed
                 left = seconds_after(speed) + (steps - step - 1) * batch / speed
                 report(now, step, metrics, bar, log, spent + passed, speed, left, waited / passed)
+            look(step, (step + 1 - first) * batch / passed, log)
             due = metrics["stopping"] or decided_by_first(time.time() - last_save >= 60 * config.save_minutes, device)
             if keep and step + 1 < steps and due:
                 save_progress(run, stage.name, step + 1, now.state() | {"step": step + 1, "seconds": spent + passed})
@@ -338,7 +337,7 @@ def train(config: Config, run: Path, stages: list[str], device: str, source: Pat
           resume: bool = True) -> None:
     """Trains the named stages that `run` has not finished. `source`: a run whose untouched stages are taken over."""
     names, trained = stage_names(config), set(stages) - set(imported_stages(config))
-    data = open_folders({name: config.data_of(name) for name in names}, trained, config.edits)
+    data = open_folders({name: config.data_of(name) for name in names}, trained, dict(zip(NAMES, config.edits)))
     if first_process():
         check_folders(config, run)
         open_run(config, run, stages, source, resume, data["P1"])
@@ -387,12 +386,6 @@ def step_module(model: SPAR, stage: Stage) -> StepModule:  # for a forecast
     return StepModule(model, stage, prepare(model, stage))
 
 
-def some_steps(config: Config, stage: Stage, folder: Path, device: str, clock: Callable | None = None) -> list[dict]:
-    """Trains a stage from random weights; -> the lines of its log."""
-    train_stage(build(config, device), stage, folder, keep=False, clock=clock)
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def main() -> None:
     config, rest = parse(__doc__.splitlines()[0])
     if rest.plan:
@@ -401,8 +394,7 @@ def main() -> None:
         return print(replay(rest.replay, rest.device, STAGES, training_of, one_step, {"Noise": Noise, "Turns": Turns}))
     check_precision(config.precision, rest.device)
     if rest.bench:
-        run_stage = partial(some_steps, device=rest.device)
-        return bench(config, rest.device, rest.out, STAGES, one_batch, step_module, run_stage)
+        return bench(config, rest.device, rest.out, STAGES, one_batch, step_module, train_stage)
     device, start = join_processes(rest.device, config.shard), time.time()
     if first_process() and not rest.out.exists() and (said := stand_ins(config)):
         print(plan(config, STAGES, one_batch, step_module, rest.out), said, sep="\n")

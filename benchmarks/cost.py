@@ -28,13 +28,14 @@ from disk.layouts import DataFolder
 from disk.reading import NEEDS, open_folders
 from parts.layer import layers
 from plumbing.command import write_text
-from plumbing.devices import processor
-from plumbing.run_folder import stage_names, text_tokenizer
+from benchmarks.yardstick import processor
+from plumbing.run_folder import build, stage_names, text_tokenizer
 from plumbing.training import trained_parameters
 from public.folders import check_folders, imported_stages
 from spar import NAMES, SPAR, Config
 
 UTILISATION = 0.4  # of an H100's peak, by which --plan tells the time; what a run reaches: --bench
+CARDS = (24, 40, 80, 141)  # GB of memory that GPUs have
 PROBE = 4  # pictures in the forecast's step; what it finds grows in proportion
 # Dense half-precision products per second, from the makers' data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -83,7 +84,7 @@ def lengthened(batch: dict, longest: int) -> dict:
 def passes(config: Config, name: str, folder: DataFolder) -> str:
     """How often a stage goes over its data on disk."""
     drawn, counts = config.of_stage("steps", name) * config.of_stage("batch", name), []
-    edits = config.edits if "edits" in NEEDS[name] else 0.0
+    edits = config.of_stage("edits", name)
     for kind in NEEDS[name]:
         count = sum(not sample.is_test for sample in folder.kinds[kind])
         share = edits if kind == "edits" else 1 - edits
@@ -132,12 +133,17 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
         model = SPAR(config, text_tokenizer(config))  # numbers that do not fit are told here
     folders, imported = check_folders(config), imported_stages(config)
     disk, largest = 0, 0
-    data = open_folders({name: config.data_of(name) for name in stage_names(config)}, set(), config.edits)
+    edits = dict(zip(NAMES, config.edits))
+    data = open_folders({name: config.data_of(name) for name in stage_names(config)}, set(), edits)
     for stage in (stage for stage in stages if stage.name in imported):
         disk += 4 * sum(p.numel() for pairs in trained_parameters(model, stage).values() for _, p in pairs)
     chosen = [stage for stage in stages if stage.name != config.skip_stage and stage.name not in imported]
     for stage in tqdm(chosen, desc="forecast", leave=False):
         i, cost = NAMES.index(stage.name), forecast(config, stage, one_batch, step_module)
+        flops, each = cost["flops"], cost["activations"] / (config.batch[i] / config.parts(stage.name, 1))
+        if stage.name == "T3" and config.early:  # arithmetic grows with the area, attention's a little faster
+            flops *= 1 - config.early * (1 - (config.at("T2").side / config.at("T3").side) ** 2)
+        fit = [f"{max(0, int((size * 1e9 - cost['weights'] - cost['optimizer']) / each))} in {size}" for size in CARDS]
         kept = cost["optimizer"]  # as many bytes: weights in place of gradients, moments, average
         disk, largest = disk + kept, max(largest, kept)
         if not lines:
@@ -148,11 +154,11 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
         lines.append(f"{stage.name}  {stage.about:42} trains {cost['trained'] / 1e6:8.2f} M  "
                      f"{config.steps[i]:6} steps of {config.batch[i]:3} pictures "
                      f"({config.batch[i] * config.at(stage.name).grid**2} tokens)  "
-                     f"{cost['flops'] / 1e12:8.2f} TFLOP a step  "
-                     f"{cost['flops'] * config.steps[i] / UTILISATION / PEAKS['H100'] / 86400:6.2f} GPU-days  "
+                     f"{flops / 1e12:8.2f} TFLOP a step  "
+                     f"{flops * config.steps[i] / UTILISATION / PEAKS['H100'] / 86400:6.2f} GPU-days  "
                      f"{cost['total'] / gib:6.2f} GiB = "
                      f"{cost['weights'] / gib:.2f} weights + {cost['optimizer'] / gib:.2f} gradients, moments, average "
-                     f"+ {cost['activations'] / gib:.2f} activations"
+                     f"+ {cost['activations'] / gib:.2f} activations; pictures at a time: {', '.join(fit)} GB"
                      + (f"  {passes(config, stage.name, data[stage.name])}" if data[stage.name] else ""))
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     lines.append(f"{out}: {disk / gib:.2f} GiB of stages and at most {2 * largest / gib:.2f} GiB of progress, "
@@ -164,8 +170,8 @@ def plan(config: Config, stages: list, one_batch: Callable, step_module: Callabl
 
 
 def bench(config: Config, device: str, out: Path, stages: list, one_batch: Callable, step_module: Callable,
-          run_stage: Callable, rounds: int = 3, steps: int = 31) -> dict:
-    """Times the steps of each stage as `run_stage(config, stage, folder, clock=…)` trains them; prints a table and
+          train_stage: Callable, rounds: int = 3, steps: int = 31) -> dict:
+    """Times the steps of each stage as `train_stage`, train.py's, trains them; prints a table and
     writes `out`/bench.json.
 
     Per stage: seconds of a step and of its "parts" (`timed`), and of making its "data", which without workers is the
@@ -183,7 +189,7 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
         if device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
         cost = forecast(config, stage, one_batch, step_module)
-        parts = timed(config, stage, run_stage)
+        parts = timed(config, stage, train_stage, device)
         step, start = sum(parts.values()), time.perf_counter()
         one_batch(config, stage)
         data = time.perf_counter() - start if config.workers else parts["waiting"]
@@ -207,7 +213,7 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
     taken = {key: [] for key in variants}
     for _ in range(rounds):
         for key, changed in variants.items():
-            taken[key].append(sum(timed(changed, u2, run_stage).values()))
+            taken[key].append(sum(timed(changed, u2, train_stage, device).values()))
     for key in ("L_align", "DTR"):
         result[key] = statistics.median(taken["all"]) / statistics.median(taken[key])
         print(f"{key} costs: step with it ÷ step without = {result[key]:.3f}")
@@ -217,7 +223,7 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
     return result
 
 
-def timed(config: Config, stage, run_stage: Callable) -> dict[str, float]:
+def timed(config: Config, stage, train_stage: Callable, device: str = "cpu") -> dict[str, float]:
     """-> mean seconds of a step "waiting" for data, "forward", "backward", and from there to its end, "optimizer":
     clipping, update, adversary, running average. The first third of the steps does not count."""
     marks = []
@@ -228,7 +234,7 @@ def timed(config: Config, stage, run_stage: Callable) -> dict[str, float]:
         marks.append((part, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as folder:
-        run_stage(config, stage, Path(folder), clock=clock)
+        train_stage(build(config, device), stage, Path(folder), keep=False, clock=clock)
     counted, seconds = marks[4 * (len(marks) // 12) - 1:], Counter()
     for (_, begin), (part, end) in pairwise(counted):
         seconds[part] += end - begin

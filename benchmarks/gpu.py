@@ -43,7 +43,8 @@ from parts import backend
 from parts import linear_attention as linear
 from parts.attention_triton import no_triton_here, triton
 from plumbing.command import write_text
-from plumbing.devices import processor
+from benchmarks.yardstick import processor
+from plumbing.run_folder import build, read_lines
 from plumbing.flags import parse
 from plumbing.pictures import draw_report
 from spar import NAMES, Config, make_config
@@ -201,7 +202,9 @@ def time_steps(config: Config, stage, device: str, number: int) -> dict[str, flo
     steps, which compile and choose kernels, do not count where the log has more than two lines."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        lines = train.some_steps(replace(config, steps=(number,) * len(NAMES)), stage, Path(folder), device)
+        config = replace(config, steps=(number,) * len(NAMES))
+        train.train_stage(build(config, device), stage, Path(folder), keep=False)
+        lines = read_lines(Path(folder) / "log.jsonl")
     first, last = lines[min(1, len(lines) - 2)], lines[-1]
     whole = max(last["seconds"] - first["seconds"], 1e-9)
     waiting = (last["seconds"] * last["waiting"] - first["seconds"] * first["waiting"]) / whole

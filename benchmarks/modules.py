@@ -25,7 +25,7 @@ from tqdm import tqdm
 from diffusion import DiT
 from mllm import LanguageModel
 from parts.dcae import PixelDecoder, PixelEncoder
-from plumbing.devices import processor
+from benchmarks.yardstick import processor
 from tests.claims import test_parity as parity
 from tokenizer import VisionEncoder
 

@@ -28,10 +28,10 @@ EXAMPLES = {"captions": "pictures with captions: cat.png, and cat.txt with: a ca
             "pictures": "pictures: a.png, b.jpg, c.webp …", "talks": "conversations"}
 
 
-def check_kinds(folder: DataFolder, stages: list[str], edits: float) -> None:
+def check_kinds(folder: DataFolder, stages: list[str], edits: dict[str, float]) -> None:
     """Raises BadFile where a stage lacks its kind of data, with an example."""
     for stage in stages:
-        needs = [kind for kind in NEEDS[stage] if kind != "edits" or edits > 0]
+        needs = [kind for kind in NEEDS[stage] if kind != "edits" or edits[stage] > 0]
         have = [kind for kind in needs if any(not sample.is_test for sample in folder.kinds[kind])]
         lacking = needs[:1] if not have else [kind for kind in needs if kind not in have and stage != "P1"]
         if lacking:
@@ -40,9 +40,9 @@ def check_kinds(folder: DataFolder, stages: list[str], edits: float) -> None:
             raise BadFile(f"stage {stage} needs {EXAMPLES[lacking[0]]}; {folder.root} has none{more}")
 
 
-def open_folders(paths: dict[str, str], trained: set[str], edits: float) -> dict[str, DataFolder | None]:
-    """Stage -> what its folder holds, None: the drawn world. `paths`: stage -> folder. Raises BadFile where one of the
-    stages `trained` lacks its kind of data."""
+def open_folders(paths: dict[str, str], trained: set[str], edits: dict[str, float]) -> dict[str, DataFolder | None]:
+    """Stage -> what its folder holds, None: the drawn world. `paths`: stage -> folder, `edits`: stage -> share of
+    editing. Raises BadFile where one of the stages `trained` lacks its kind of data."""
     folders = {path: scan(Path(path)) for path in dict.fromkeys(paths.values()) if path}
     for path, folder in folders.items():
         check_kinds(folder, [stage for stage in paths if paths[stage] == path and stage in trained], edits)
@@ -58,8 +58,9 @@ class DiskData:
     """
 
     def __init__(self, folder: DataFolder, side: int, seed: int, epoch: int, split: str = "train", flip: bool = True,
-                 batch: int = 1, edits: int = 0):
-        self.side, self.key, self.flip, self.batch, self.n_edits = side, f"{seed}/{split}/{epoch}", flip, batch, edits
+                 batch: int = 1, edits: int = 0, fit: str = "middle"):
+        self.side, self.key, self.flip, self.fit = side, f"{seed}/{split}/{epoch}", flip, fit
+        self.batch, self.n_edits = batch, edits
         self.kinds = {kind: [sample for sample in samples if sample.is_test == (split == "test")]
                       for kind, samples in folder.kinds.items()}
         by_key = {sample.key: sample for kind in ("captions", "talks") for sample in self.kinds[kind]}
@@ -121,7 +122,7 @@ class DiskData:
         def make(sample, rng):
             has = sample.has
             role = "image" if "image" in has else rng.choice(("source", "target"))
-            return as_tensor(read_picture(has[role]), self.side, rng, self.flip)
+            return as_tensor(read_picture(has[role]), self.side, rng, self.flip, "random")
         return torch.stack([self.read("pictures", i, make) for i in indices])
 
     def dialogue_samples(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str] | None]]:
@@ -162,7 +163,7 @@ class DiskData:
             return [], *torch.empty(2, 0, 3, self.side, self.side)
 
         def make(sample, rng):  # never mirrored: both pictures and the words belong together
-            pair = [as_tensor(read_picture(sample.has[role]), self.side, None) for role in ("source", "target")]
+            pair = (as_tensor(read_picture(sample.has[x]), self.side, None, fit=self.fit) for x in ("source", "target"))
             return sample.instruction(), *pair
         words, before, after = zip(*(self.read("edits", self.number_of_edit(i), make) for i in indices))
         return list(words), torch.stack(before), torch.stack(after)
@@ -170,18 +171,20 @@ class DiskData:
     def upright(self, blob: Blob, words: str, rng: random.Random) -> Tensor:
         """The middle of a picture that words belong to, mirrored half of the time unless they name a side."""
         may_flip = self.flip and not SIDES.search(words)
-        return as_tensor(read_picture(blob), self.side, rng if may_flip else None, crop=False)
+        return as_tensor(read_picture(blob), self.side, rng if may_flip else None, fit=self.fit)
 
 
-def as_tensor(image: Image.Image, side: int, rng: random.Random | None, flip: bool = True, crop: bool = True) -> Tensor:
-    """-> `3 side side` in [-1, 1]: the shorter side resized, a square cut out (at random with `crop`, else the middle),
-    mirrored half of the time with `flip`. Without `rng` the middle, as it is."""
+def as_tensor(image: Image.Image, side: int, rng: random.Random | None, flip: bool = True,
+              fit: str = "middle") -> Tensor:
+    """-> `3 side side` in [-1, 1]: the shorter side resized, a square cut out (`fit`: at random, or the middle; or
+    squash: all of it squeezed), mirrored half of the time with `flip`. Without `rng` neither chance nor mirror."""
     scale = side / min(image.size)
     w, h = (max(side, round(x * scale)) for x in image.size)
     left, top = (w - side) // 2, (h - side) // 2
-    if rng and crop:
+    if rng and fit == "random":
         left, top = rng.randint(0, w - side), rng.randint(0, h - side)
     box = (left / scale, top / scale, min(image.width, (left + side) / scale), min(image.height, (top + side) / scale))
+    box = (0, 0, *image.size) if fit == "squash" else box
     image = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     if rng and flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -78,10 +78,11 @@ class Discriminator(nn.Module):
         return -self(fake).mean()  # L_GAN
 
 
-def adversary_optimizer(discriminator: Discriminator, lr: float) -> torch.optim.AdamW:
+def adversary_optimizer(discriminator: Discriminator, lr: float, betas: tuple[float, float] = (0.5, 0.9),
+                        weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW whose state is there before its first step: where a checkpoint finds none, torch makes it by a step of its
     own, which counts, and a run that was saved before the adversary joins would end in other bits."""
-    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, betas=(0.5, 0.9))
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
     for parameter in discriminator.parameters():
         optimizer.state[parameter] = {"step": torch.zeros((), device="cpu"), "exp_avg": torch.zeros_like(parameter),
                                       "exp_avg_sq": torch.zeros_like(parameter)}
@@ -89,7 +90,7 @@ def adversary_optimizer(discriminator: Discriminator, lr: float) -> torch.optim.
 
 
 def adversary_step(discriminator: Discriminator, optimizer: torch.optim.Optimizer, pairs: list[tuple[Tensor, Tensor]],
-                   lecam: float) -> None:
+                   lecam: float, clip: float = 0.0) -> None:
     """The discriminator's own step, on parts of a batch: pictures and copies of them. Raises ValueError where its loss
     is not finite."""
     optimizer.zero_grad()  # also what the generator's loss left there
@@ -100,4 +101,6 @@ def adversary_step(discriminator: Discriminator, optimizer: torch.optim.Optimize
     loss.backward()
     for parameter in discriminator.parameters():
         mean_over_processes(parameter.grad)
+    if clip:
+        nn.utils.clip_grad_norm_(discriminator.parameters(), clip)
     optimizer.step()

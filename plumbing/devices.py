@@ -1,7 +1,6 @@
 """Which device, in which precision, with which settings of torch."""
 
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -50,8 +49,7 @@ def set_up_torch(device: str) -> None:
     """The same bits for the same seed on CPU; TF32 products on GPUs."""
     # On two threads, sums into one place have no order of their own.
     torch.use_deterministic_algorithms(device == "cpu", warn_only=True)
-    # That would also fill every new tensor, which costs 5 % of U2; what is made empty here is written before it is
-    # read.
+    # It would also fill every new tensor, 5 % of U2's time; what is made empty here is written before it is read.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high" if device.startswith("cuda") else "highest")
 
@@ -65,12 +63,3 @@ def compile_parts(model: nn.Module, backend: str = "inductor") -> None:
     for part in parts:
         if part is not None:
             part.compile(backend=backend)
-
-
-def processor() -> str:
-    """The processor's own name, as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "CPU"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -100,6 +100,9 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
         setattr(config, key, getattr(config, key) * (len(NAMES) if len(getattr(config, key)) == 1 else 1))
         if len(getattr(config, key)) != len(NAMES):
             raise UserError(f"--{key} takes one number, or {len(NAMES)}, one for each of {','.join(NAMES)}")
+    config.edits = (0.0,) * 7 + config.edits[7:]
+    if len(config.betas) != 2:
+        raise UserError("--betas takes two numbers")
     if wrong := [side for side in config.sides if side % (2 * config.patch)]:
         raise UserError(f"--sides {wrong[0]} is no multiple of a token's {2 * config.patch} pixels")
     if config.data_u3 and not config.data:

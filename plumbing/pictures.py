@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from disk.layouts import DataFolder, scan
-from disk.measure import measure
+from disk.measure import Cell, measure
 from disk.reading import DiskData
 from plumbing.run_folder import load_run
 from spar import NAMES, SPAR, Protocol
@@ -38,9 +38,6 @@ def to_image(picture: Tensor, side: int | None = None) -> Image.Image:
     levels = ((picture.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     image = Image.fromarray(levels.permute(1, 2, 0).numpy())
     return image.resize((side, side), Image.Resampling.NEAREST) if side else image
-
-
-Cell = tuple[list[Tensor], str, bool | None]  # pictures side by side, the words under them, whether it is right
 
 
 def sheet(sections: list[tuple[str, list[Cell]]], columns: int = 8, extra: list[Image.Image] = ()) -> Image.Image:
@@ -125,14 +122,16 @@ def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) 
 
 
 def loss_curves(run: Path) -> Image.Image:
-    """log.jsonl as one small chart per stage: the magnitude of each term (log scale) over the steps."""
+    """log.jsonl as one small chart per stage: the magnitude of each term (log scale) over the steps;
+    circles: of held-out samples."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    stages = [name for name in NAMES if any(line["stage"] == name for line in lines)]
+    stages = [name for name in NAMES if any(line["stage"] == name and "loss" in line for line in lines)]
     wide, high = 320, 200
     image = Image.new("RGB", (3 * wide, math.ceil(len(stages) / 3) * high), "white")
     pen = ImageDraw.Draw(image)
     for place, name in enumerate(stages):
-        own = [line for line in lines if line["stage"] == name]
+        own, looks = ([line for line in lines if line["stage"] == name and kind in line]
+                      for kind in ("loss", "held_out"))
         own = own[max(i for i, line in enumerate(own) if line["step"] == 0):]  # a stage begun anew: its last beginning
         x0, y0 = place % 3 * wide + 44, place // 3 * high + 26
         w, h = wide - 60, high - 66
@@ -149,6 +148,10 @@ def loss_curves(run: Path) -> Image.Image:
                       for step, value in values[symbol]]
             if len(points) > 1:
                 pen.line(points, LINES[i % len(LINES)], 2)
+            for line in (line for line in looks if line["held_out"].get(symbol)):
+                value = min(max(math.log10(abs(line["held_out"][symbol])), low), top)
+                x, y = x0 + line["step"] / last * w, y0 + (top - value) / (top - low) * h
+                pen.ellipse((x - 3, y - 3, x + 3, y + 3), "white", LINES[i % len(LINES)])
             pen.text((x0 + i * min(62, w // len(symbols)), y0 + h + 6), symbol, LINES[i % len(LINES)], font(11))
     return image
 

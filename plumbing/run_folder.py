@@ -182,9 +182,10 @@ FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
     "lambda_f": "T1",
     "tokenizer": "T1", "symmetric": "T1", "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1",
     "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "gan_width": "T3", "lecam": "T3", "encoder_rate": "T3",
+    "early": "T3", "gan_as_stage": "T3",
     "anchor": "T3", "freeze_encoder": "T3",
     "queries": "U1",
-    "data_u3": "U3", "lambda_a": "U2", "edits": "U2", "align": "U2", "teacher": "U2", "align_hidden": "U2"}
+    "data_u3": "U3", "lambda_a": "U2", "align": "U2", "teacher": "U2", "align_hidden": "U2"}
 
 
 def take_over(config: Config, run: Path, source: Path) -> None:

@@ -68,6 +68,8 @@ class Training:
         share = schedule(step, steps, warmup, final)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak"]
+        if self.config.gan_as_stage and self.extras.adversary:
+            self.extras.adversary.param_groups[0]["lr"] = share * self.config.of_stage("lr", self.stage.name)
         return share
 
     def move_average(self, step: int) -> None:
@@ -125,8 +127,8 @@ def begin(module: nn.Module) -> Training:
             groups += [dict(params=list(chosen.values()), matrices=matrices, peak=peak,
                             weight_decay=decay if decays else 0.0)] if chosen else []
             weights |= chosen
-    optimizer = (Muon(groups) if config.optimizer == "muon" else
-                 torch.optim.AdamW(groups, fused=model.device.type == "cuda"))
+    optimizer = (Muon(groups, betas=config.betas) if config.optimizer == "muon" else
+                 torch.optim.AdamW(groups, betas=config.betas, fused=model.device.type == "cuda"))
     scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
     ema = {name: parameter.detach().clone() for name, parameter in weights.items()}
     return Training(config, stage, module, optimizer, scaler, extras, weights, ema, stage.loss_weights(config))

@@ -4,7 +4,6 @@ import json
 import resource
 import time
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -14,12 +13,11 @@ import train
 from attention import attention
 from benchmarks.attention import compare
 from benchmarks import cost, yardstick
-from plumbing import devices
 from plumbing.training import Training
 from spar import NAMES, make_config
 from tests.conftest import TINY
 from tests.tools.models import model_of
-from train import one_batch, some_steps, stage_named, step_module
+from train import one_batch, stage_named, step_module, train_stage
 
 
 SHALLOW = dict(llm_layers=2, k=2, vision_layers=1)  # a forecast takes as long as there are layers
@@ -81,7 +79,7 @@ def test_a_forecast_for_a_billion_parameters_takes_no_memory_for_them():
 def test_a_bench_times_steps_and_what_alignment_and_routing_cost(tiny, tmp_path):
     stages = [stage_named("P2"), stage_named("U2")]
     result = cost.bench(tiny(**SHALLOW), "cpu", tmp_path / "out", stages, one_batch, step_module,
-                        partial(some_steps, device="cpu"), rounds=1, steps=6)
+                        train_stage, rounds=1, steps=6)
     assert json.loads((tmp_path / "out" / "bench.json").read_text()) == result
     assert set(result["stages"]) == {"P2", "U2"} and result["L_align"] > 0 and result["DTR"] > 0
     for found in result["stages"].values():
@@ -105,18 +103,18 @@ def test_a_part_of_a_step_that_takes_longer_is_seen_in_that_part_alone(part, slo
         return before(*given, **options)
 
     monkeypatch.setattr(where, name, slower)
-    parts = cost.timed(tiny(**SHALLOW, steps=(3,) * 9), stage_named("T3"), partial(some_steps, device="cpu"))
+    parts = cost.timed(tiny(**SHALLOW, steps=(3,) * 9), stage_named("T3"), train_stage)
     assert {name for name, seconds in parts.items() if seconds > 0.3} == {part}
 
 
 def test_steps_until_all_is_warm_do_not_count(tiny):
-    def run_stage(config, stage, folder, clock):
+    def train_stage(model, stage, folder, keep, clock):
         for step in range(6):
             for part in ("waiting", "forward", "backward", "optimizer"):
                 time.sleep(0.1 if step < 2 else 0.001)
                 clock(part)
 
-    assert sum(cost.timed(tiny(), stage_named("P2"), run_stage).values()) < 0.05
+    assert sum(cost.timed(tiny(), stage_named("P2"), train_stage).values()) < 0.05
 
 
 # ---------------------------------------------------------------- the machine
@@ -141,7 +139,7 @@ def test_the_minutes_of_a_run_are_those_of_its_stages_and_evaluation_at_the_yard
     yardstick.take_reading(tmp_path, "cuda", "none")
     found = yardstick.machine(tmp_path, 60.0)
     assert found["normalised_minutes"] == 5.0 and found == yardstick.machine(tmp_path, 60.0)
-    assert found["machine"] == {"processor": devices.processor(), "threads": torch.get_num_threads(),
+    assert found["machine"] == {"processor": yardstick.processor(), "threads": torch.get_num_threads(),
                                 "torch": torch.__version__, "yardstick": 2 * yardstick.CALIBRATION}
 
 

@@ -196,9 +196,9 @@ def test_a_stage_that_lacks_its_kind_of_data_says_which_with_an_example(tmp_path
                                (folder_of_captions, "U2", "edits: 1.source.png"),
                                (llava, "P3", "pictures with captions")):
         with pytest.raises(BadFile, match=f"stage {stage} needs {words}"):
-            check_kinds(scan(make(tmp_path / make.__name__)), [stage], 0.5)
-    check_kinds(scan(tmp_path / "folder_of_captions"), list(NAMES), 0.0)
-    check_kinds(scan(tmp_path / "llava"), ["P1", "P2", "T1", "T2", "T3"], 0.5)
+            check_kinds(scan(make(tmp_path / make.__name__)), [stage], dict.fromkeys(NAMES, 0.5))
+    check_kinds(scan(tmp_path / "folder_of_captions"), list(NAMES), dict.fromkeys(NAMES, 0.0))
+    check_kinds(scan(tmp_path / "llava"), ["P1", "P2", "T1", "T2", "T3"], dict.fromkeys(NAMES, 0.5))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -216,7 +216,7 @@ def test_all_nine_stages_train_on_disk_twice_to_the_same_bits(workers, tiny, tmp
 def test_where_nothing_is_held_out_training_goes_on_and_says_that_there_is_nothing_to_measure(tiny, tmp_path, capsys):
     root = folder_of_captions(tmp_path / "data", 6)
     assert not scan(root).samples("test")
-    train.train(tiny(data=str(root), edits=0.0), tmp_path / "run", ["P1", "P2"], "cpu")
+    train.train(tiny(data=str(root), edits=(0.0,) * 9), tmp_path / "run", ["P1", "P2"], "cpu")
     assert (tmp_path / "run" / "P2.pt").exists()
     assert "no pictures after P1: no sample is held out" in capsys.readouterr().out
     with pytest.raises(BadFile, match="no sample is held out to be measured on: put some into a folder named test"):
@@ -229,7 +229,7 @@ def test_one_percent_of_bad_samples_trains_to_the_end_twice_with_the_same_logs(t
     (root / f"{keys[77]}.png").write_bytes(noise(7)[:250])
     ends, logs = [], []
     for i in range(2):
-        config = tiny(data=str(root), edits=0.0, steps=(13,) * 9)  # 13 × 8 pictures: every one of them
+        config = tiny(data=str(root), edits=(0.0,) * 9, steps=(13,) * 9)  # 13 × 8 pictures: every one of them
         train.train(config, tmp_path / str(i), list(NAMES), "cpu", None)
         ends.append(ended(tmp_path / str(i)))
         logs.append((tmp_path / str(i) / "bad.jsonl").read_text())

@@ -7,14 +7,16 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from disk.layouts import scan
 from parts.layer import layers
 from plumbing.command import UserError
 from plumbing.flags import parse
+from plumbing.pictures import loss_curves
 from plumbing.processes import join_processes
-from plumbing.run_folder import build, check_same_run, load_config, load_run, stage_names, text_tokenizer
+from plumbing.run_folder import build, check_same_run, load_config, load_run, read_lines, stage_names, text_tokenizer
 from public.folders import sizes_of
 from public.perceptual import ConvNeXt
 from spar import NAMES, PER_STAGE, Config, make_config
@@ -46,7 +48,8 @@ BITS = {  # field -> a stage that ends in other bits with another value
     "lambda_s": ("T3", 1.0), "lambda_gan": ("T3", 0.1), "gan_start": ("T3", 0.9),
     "gan_width": ("T3", 4),
     "lecam": ("T3", 1.0), "encoder_rate": ("T3", 0.1), "anchor": ("T3", False), "freeze_encoder": ("T3", True),
-    "lambda_a": ("U2", 0.1), "align_block": ("U2", 2), "align": ("U2", "none"), "edits": ("U2", 0.25)}
+    "lambda_a": ("U2", 0.1), "align_block": ("U2", 2), "align": ("U2", "none"), "edits": ("U2", (0.25,) * 9),
+    "betas": ("P1", (0.8, 0.9)), "gan_as_stage": ("T3", True)}
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +258,57 @@ def flip(end, tmp_path, monkeypatch):
     assert not torch.equal(*pair)
 
 
+def early(end, tmp_path, monkeypatch):
+    """T3's first steps see pictures of T2's side, the rest those of its own; a held-out batch is of the latter."""
+    config, stage = make_config(**TINY | {"early": 0.5, "sides": (0,) * 4 + (8,) + (0,) * 4}), train.stage_named("T3")
+    source = train.Batches(config, "T3", stage.sample, {})
+    half = config.of_stage("steps", "T3") / 2
+    for step in range(config.of_stage("steps", "T3")):
+        assert source[step]["images"].shape == (config.of_stage("batch", "T3"), 3, *[8 if step < half else 16] * 2)
+    parted = train.Batches(config, "T3", stage.sample, {}, parts=2)
+    assert [part["images"].shape[-1] for part in parted[0] + parted[99]] == [8, 8, 16, 16]
+    assert torch.equal(torch.cat([part["images"] for part in parted[0]]).sort(0)[0], source[0]["images"].sort(0)[0])
+    assert train.Batches(config, "T2", stage.sample, {}).early is None
+    changes = {"early": 0.5, "sides": (0,) * 4 + (8,) + (0,) * 4}
+    assert end("T3", **changes) != end("T3", early=0.0, sides=changes["sides"])
+
+
+def fit(end, tmp_path, monkeypatch):
+    """Words that name a thing at the edge go with pictures that still show it."""
+    (tmp_path / "data").mkdir()
+    for i in range(40):
+        wide = Image.new("RGB", (32, 16), "white")
+        wide.paste("black", (0, 0, 4, 16))
+        wide.save(tmp_path / "data" / f"{i}.png")
+        (tmp_path / "data" / f"{i}.txt").write_text("a red circle")
+    cut, squeezed = (samples(tmp_path, "P3", fit=value, flip=False)["images"] for value in ("middle", "squash"))
+    assert (cut == 1).all()
+    assert (squeezed[:, :, :, :1] < 0).all() and (squeezed[:, :, :, 3:] > 0.9).all()
+    assert torch.equal(*(samples(tmp_path, "P2", fit=value)["images"] for value in ("middle", "squash")))
+
+
+def look_minutes(end, tmp_path, monkeypatch):
+    """A look writes down what one pass over the first held-out batch gives, and changes no bit of the training."""
+    for name in ("P1", "T3", "U2"):
+        assert end(name) == end(name, look_minutes=60.0)
+    config, stage = make_config(**BASE | {"look_minutes": 1e-9, "steps": (1,) * 9}), train.stage_named("T3")
+    model, seen = build(config, "cpu"), []
+    compute = stage.compute
+    train.train_stage(model, replace(stage, compute=lambda model, batch, *rest: seen.append(batch) or compute(
+        model, batch, *rest)), tmp_path, keep=False)
+    held_out = train.Batches(config, "T3", stage.sample, {}, split="test")[0]["images"]
+    assert len(seen) == 2 and torch.equal(seen[1]["images"], held_out)
+    line, = (line for line in read_lines(tmp_path / "log.jsonl") if "held_out" in line)
+    weights = stage.loss_weights(config)
+    with torch.no_grad():
+        extras = train.prepare(model, stage)  # the model as the step left it
+        losses = stage.compute(model, {"images": held_out}, weights, replace(extras, discriminator=None))[0]
+    assert {"L_mse", "L_lpips", "L_f"} <= set(line["held_out"])
+    for symbol in ("L_mse", "L_f"):
+        assert line["held_out"][symbol] == pytest.approx(losses[symbol].item(), rel=1e-4)
+    assert (tmp_path / "report" / "T3.png").exists() and loss_curves(tmp_path).size[0] > 0
+
+
 def max_bad(end, tmp_path, monkeypatch):
     root = everything(tmp_path / "data")
     for i in range(24):
@@ -322,7 +376,8 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 ELSEWHERE = {test.__name__: test for test in (
     preset, per_device, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data,
     data_u3, tokens,
-    longest, flip, max_bad, compile, checkpointing, workers, shard, save_minutes, sampling_steps, guidance, sampler,
+    longest, flip, early, fit, look_minutes, max_bad, compile, checkpointing, workers, shard, save_minutes,
+    sampling_steps, guidance, sampler,
     sampling_shift)}
 
 

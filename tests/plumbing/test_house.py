@@ -107,8 +107,8 @@ def may_import(name: str, other: str) -> bool:
     if name == "plumbing.command":
         return False
     if target == "benchmarks":  # what a run costs and how fast its machine is, forecast or measured
-        return folder == "benchmarks" or other in ("benchmarks.cost", "benchmarks.yardstick") and name in (
-            "train", "evaluate")
+        told = ("benchmarks.cost", "benchmarks.look", "benchmarks.yardstick")
+        return folder == "benchmarks" or other in told and name in ("train", "evaluate")
     return {"parts": target == "parts",
             "spar": target in ("parts", *MODELS),
             "world": target in ("parts", "world"),

@@ -24,9 +24,11 @@ class Left(Exception):
     """A run that ends as if its process had."""
 
 
-def torchrun(folder: Path, *options: str, stages=NAMES, environment: dict | None = None, **changes) -> dict[str, list]:
-    """The stages of a tiny run by two processes; -> stage -> its losses."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, "-m",
+def torchrun(folder: Path, *options: str, stages=NAMES, environment: dict | None = None, processes: int = 2,
+             **changes) -> dict[str, list]:
+    """The stages of a tiny run by several processes; -> stage -> its losses."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={processes}", *options, "-m",
                "tests.tools.tiny_run", str(folder), json.dumps(BASE | changes), ",".join(stages)]
     variables = {"OMP_NUM_THREADS": "1"} | (environment or {})
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ | variables)
@@ -110,6 +112,13 @@ def test_what_one_process_saved_two_go_on_with(shard, alone, tmp_path):
         by_one(tmp_path, ["T3"], ("T3", 2))
     torchrun(tmp_path, stages=["T3"], shard=shard)
     assert losses(tmp_path)["T3"] == pytest.approx(alone[1]["T3"], abs=1e-5)
+
+
+def test_four_processes_that_work_in_parts_have_the_losses_of_one(alone, tmp_path):
+    begun(alone[0], tmp_path, "T3")
+    torchrun(tmp_path, stages=["T3", "U1", "U2"], processes=4, per_device=[1] * 9)
+    for name in ("T3", "U1", "U2"):
+        assert losses(tmp_path)[name] == pytest.approx(alone[1][name], abs=1e-5), name
 
 
 @pytest.mark.parametrize("name, step", [("T3", 3), ("U2", 2)])  # in T3's third step the adversary has learned
