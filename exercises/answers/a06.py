@@ -1,0 +1,61 @@
+"""Exercise 6: each token picks its layers."""
+
+
+def weights(body: str) -> dict:
+    return {"router.py": {"DTR.weights": body}}
+
+
+def mix(body: str) -> dict:
+    return {"router.py": {"DTR.mix": body}}
+
+
+WRONG = {
+    "softmax runs over the tokens, not over the layers":
+        weights("return (self.gate(H[:, :, -1]) / self.temperature).softmax(1)"),
+    "the shallowest state is asked": weights("return (self.gate(H[:, :, 0]) / self.temperature).softmax(-1)"),
+    "the mean of the states is asked": weights("return (self.gate(H.mean(2)) / self.temperature).softmax(-1)"),
+    "α stands inside the softmax": {"router.py": {
+        "DTR.weights": "return (self.alpha * self.gate(H[:, :, -1]) / self.temperature).softmax(-1)",
+        "DTR.mix": "return super().mix(H, w)"}},
+    "the gate is multiplied by τ, not divided": weights("return (self.gate(H[:, :, -1]) * self.temperature).softmax(-1)"),
+    "τ is left out": weights("return self.gate(H[:, :, -1]).softmax(-1)"),
+    "one choice for the whole sentence":
+        weights("w = (self.gate(H[:, :, -1].mean(1)) / self.temperature).softmax(-1)\n"
+                "return w[:, None].expand(H.shape[:3])"),
+    "a hard choice: the largest alone":
+        weights("w = self.gate(H[:, :, -1]) / self.temperature\n"
+                "return torch.nn.functional.one_hot(w.argmax(-1), self.k).to(H.dtype)"),
+    "no softmax": weights("return self.gate(H[:, :, -1]) / self.temperature"),
+    "sigmoids, which do not sum to 1": weights("return (self.gate(H[:, :, -1]) / self.temperature).sigmoid()"),
+    "α is left out of the mixture": mix("return super().mix(H, w)"),
+    "α scales twice": mix("return super().mix(H, w * self.alpha ** 2)"),
+    "the mixture is an average: divided by the number of layers": mix("return super().mix(H, w * self.alpha) / self.k"),
+    "α without gradient": mix("return super().mix(H, w * self.alpha.detach())"),
+    "the weights without gradient": mix("return super().mix(H, w.detach() * self.alpha)"),
+    "Static: softmax is missing": {"router.py": {"Static.weights":
+        "return repeat(self.logits, 'k -> b l k', b=H.shape[0], l=H.shape[1])"}},
+    "Static: even shares that nothing can learn": {"router.py": {"Static.weights":
+        "return H.new_full(H.shape[:3], 1 / self.k)"}},
+    "the last of the chosen layers is not L": {"router.py": {"layer_choice":
+        "if not 1 <= k <= layers:\n    raise ValueError\nreturn [layers // k * i for i in range(1, k + 1)]"}},
+    "the embedding is among the chosen": {"router.py": {"layer_choice":
+        "if not 1 <= k <= layers:\n    raise ValueError\nreturn [layers // k * i for i in range(k - 1)] + [layers]"}},
+    "layer_choice takes any k": {"router.py": {"layer_choice":
+        "step = max(1, layers // max(1, k))\nreturn [step * i for i in range(1, k)] + [layers]"}},
+}
+
+RIGHT = {
+    "products of matrices in place of einsum":
+        mix("return ((w * self.alpha).unsqueeze(2) @ H).squeeze(2)"),
+    "a loop over the layers": mix(
+        "out = torch.zeros_like(H[:, :, 0])\nfor n in range(self.k):\n"
+        "    out = out + w[..., n, None] * self.alpha[n] * H[:, :, n]\nreturn out"),
+    "softmax by log-softmax": weights("return torch.log_softmax(self.gate(H[:, :, -1]) / self.temperature, 2).exp()"),
+    "softmax by hand": weights(
+        "z = self.gate(H[..., -1, :]) / self.temperature\ne = (z - z.amax(-1, keepdim=True)).exp()\n"
+        "return e / e.sum(-1, keepdim=True)"),
+    "Static by expand, layer_choice by a loop": {"router.py": {
+        "Static.weights": "return torch.softmax(self.logits, -1).expand(*H.shape[:3])",
+        "layer_choice": "if k < 1 or k > layers:\n    raise ValueError('no')\nchosen = []\nfor i in range(k):\n"
+                        "    chosen.append((i + 1) * (layers // k))\nchosen[-1] = layers\nreturn chosen"}},
+}

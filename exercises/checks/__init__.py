@@ -1,0 +1,10 @@
+"""What the graders ask: one file for each exercise, named after its number.
+
+    TITLE, MINUTES    what it is about, how long it takes
+    CUT               file -> names of what is taken out (exercises/cut.py)
+    PREDICT           three questions, to be answered before any code runs
+    CLAIMS            functions (own, real): `own` is the project with the learner's files, `real` without; the first
+                      line of the docstring is the claim; they raise `tools.Wrong` with what is the matter
+    fingerprint       (version) -> {name: tensors}: by it a mistake that is known is told by its name (answers/)
+    picture           optional: (own, path) draws what can now be seen
+"""

@@ -1,0 +1,146 @@
+"""Exercise 6: each token picks its layers (claim 3, Sec. 3.3)."""
+
+import torch
+
+from exercises.checks.tools import demand, same, same_shape
+
+TITLE, MINUTES = "Each token picks its layers", 25
+CUT = {"router.py": ["layer_choice", "DTR.weights", "DTR.mix", "Static.weights"]}
+PREDICT = ["What does the map of a fresh router look like, whose gate ends in zeros?",
+           "What becomes of the weights when the temperature τ goes to 0?",
+           "Which of the words of \"a red circle\" will listen to deep layers, which to shallow ones?"]
+
+
+def pair(own, real, name: str, d: int, k: int, temperature: float = 1.0):
+    """A router of both versions with the same random weights, in float64."""
+    arguments = (d, k, temperature) if name == "DTR" else (d, k)
+    ours, theirs = (getattr(version.router, name)(*arguments).double() for version in (own, real))
+    with torch.no_grad():
+        for mine, other in zip(ours.parameters(), theirs.parameters()):
+            other.copy_(torch.randn_like(other))
+            mine.copy_(other)
+    return ours, theirs
+
+
+def states(b=3, l=7, k=4, d=10):
+    return torch.randn(b, l, k, d, dtype=torch.float64)
+
+
+def shares(own, real):
+    """the weights of a token are shares that sum to 1"""
+    for b, l, k, d in ((3, 7, 4, 10), (4, 4, 4, 4)):
+        for name in ("DTR", "Static"):
+            w = pair(own, real, name, d, k)[0].weights(states(b, l, k, d))
+            same_shape(w, (b, l, k), f"{name}.weights")
+            demand((w >= 0).all(), f"{name}.weights: some are negative")
+            same(w.sum(-1), torch.ones(b, l, dtype=w.dtype), f"the sum of {name}.weights over the layers")
+
+
+def soft(own, real):
+    """and are soft: τ sharpens them, a large τ makes them even"""
+    H = states()
+    cold, warm, hot = ([router.weights(H) for router in pair(own, real, "DTR", 10, 4, temperature)]
+                       for temperature in (0.5, 1.0, 1e6))
+    for what, (ours, theirs) in (("τ = 0.5", cold), ("τ = 1", warm), ("τ = 10⁶", hot)):
+        same(ours, theirs, f"DTR.weights with {what}")
+
+
+def deepest(own, real):
+    """they are asked of the deepest state alone"""
+    router, H = pair(own, real, "DTR", 10, 4)[0], states().requires_grad_()
+    w = router.weights(H)
+    same_shape(w, H.shape[:3], "DTR.weights")
+    grad, = torch.autograd.grad((w * torch.randn_like(w)).sum(), H)
+    demand(grad[:, :, :-1].abs().max() == 0, "DTR.weights depends on a state that is not the deepest")
+    demand(grad[:, :, -1].abs().amax(-1).min() > 0, "DTR.weights does not depend on the deepest state of every token")
+
+
+def each_for_itself(own, real):
+    """every token chooses for itself"""
+    router, H = pair(own, real, "DTR", 10, 4)[0], states()
+    before = router.weights(H)
+    changed = H.clone()
+    changed[1, 2] += 1
+    moved = (router.weights(changed) - before).abs().amax(-1) > 0
+    wanted = torch.zeros(3, 7, dtype=torch.bool)
+    wanted[1, 2] = True
+    same_shape(moved, wanted.shape, "DTR.weights")
+    demand(moved.equal(wanted), "one token's state was changed, and the weights of others moved, or its own did not")
+
+
+def as_loops(own, real):
+    """Ĥ_i = W_p Σ_k w_k α_k H_k, written as loops: values and gradients"""
+    for b, l, k, d in ((3, 7, 4, 10), (2, 2, 2, 2)):
+        router, H = pair(own, real, "DTR", d, k)[0], states(b, l, k, d)
+        g, norm, W_p, alpha, tau = router.gate, router.norm, router.W_p, router.alpha, router.temperature
+        rows = []
+        for i in range(b):
+            for j in range(l):
+                w = torch.softmax(g(H[i, j, -1]) / tau, 0)
+                rows.append(W_p(norm(sum(w[n] * alpha[n] * H[i, j, n] for n in range(k)))))
+        wanted = torch.stack(rows).view(b, l, d)
+        out = router(H)[0]
+        same(out, wanted, "the router's output")
+        probe = torch.randn_like(wanted)
+        parameters = list(router.parameters())
+        ours, loops = (torch.autograd.grad((value * probe).sum(), parameters, allow_unused=True)
+                       for value in (out, wanted))
+        for one, other in zip(ours, loops):
+            demand(one is not None or other is None, "a parameter of the router gets no gradient")
+            same(one, other, "the gradient of a parameter", 1e-8)
+
+
+def alpha_scales(own, real):
+    """α scales what is mixed and takes no part in choosing"""
+    router, H = pair(own, real, "DTR", 10, 4)[0], states()
+    w = router.weights(H)
+    with torch.no_grad():
+        router.alpha.mul_(-3)
+    same(router.weights(H), w, "DTR.weights after α was changed")
+    with torch.no_grad():
+        router.alpha.zero_()
+        router.alpha[2] = 1
+    changed = H.clone()
+    changed[:, :, :2] += 5  # layers that α silences, none of them the deepest
+    same(router(changed)[0], router(H)[0], "the output, when layers that α silences were changed")
+
+
+def static(own, real):
+    """Static has one choice for all tokens, and learns it"""
+    router, theirs = pair(own, real, "Static", 10, 4)
+    H = states()
+    w = router.weights(H)
+    same(w, theirs.weights(H), "Static.weights")
+    grad, = torch.autograd.grad((w * torch.randn(4, dtype=w.dtype)).sum(), router.logits)
+    demand(grad.abs().max() > 0, "Static's logits get no gradient")
+
+
+def choice(own, real):
+    """layer_choice: every ⌊L/K⌋-th, the last one L"""
+    for layers, k in ((24, 4), (28, 4), (26, 4), (6, 4), (5, 2), (6, 3), (7, 1), (4, 4)):
+        got = own.router.layer_choice(layers, k)
+        demand(list(got) == real.router.layer_choice(layers, k), f"layer_choice({layers}, {k}) is {got}")
+    for layers, k in ((6, 0), (6, 7)):
+        try:
+            own.router.layer_choice(layers, k)
+        except ValueError:
+            continue
+        demand(False, f"layer_choice({layers}, {k}) raises no ValueError")
+
+
+CLAIMS = [shares, soft, deepest, each_for_itself, as_loops, alpha_scales, static, choice]
+
+
+def fingerprint(version) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    H = states()
+    router, found = pair(version, version, "DTR", 10, 4, 0.7)[0], {}
+    for name, compute in (("DTR.weights", lambda: router.weights(H)),
+                          ("DTR.mix", lambda: router.mix(H, torch.ones(3, 7, 4, dtype=H.dtype))),
+                          ("Static.weights", lambda: pair(version, version, "Static", 10, 4)[0].weights(H)),
+                          ("layer_choice", lambda: torch.tensor(version.router.layer_choice(26, 4)))):
+        try:
+            found[name] = compute().detach()
+        except Exception:  # a hole, or a learner's error: told by the claims
+            pass
+    return found

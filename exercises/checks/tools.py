@@ -1,0 +1,28 @@
+"""What the checks share: comparisons that never broadcast, and the words of a refusal."""
+
+import torch
+from torch import Tensor
+
+
+class Wrong(Exception):
+    """What is the matter with an answer, for the learner, in one line."""
+
+
+def demand(holds, message: str) -> None:
+    """Raises Wrong with `message` unless it holds."""
+    if not bool(holds):
+        raise Wrong(message)
+
+
+def same_shape(value, shape: tuple, what: str) -> None:
+    demand(isinstance(value, Tensor), f"{what}: a tensor is wanted, not {type(value).__name__}")
+    demand(tuple(value.shape) == tuple(shape), f"{what}: its shape is {tuple(value.shape)}, wanted {tuple(shape)}")
+
+
+def same(value, wanted: Tensor, what: str, tolerance: float = 1e-9) -> None:
+    """Shapes first, then values; `tolerance` is of the largest wanted value, or of 1 where that is smaller."""
+    same_shape(value, wanted.shape, what)
+    demand(torch.isfinite(value).all(), f"{what}: not all numbers are finite")
+    error = (value.detach().double() - wanted.detach().double()).abs().max().item() if value.numel() else 0.0
+    scale = max(1.0, wanted.detach().abs().max().item()) if wanted.numel() else 1.0
+    demand(error <= tolerance * scale, f"{what}: off by {error:.2g}")
