@@ -62,7 +62,7 @@ class Batches(torch.utils.data.Dataset):
         self.world = open_world(self.config, index, self.data_folder, self.edits_among(self.batch), self.split)
         if self.batch % self.ranks:
             raise ValueError(f"{self.name} has a batch of {self.batch}, which {self.ranks} processes cannot share: "
-                             f"--batch {nearest_multiple(self.batch, self.ranks)} is the nearest")
+                             f"--batch {max(1, round(self.batch / self.ranks)) * self.ranks} is the nearest")
         self.early = None  # what stands in for it in the first steps of T3, with smaller pictures
         parted = [copy.copy(self) for _ in range(self.parts)] if self.parts > 1 else []  # all of one world
         for part, source in enumerate(parted):
@@ -174,9 +174,9 @@ def open_world(config: Config, epoch: int, data_folder: DataFolder | None, edits
                split: str = "train") -> DrawnWorld | DiskData:
     """Where a stage's samples come from; its number is their epoch's."""
     if data_folder is None:
-        return DrawnWorld(config.side, config.seed, split, epoch)
-    return DiskData(data_folder, config.side, config.seed, epoch, split, config.flip, config.batch[epoch], edits,
-                    config.fit)
+        return DrawnWorld(config.side, config.training_seed, split, epoch)
+    seed, batch = config.training_seed, config.batch[epoch]
+    return DiskData(data_folder, config.side, seed, epoch, split, config.flip, batch, edits, config.fit)
 
 
 def to(batch, device):
@@ -200,10 +200,6 @@ def read(batches: Iterator, where: str) -> tuple[list[Batch], list, float]:
         if hopeless := part.pop("stop", ""):
             raise BadFile(f"{where}: {hopeless}")
     return parts, bad, time.time() - start
-
-
-def nearest_multiple(number: int, of: int) -> int:
-    return max(1, round(number / of)) * of
 
 
 def show(path: str = "") -> None:

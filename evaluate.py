@@ -1,7 +1,7 @@
 """Every figure of a run, from its folder: reconstruction, understanding, generation, editing.
 
     python evaluate.py runs/toy              prints the tables, writes results.json and the pictures of report/
-    python evaluate.py runs/toy --count 50   fewer samples for each figure
+    python evaluate.py runs/toy --count 50   fewer samples for each figure; --only reconstruction,editing: those tables
     python evaluate.py results/toy-seed*.json      the mean over runs, or over their results.json, and its interval
 
 Prompts are those that no training text implies (world/scenes.py); the tables `_taught` are beside them. Each is drawn
@@ -130,34 +130,37 @@ def evaluation_id(run: Path, how: Protocol) -> str:
 # ---------------------------------------------------------------- a whole run
 
 
-def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu") -> dict:
+def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu", only: str = ",".join(TABLES)) -> dict:
     """All measures that the finished stages allow, written to results.json. Deterministic on CPU."""
+    if set(only.split(",")) - {*TABLES}:
+        raise UserError(f"--only {only}: tables are {', '.join(TABLES)}")
     start = time.time()
     model, before = load_run(run, device), load_run(run, device, upto="P1")
     how = how.of(model.config)
     if model.config.data:
         tables = measure(model, before, scan(Path(model.config.data)), how)[0]
     else:
-        tables = drawn_tables(run, model, before, how, device)
+        tables = drawn_tables(run, model, before, how, device, only.split(","))
     seconds = time.time() - start
     results = {"eval_id": evaluation_id(run, how), "seed": model.config.seed, "seconds": round(seconds, 1),
-               "data": model.config.data, "protocol": vars(how)} | machine(run, seconds) | tables
+               "data": model.config.data, "protocol": vars(how)} | machine(run, seconds)
+    results |= {name: table for name, table in tables.items() if name in only.split(",")}
     results["ablation"] = config_diff(model.config)
     write_text(run / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
-def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: str) -> dict[str, dict]:
+def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: str,
+                 only: list[str]) -> dict[str, dict]:
     """`before`: the model as P1 left it."""
     world, done, jobs = DrawnWorld(model.config.side, model.config.seed, "test"), set(model.finished_stages), {}
     if done & {"T1", "T2"}:
         jobs["reconstruction"] = lambda: reconstruction(model, before, world, how)
     jobs["understanding"] = lambda: understanding(model, world, how)
-    jobs["before_t3"] = lambda: understanding(before, world, how)["overall"]
     if "P3" in done:  # P3 alone: no queries, no U stages
-        p3 = load_run(run, device, upto="P3")
-        jobs["p3_generation"] = lambda: generation(p3, world, how, text_only=True)
-        jobs["p3_generation_direct"] = lambda: generation(p3, world, how, rewrite=False, text_only=True)
+        for name, rewrite in (("", True), ("_direct", False)):
+            jobs["p3_generation" + name] = lambda rewrite=rewrite: generation(
+                load_run(run, device, upto="P3"), world, how, rewrite, text_only=True)
     if "U1" in done:
         for name, which in (("", "untaught"), ("_taught", "taught")):
             jobs["generation" + name] = partial(generation, model, world, how, True, which)
@@ -166,10 +169,12 @@ def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: st
         jobs["editing"] = lambda: editing(model, world, how)
         jobs["editing_direct"] = lambda: editing(model, world, how, rewrite=False)
     results = {}
+    jobs = {name: job for name, job in jobs.items() if name in only}
     for name, job in (bar := tqdm(jobs.items(), desc="evaluation", dynamic_ncols=True)):
         bar.set_postfix_str(name)
         results[name] = job()
-    results["understanding"]["before_t3"] = results.pop("before_t3")
+    if "understanding" in results:
+        results["understanding"]["before_t3"] = understanding(before, world, how)["overall"]
     return results
 
 
@@ -208,17 +213,19 @@ def main() -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, default=Protocol.sampler)
     parser.add_argument("--write", nargs=3, metavar=("KIND", "PROMPTS", "DIR"), help="instead: pictures for an "
                         "official evaluator: geneval, wise, imgedit (and its prompts), reconstruction (and pictures)")
+    parser.add_argument("--only", default=",".join(TABLES), help="tables: " + ", ".join(TABLES))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = vars(parser.read())
     runs, device, write = given.pop("runs"), best_device(given.pop("device")), given.pop("write")
     if given["count"] < 2 or given["steps"] is not None and given["steps"] < 1:
         raise UserError("--count must be at least 2 and --steps at least 1")
+    only = given.pop("only")
     if write:
         return write_for(write[0], load_run(runs[0], device), Path(write[1]), Path(write[2]), Protocol(**given))
     several = []
     for run in runs:
         read = run.suffix == ".json"
-        several.append(json.loads(run.read_text()) if read else evaluate(run, Protocol(**given), device))
+        several.append(json.loads(run.read_text()) if read else evaluate(run, Protocol(**given), device, only))
         print_tables(several[-1])
         print(run if read else draw_report(run, device))
     if len(several) > 1:

@@ -4,6 +4,7 @@
     python sample.py edit --image scene.png "make the red circle blue"
     python sample.py ask --image scene.png "how many objects are there ?"
     python sample.py reconstruct --image scene.png
+    python sample.py streams --image scene.png      what each of the two streams carries
     python sample.py route "two green circles"
     python sample.py export --out exported      weights and config.json, for other programs; --as internvl, dc-ae or
                                                 sana: for theirs, from a run that began with those (public/export.py)
@@ -14,9 +15,6 @@ are cut to a square and resized, and that is said. Wrong input ends in one line 
 """
 
 import argparse
-import json
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import plumbing.command  # before torch, whose threads wait as it says
@@ -27,14 +25,15 @@ from torch import Tensor
 from diffusion import SAMPLERS
 from disk import files
 from disk.reading import as_tensor
-from plumbing.command import Parser, UserError, run_command, write_beside, write_text
+from plumbing.command import Parser, UserError, run_command, write_beside
 from plumbing.devices import best_device
-from plumbing.pictures import routing_pictures, sheet, to_image
+from plumbing.pictures import routing_pictures, sheet, streams, to_image
 from plumbing.run_folder import load_run
-from public.export import export_public
+from public.export import export_own, export_public
 from spar import SPAR
 
-NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1", "export": "P1"}
+NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1",
+         "streams": "T1", "export": "P1"}
 FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -50,22 +49,6 @@ def read_picture(path: Path, side: int) -> Tensor:
     return as_tensor(image, side, None)[None]
 
 
-def export(model: SPAR, run: Path, out: Path) -> None:
-    """Every weight under its name as safetensors, config.json and what words are made of beside it."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError("export needs an extra: pip install safetensors") from None
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"stages": ",".join(model.finished_stages)}
-    write_beside(out, lambda beside: save_file(tensors, str(beside), metadata=metadata))
-    write_text(out.with_name("config.json"), json.dumps(asdict(model.config), indent=1) + "\n")
-    for name in ("vocabulary.json", "tokenizer.json"):
-        if (run / name).exists():
-            shutil.copyfile(run / name, out.with_name(name))
-    print(out)
-
-
 def write_picture(image: Image.Image, path: Path) -> None:
     write_beside(path, image.save)
     print(path)
@@ -78,6 +61,8 @@ def perform(model: SPAR, use: str, text: str, images: Tensor | None, given: argp
         return model.answer(images, [text])[0]
     if use == "reconstruct":
         return to_image(torch.cat([images[0], model.reconstruct(images)[0]], 2))
+    if use == "streams":
+        return streams(model, images)
     if use == "route":
         return sheet([], extra=routing_pictures(model, text, images))
     references = None if images is None else images.repeat(given.count, 1, 1, 1)
@@ -107,9 +92,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = parser.read()
-    if given.use not in ("reconstruct", "export") and not (given.text or "").strip():
+    if given.use not in ("reconstruct", "streams", "export") and not (given.text or "").strip():
         raise UserError(f"{given.use} needs words: python sample.py {given.use} \"…\"")
-    if given.use in ("edit", "ask", "reconstruct") and given.image is None:
+    if given.use in ("edit", "ask", "reconstruct", "streams") and given.image is None:
         raise UserError(f"{given.use} needs a picture: add --image FILE")
     if given.use == "generate" and given.image is not None:
         raise UserError("generate draws from words alone: to change a picture, "
@@ -124,12 +109,12 @@ def main() -> None:
         raise UserError(f"--out {out}: {'name' if given.use == 'export' else 'end the name in'} {endings}")
     model = load_run(given.run, best_device(given.device))
     done = set(model.finished_stages)
-    if NEEDS[given.use] not in done and not (given.use == "reconstruct" and "T2" in done):
+    if NEEDS[given.use] not in done and not (given.use in ("reconstruct", "streams") and "T2" in done):
         raise UserError(f"{given.use} needs stage {NEEDS[given.use]}, which {given.run} does not have: "
                         f"go on with `python train.py --out {given.run}`")
     if given.use == "export":
         public = given.form.replace("-", "_")
-        return export(model, given.run, out) if public == "spar" else export_public(model, public, given.run, out)
+        return export_own(model, given.run, out) if public == "spar" else export_public(model, public, given.run, out)
     images = None if given.image is None else read_picture(given.image, model.config.side).to(model.device)
     result = perform(model, given.use, given.text, images, given)
     print(result) if isinstance(result, str) else write_picture(result, out)

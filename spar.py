@@ -55,6 +55,7 @@ class Config:
     # the run
     preset: str = "toy"  # which set of numbers the others start from
     seed: int = 0  # of weights, data and noise
+    reseed: int = 0  # added to it in the stages that are trained now; what --from brings, and tests, stay
 
     # the public models that the paper starts from, in the place of P1 to P3 (public/README.md)
     internvl: str = ""  # folder of InternVL3: P1 is read from it; its sizes and its text tokenizer too
@@ -180,6 +181,10 @@ class Config:
     shard: bool = False  # FSDP2: spread weights and optimizer over the processes (default: a copy on each, DDP)
     save_minutes: float = 10.0  # how often a stage in progress is saved
     look_minutes: float = 0.0  # how often held-out losses, memory and pictures of it are written down; 0: never
+
+    @property
+    def training_seed(self) -> int:
+        return self.seed + self.reseed
 
     @property
     def grid(self) -> int:

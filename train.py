@@ -282,7 +282,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
     `data_folder`: the data on disk, None: the drawn world. `clock`: a bench's."""
     config, index, device = model.config, NAMES.index(stage.name), model.device
     steps, batch = config.steps[index], config.batch[index]
-    torch.manual_seed(1000 * config.seed + index)
+    torch.manual_seed(1000 * config.training_seed + index)
     source = Batches(config, stage.name, stage.sample, stage.shares(config), *process_rank(), model.words, data_folder,
                      config.parts(stage.name, process_rank()[1]))
     now = training_of(model, stage, data_folder)
@@ -403,7 +403,7 @@ def main() -> None:
     wait_for_all()
     train(config, rest.out, rest.stages, device, rest.source, rest.resume == "auto")
     leave_processes()
-    print_tables(evaluate(rest.out, device=device))
+    print_tables(evaluate(rest.out, device=device, **{"only": rest.only} if rest.only else {}))
     print(draw_report(rest.out, device))
     print(f"{rest.out}: {(time.time() - start) / 60:.1f} minutes")
 

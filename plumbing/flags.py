@@ -41,6 +41,7 @@ def parser_of_train(description: str, every_field: bool) -> Parser:
     parser.add_argument("--resume", choices=("auto", "never"), default="auto",
                         help="auto: go on with what --out holds; never: train the named stages anew")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: cuda or cpu")
+    parser.add_argument("--only", default=None, help="tables that the evaluation measures (evaluate.py --help)")
     parser.add_argument("--replay", type=Path, default=None,
                         help="RUN/replay: compute a step again that was not finite, and stop")
     parser.add_argument("--plan", action="store_true", default=False, help="print the stages in figures and stop")
@@ -67,8 +68,10 @@ def parser_of_train(description: str, every_field: bool) -> Parser:
     return parser
 
 
-def numbers(kind: type, text: str) -> tuple:
-    """"1,2,3" -> (1, 2, 3)"""
+def numbers(kind: type, text: str) -> tuple | dict:
+    """"1,2,3" -> (1, 2, 3); "T3=390,U2=400" -> {"T3": 390, "U2": 400}"""
+    if "=" in text:
+        return {name: kind(number) for name, number in (pair.split("=") for pair in text.split(","))}
     return tuple(kind(number) for number in text.split(","))
 
 
@@ -79,7 +82,7 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
         parser_of_train(description, every_field=True).print_help()
         raise SystemExit
     scale = given.pop("steps_scale")
-    rest = ("stages", "out", "source", "device", "plan", "bench", "resume", "replay")
+    rest = ("stages", "out", "source", "device", "plan", "bench", "resume", "replay", "only")
     rest = argparse.Namespace(**{key: given.pop(key) for key in rest})
     rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
     for name in rest.stages:
@@ -94,6 +97,11 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
         defaults.pop("precision")  # a forecast is of the machine that the preset is for
     elif defaults["precision"] != "bf16":
         preset = {key: value for key, value in preset.items() if key != "precision"}  # bf16 is for where it is fast
+    whole = make_config(preset=given["preset"])
+    for key, some in [(key, some) for key, some in given.items() if isinstance(some, dict)]:  # of some stages alone
+        if key not in PER_STAGE or set(some) - {*NAMES}:
+            raise UserError(f"--{key}: NAME=NUMBER is for {', '.join(PER_STAGE)}, and names are {','.join(NAMES)}")
+        given[key] = tuple(some.get(name, usual) for name, usual in zip(NAMES, getattr(whole, key)))
     given |= {model: str(Path(given[model]).absolute()) for model in SIZES if given.get(model)}
     config = make_config(**defaults | preset | given | sizes_of(given))
     for key in PER_STAGE:

@@ -59,7 +59,7 @@ def replay(folder: Path, device: str, stages: list, training_of: Callable, one_s
     config.shard = False
     names = stage_names(config)
     model = build(config, device, text_tokenizer(config, run), run, names[:names.index(name)])
-    torch.manual_seed(1000 * config.seed + NAMES.index(name))
+    torch.manual_seed(1000 * config.training_seed + NAMES.index(name))
     data_folder = scan(Path(config.data_of(name))) if config.data else None
     now = training_of(model, stages[NAMES.index(name)], data_folder)
     load_training(now, steps[-1])

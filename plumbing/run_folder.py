@@ -102,7 +102,7 @@ def build(config: Config, device: str, words: TextTokenizer | None = None, run: 
     """The model as a stage finds it, after `stages` of `run`. It is made on its device, never on the host beside it."""
     set_up_torch(device)
     use_backend(config.attention)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.training_seed)
     with torch.device(device):
         model = SPAR(config, words or text_tokenizer(config, run))
     for name in stages:
@@ -188,19 +188,26 @@ FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
     "data_u3": "U3", "lambda_a": "U2", "align": "U2", "teacher": "U2", "align_hidden": "U2"}
 
 
+NOT_OF_A_STAGE = ("preset", "skip_stage", "public", "reseed")
+NEEDED = {"P1": "", "P2": "", "P3": "P1 P2", "T1": "P1 P2", "T2": "T1", "T3": "T2",
+          "U1": "P3 T3", "U2": "U1", "U3": "U2"}  # stage -> those that it builds on
+
+
 def take_over(config: Config, run: Path, source: Path) -> None:
-    """Copies from `source` the stages before the first that a differing field touches."""
+    """Copies from `source` the stages that no differing field touches, nor a stage that they need (`NEEDED`)."""
     before, now = asdict(load_config(source)), asdict(config)
-    touched = len(NAMES)
-    for key in (key for key in now if before[key] != now[key] and key not in ("preset", "skip_stage", "public", *HOW)):
+    touched = set()
+    for key in (key for key in now if before[key] != now[key] and key not in (*NOT_OF_A_STAGE, *HOW)):
         if key in PER_STAGE:
-            touched = min([touched, *(i for i in range(9) if before[key][i] != now[key][i])])
+            touched |= {name for name, old, new in zip(NAMES, before[key], now[key]) if old != new}
         else:
             alike = key == "router" and "last" not in (before[key], now[key])  # P3 knows their start alone: the mean
-            touched = min(touched, NAMES.index("U1" if alike else FIRST_TOUCHED.get(key, "P1")))
+            touched |= {"U1"} if alike else {FIRST_TOUCHED[key]} if key in FIRST_TOUCHED else {"P1", "P2"}
     if before["skip_stage"] != now["skip_stage"]:
-        touched = min([touched, *(NAMES.index(name) for name in (before["skip_stage"], now["skip_stage"]) if name)])
-    for name in NAMES[:touched]:
+        touched |= {before["skip_stage"], now["skip_stage"]}
+    for name in NAMES:
+        touched |= {name} if touched & {*NEEDED[name].split()} else set()
+    for name in (name for name in NAMES if name not in touched):
         if name != config.skip_stage and (source / f"{name}.pt").exists() and not (run / f"{name}.pt").exists():
             write_beside(run / f"{name}.pt", partial(shutil.copyfile, source / f"{name}.pt"))
 

@@ -10,6 +10,7 @@ byte for byte; what it did is rounded where the folder's numbers are half as lon
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 from plumbing.command import UserError, write_beside, write_text
@@ -24,6 +25,22 @@ These weights are DC-AE's, but for the decoder, which SPAR has trained on: it de
 own tokenizer. The encoder is DC-AE's still, and its latents are not what this decoder expects: encoding with this
 folder and decoding again gives a wrong picture. `scaling_factor` is that of z_f.
 """
+
+
+def export_own(model: SPAR, run: Path, out: Path) -> None:
+    """Every weight under its name as safetensors, config.json and what words are made of beside it."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("export needs an extra: pip install safetensors") from None
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"stages": ",".join(model.finished_stages)}
+    write_beside(out, lambda beside: save_file(tensors, str(beside), metadata=metadata))
+    write_text(out.with_name("config.json"), json.dumps(asdict(model.config), indent=1) + "\n")
+    for name in ("vocabulary.json", "tokenizer.json"):
+        if (run / name).exists():
+            shutil.copyfile(run / name, out.with_name(name))
+    print(out)
 
 
 def export_public(model: SPAR, public: str, run: Path, out: Path) -> None:

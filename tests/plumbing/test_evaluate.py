@@ -178,6 +178,16 @@ def test_of_a_run_with_some_stages_what_is_there_is_measured(last, tables, whole
     assert (run / "report" / "summary.png").exists()
 
 
+def test_only_the_tables_that_are_asked_for_are_measured_and_alike(measured, tmp_path):
+    run = shutil.copytree(measured[0], tmp_path / "run")
+    results = evaluate(run, QUICK, only="reconstruction,editing_direct")
+    assert set(results) & set(TABLES) == {"reconstruction", "editing_direct"}
+    for name in ("reconstruction", "editing_direct", "eval_id"):
+        assert results[name] == measured[1][name]
+    done = call("evaluate.py", run, "--only", "reconstruction,drawing")
+    assert done.returncode == 2 and "tables are reconstruction" in done.stderr
+
+
 @pytest.mark.parametrize("last, titles", [
     ("P1", ["ask"]), ("P2", ["pixel autoencoder", "ask"]), ("T1", ["reconstruct", "ask"]),
     ("U1", ["reconstruct", "ask", "draw"]),

@@ -228,6 +228,15 @@ def data_u3(end, tmp_path, monkeypatch):
         parse("", ["--data-u3", "x"])
 
 
+def reseed(end, tmp_path, monkeypatch):
+    """Other noise, data and new weights in the stages that are trained; the run's seed, and with it its tests, stay."""
+    assert end("T1") != end("T1", reseed=1) == end("T1", seed=1)
+    source, other = tmp_path / "source", tmp_path / "other"
+    train.train(make_config(**TINY), source, ["P1", "P2"], "cpu")
+    train.train(make_config(**TINY | {"reseed": 1}), other, ["P1", "P2", "P3"], "cpu", source)
+    assert (source / "P1.pt").read_bytes() == (other / "P1.pt").read_bytes() and load_run(other).config.seed == 0
+
+
 def tokens(end, tmp_path, monkeypatch):
     few, more = (len(json.loads((on_disk(tmp_path, tokens=count) / "vocabulary.json").read_text())["merges"])
                  for count in (264, 268))
@@ -375,7 +384,7 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 
 ELSEWHERE = {test.__name__: test for test in (
     preset, per_device, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data,
-    data_u3, tokens,
+    data_u3, reseed, tokens,
     longest, flip, early, fit, look_minutes, max_bad, compile, checkpointing, workers, shard, save_minutes,
     sampling_steps, guidance, sampler,
     sampling_shift)}

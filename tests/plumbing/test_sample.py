@@ -27,7 +27,7 @@ def sample(run: Path, *arguments: str) -> Ended:
 
 @pytest.mark.parametrize("arguments", [
     ("generate", "a red circle"), ("edit", "--image", "{exact}", "make the red circle blue"),
-    ("reconstruct", "--image", "{exact}"), ("route", "two green circles"),
+    ("reconstruct", "--image", "{exact}"), ("streams", "--image", "{exact}"), ("route", "two green circles"),
     ("generate", "a red circle", "--count", "3", "--sampler", "euler", "--steps", "4")])
 def test_every_use_writes_its_picture(arguments, run, tmp_path):
     arguments = [a.format(exact=run / "exact.png") for a in arguments]

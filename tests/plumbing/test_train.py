@@ -101,6 +101,17 @@ def test_a_scale_of_the_steps_is_part_of_the_configuration(tmp_path):
         check_same_run(config, tmp_path)
 
 
+def test_a_number_of_some_stages_alone_is_given_by_their_names():
+    config, usual = parse(arguments=["--steps", "T3=390,U2=400", "--lr", "P1=0.5"])[0], make_config()
+    assert config.steps == (*usual.steps[:5], 390, usual.steps[6], 400, usual.steps[8])
+    assert config.lr == (0.5, *usual.lr[1:]) and config.batch == usual.batch
+    for wrong in ("T4=3", "T3=3,4"):
+        with pytest.raises(UserError):
+            parse(arguments=["--steps", wrong])
+    with pytest.raises(UserError, match="NAME=NUMBER is for"):
+        parse(arguments=["--ae-widths", "T3=3"])
+
+
 def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tmp_path):
     with pytest.raises(UserError, match="P3 needs P1"):
         train.train(tiny(), tmp_path / "gap", ["P3"], "cpu", None)
@@ -110,18 +121,20 @@ def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tm
     assert (tmp_path / "run" / "P1.pt").stat().st_mtime_ns == stamp and (tmp_path / "run" / "P2.pt").exists()
 
 
-@pytest.mark.parametrize("change, first", [
-    ({"router": "last"}, "P3"), ({"router": "concat"}, "U1"), ({"align": "none"}, "U2"), ({"anchor": False}, "T3"),
-    ({"tokenizer": "pixel-only"}, "T1"),
-    ({"skip_stage": "T2"}, "T2"), ({"steps": (2,) * 7 + (3, 2)}, "U2"), ({"d": 64, "llm_mlp": 64}, "P1")])
-def test_only_stages_before_the_changed_one_are_reused(change, first, tiny, tmp_path):
+@pytest.mark.parametrize("change, kept", [
+    ({"router": "last"}, "P1 P2 T1 T2 T3"), ({"router": "concat"}, "P1 P2 P3 T1 T2 T3"),
+    ({"align": "none"}, "P1 P2 P3 T1 T2 T3 U1"), ({"anchor": False}, "P1 P2 P3 T1 T2"),
+    ({"tokenizer": "pixel-only"}, "P1 P2 P3"), ({"skip_stage": "T2"}, "P1 P2 P3 T1"),
+    ({"steps": (2,) * 7 + (3, 2)}, "P1 P2 P3 T1 T2 T3 U1"), ({"steps": (2, 2, 3) + (2,) * 6}, "P1 P2 T1 T2 T3"),
+    ({"steps": (3,) + (2,) * 8}, "P2"), ({"reseed": 5}, " ".join(NAMES)), ({"d": 64, "llm_mlp": 64}, "")])
+def test_stages_that_a_change_does_not_touch_nor_any_that_they_build_on_are_reused(change, kept, tiny, tmp_path):
     source, run = tmp_path / "source", tmp_path / "run"
     check_same_run(tiny(), (source.mkdir(), source)[1])
     for name in NAMES:
         (source / f"{name}.pt").write_bytes(b"-")
     run.mkdir()
     take_over(tiny(**change), run, source)
-    assert {path.stem for path in run.glob("*.pt")} == set(NAMES[:NAMES.index(first)])
+    assert {path.stem for path in run.glob("*.pt")} == set(kept.split())
 
 
 @pytest.mark.parametrize("k, said", [(3, 1), (4, 0)])

@@ -1,0 +1,116 @@
+"""Writes a learner's copy of the source, with the bodies of an exercise taken out.
+
+    python exercises/make.py 6                        exercises/work/router.py, with four holes, and what to predict
+    python exercises/make.py --class OUT --variant 3  a pack for a graded class: OUT/student and OUT/teacher
+
+Signatures and docstrings stay: they say what is wanted. Fill the holes in any way, then `python exercises/grade.py 6`.
+"""
+
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from exercises.cut import cut
+from exercises.judge import NUMBERS, exercise
+from plumbing.command import Parser, UserError, run_command, write_text
+
+WORK = ROOT / "exercises" / "work"
+MADE = "made.json"  # in the folder: file -> the exercise that its copy was made for
+
+
+def made(work: Path = WORK) -> dict[str, int]:
+    return json.loads((work / MADE).read_text()) if (work / MADE).exists() else {}
+
+
+def files_of(number: int, work: Path = WORK) -> dict[str, Path]:
+    """file -> the learner's copy for this exercise: beside the others, or in a folder of its own where another
+    exercise needs the same file. Raises UserError where there is none."""
+    found, owners = {}, made(work)
+    for file in exercise(number).CUT:
+        own = work / str(number) / file
+        path = own if own.exists() and owners.get(file) != number else work / file
+        if not path.exists() or owners.get(file, number) != number and path != own:
+            raise UserError(f"{path} is not there: python exercises/make.py {number} writes it")
+        found[file] = path
+    return found
+
+
+def make(number: int, work: Path = WORK) -> list[str]:
+    """Writes the copies; what another exercise has there is put into a folder of its own. -> lines to print."""
+    module, owners, lines = exercise(number), made(work), []
+    if not module.CUT:
+        return [f"exercise {number} has nothing to fill in: exercises/README.md says what to do"]
+    for file, names in module.CUT.items():
+        text, taken = cut((ROOT / file).read_text(encoding="utf-8"), names, number)
+        path, owner, parked = work / file, owners.get(file), work / str(number) / file
+        if path.exists() and owner == number:
+            raise UserError(f"{path} is there already, with your answers: move it away to begin again")
+        if path.exists():
+            away = work / str(owner or "other") / file
+            away.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(away)
+            lines.append(f"{path.name} of exercise {owner or '?'} now lies in {away.parent}")
+        if parked.exists():  # its answers come back
+            work.mkdir(parents=True, exist_ok=True)
+            parked.replace(path)
+            lines.append(f"{path}: as you left it")
+        else:
+            write_text(path, text)
+            lines.append(f"{path}: {taken} lines taken out, of {', '.join(names)}")
+        owners[file] = number
+    write_text(work / MADE, json.dumps(owners) + "\n")
+    sheet = work / "predictions.md"
+    known = sheet.read_text(encoding="utf-8") if sheet.exists() else "# What I expect\n"
+    if f"\n## {number} " not in known:
+        known += f"\n## {number} {module.TITLE}\n" + "".join(f"\n{question}\n\n> \n" for question in module.PREDICT)
+        write_text(sheet, known)
+    return [*lines, f"first write down what you expect: {sheet}", f"then: python exercises/grade.py {number}"]
+
+
+def pack(out: Path, variant: int) -> list[str]:
+    """OUT/student: the project with all bodies of all exercises taken out, without the tests that hold the checks in
+    another form and without planted answers. OUT/teacher: the whole. `variant` is the seed that grades are given by."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is there already: choose another folder")
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "work", ".ci")
+    for who in ("student", "teacher"):
+        shutil.copytree(ROOT, out / who, ignore=ignored)
+    student, holes = out / "student", {}
+    for number in NUMBERS:
+        for file, names in exercise(number).CUT.items():
+            for name in names:
+                holes.setdefault(file, {})[name] = number
+    for file, names in holes.items():
+        text = (ROOT / file).read_text(encoding="utf-8")
+        for number in set(names.values()):
+            text = cut(text, [name for name, of in names.items() if of == number], number)[0]
+        write_text(student / file, text)
+    shutil.rmtree(student / "tests" / "claims")
+    shutil.rmtree(student / "exercises" / "answers")
+    (student / "exercises" / "teacher.md").unlink(missing_ok=True)
+    seed = random.Random(variant).getrandbits(31)
+    write_text(out / "teacher" / "variant.txt", f"python exercises/grade.py N --seed {seed} --root ../student\n")
+    return [f"{student}: {sum(map(len, holes.values()))} bodies taken out of {len(holes)} files",
+            f"{out / 'teacher'}: the whole, and in variant.txt how this class is graded"]
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("number", nargs="?", type=int, help="1 to 10")
+    parser.add_argument("--class", dest="pack", type=Path, help="folder for a pack instead")
+    parser.add_argument("--variant", type=int, default=0, help="of the pack: another number, other random inputs")
+    given = parser.read()
+    if given.pack:
+        return print("\n".join(pack(given.pack, given.variant)))
+    if given.number not in NUMBERS:
+        raise UserError("which exercise? python exercises/make.py 1, up to 10")
+    print("\n".join(make(given.number)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,34 @@
+"""Runs a script of the project on the learner's files.
+
+    python exercises/run.py 6 sample.py route "two green circles" --run runs/toy
+    python exercises/run.py 8 train.py --from runs/class --stages T3 --steps T3=390 --out runs/mine
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from plumbing.command import UserError, run_command
+
+
+def main() -> None:
+    from exercises.cut import Finder, is_ours
+    from exercises.judge import NUMBERS
+    from exercises.make import files_of
+    scripts = sorted(path.name for path in ROOT.glob("*.py"))
+    if len(sys.argv) < 3 or not sys.argv[1].isdigit() or int(sys.argv[1]) not in NUMBERS or sys.argv[2] not in scripts:
+        raise UserError(f"python exercises/run.py N SCRIPT …, N from 1 to 10, SCRIPT one of {', '.join(scripts)}")
+    number, script, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[2:]
+    paths = files_of(number)
+    sources = {file[:-3]: (str(path), path.read_text(encoding="utf-8")) for file, path in paths.items()}
+    for name in [name for name in sys.modules if is_ours(name) and name.partition(".")[0] != "plumbing"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, Finder(sources))
+    runpy.run_path(str(paths.get(script, ROOT / script)), run_name="__main__")
+
+
+if __name__ == "__main__":
+    run_command(main)
