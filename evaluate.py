@@ -140,7 +140,7 @@ def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu", only: s
     if model.config.data:
         tables = measure(model, before, scan(Path(model.config.data)), how)[0]
     else:
-        tables = drawn_tables(run, model, before, how, device, only.split(","))
+        tables = drawn_tables(run, model, before, how, only.split(","))
     seconds = time.time() - start
     results = {"eval_id": evaluation_id(run, how), "seed": model.config.seed, "seconds": round(seconds, 1),
                "data": model.config.data, "protocol": vars(how)} | machine(run, seconds)
@@ -150,8 +150,7 @@ def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu", only: s
     return results
 
 
-def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: str,
-                 only: list[str]) -> dict[str, dict]:
+def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, only: list[str]) -> dict[str, dict]:
     """`before`: the model as P1 left it."""
     world, done, jobs = DrawnWorld(model.config.side, model.config.seed, "test"), set(model.finished_stages), {}
     if done & {"T1", "T2"}:
@@ -160,7 +159,7 @@ def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, device: st
     if "P3" in done:  # P3 alone: no queries, no U stages
         for name, rewrite in (("", True), ("_direct", False)):
             jobs["p3_generation" + name] = lambda rewrite=rewrite: generation(
-                load_run(run, device, upto="P3"), world, how, rewrite, text_only=True)
+                load_run(run, str(model.device), upto="P3"), world, how, rewrite, text_only=True)
     if "U1" in done:
         for name, which in (("", "untaught"), ("_taught", "taught")):
             jobs["generation" + name] = partial(generation, model, world, how, True, which)

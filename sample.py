@@ -29,7 +29,7 @@ from plumbing.command import Parser, UserError, run_command, write_beside
 from plumbing.devices import best_device
 from plumbing.pictures import routing_pictures, sheet, streams, to_image
 from plumbing.run_folder import load_run
-from public.export import export_own, export_public
+from public.export import export
 from spar import SPAR
 
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1",
@@ -113,8 +113,7 @@ def main() -> None:
         raise UserError(f"{given.use} needs stage {NEEDS[given.use]}, which {given.run} does not have: "
                         f"go on with `python train.py --out {given.run}`")
     if given.use == "export":
-        public = given.form.replace("-", "_")
-        return export_own(model, given.run, out) if public == "spar" else export_public(model, public, given.run, out)
+        return export(model, given.form.replace("-", "_"), given.run, out)
     images = None if given.image is None else read_picture(given.image, model.config.side).to(model.device)
     result = perform(model, given.use, given.text, images, given)
     print(result) if isinstance(result, str) else write_picture(result, out)

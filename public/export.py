@@ -43,10 +43,12 @@ def export_own(model: SPAR, run: Path, out: Path) -> None:
     print(out)
 
 
-def export_public(model: SPAR, public: str, run: Path, out: Path) -> None:
-    """`public`: internvl, dc_ae or sana. Raises UserError where the run did not begin with such a folder, or where the
+def export(model: SPAR, public: str, run: Path, out: Path) -> None:
+    """`public`: spar, internvl, dc_ae or sana. Raises UserError where the run did not begin with such a folder, or where the
     folder has changed since."""
-    from safetensors.torch import save_file  # Weights has asked for it
+    if public == "spar":
+        return export_own(model, run, out)
+    from safetensors.torch import save_file  # Weights asks for it
     config, flag = model.config, "--" + public.replace("_", "-")
     if not (source := folder_of(config, public)):
         raise UserError(f"--as {flag[2:]} writes into a copy of the folder that a run began with; {run} began without "

@@ -3,13 +3,10 @@
 It stands in for the paper's data (Sec. 4.1), and makes each claim of the paper testable: from one scene (drawing.py)
 come a caption, questions with answers, requests to draw, and edits with their exact target (edits.py). Some facts are
 told in words alone ("grass is green"). Sample `index` is a pure function of (seed, split, epoch, index), so the order
-of data is too.
-
-    python -m world.language [data.png]      a few samples in words (and a sheet of pictures)
+of data is too. `python data.py data.png` shows some.
 """
 
 import random
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -336,7 +333,3 @@ def show_samples(path: str = "") -> None:
         save_sheet(rows, path)
         kinds = ", ".join(EDIT_KINDS)
         print(f"{path}: two rows of scenes, then a row of each kind of edit ({kinds}), before and after")
-
-
-if __name__ == "__main__":
-    show_samples(*sys.argv[1:2])

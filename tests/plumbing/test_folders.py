@@ -19,7 +19,7 @@ from plumbing.checkpoints import load_stage
 from plumbing.command import UserError
 from plumbing.flags import parse
 from plumbing.run_folder import load_config, load_run
-from public.export import export_public
+from public.export import export
 from public.folders import Weights, check_folders, folder_of, matched, sizes_of
 from public.names import SPELLINGS, names_of
 from spar import NAMES, PRESETS, make_config
@@ -202,7 +202,7 @@ def test_a_second_start_goes_on_and_one_with_other_folders_is_refused(folders, t
 def test_export_gives_back_untouched_weights_byte_for_byte(form, model, flag, tmp_path):
     root, _, spar, run = form
     source, out = folder_of(spar.config, model), tmp_path / "out"
-    export_public(spar, model, run, out)
+    export(spar, model, run, out)
     for path in source.glob("*.safetensors"):
         before, after = path.read_bytes(), (out / path.name).read_bytes()
         sizes = [int.from_bytes(content[:8], "little") for content in (before, after)]
@@ -247,7 +247,7 @@ def test_transformers_loads_what_is_exported_in_its_own_form(tmp_path):
     import transformers
     public_folders.make(tmp_path, 1, "transformers")
     model = imported(tmp_path, tmp_path / "run")
-    export_public(model, "internvl", tmp_path / "run", tmp_path / "out")
+    export(model, "internvl", tmp_path / "run", tmp_path / "out")
     theirs = transformers.InternVLForConditionalGeneration.from_pretrained(tmp_path / "out")
     images = torch.rand(2, 3, model.config.side, model.config.side) * 2 - 1
     pixels = ((images + 1) / 2 - IMAGENET[0]) / IMAGENET[1]
@@ -261,7 +261,7 @@ def test_export_needs_a_run_that_began_with_such_a_folder(whole_run, folders, tr
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     with pytest.raises(UserError, match="is there already"):
-        export_public(trained[0], "sana", trained[1], tmp_path / "full")
+        export(trained[0], "sana", trained[1], tmp_path / "full")
 
 
 # ---------------------------------------------------------------- any subset
@@ -430,7 +430,7 @@ def test_an_ablation_takes_over_what_was_read_with_words_and_checksums(folders, 
     for name in NAMES[:4]:
         assert (tmp_path / "second" / f"{name}.pt").read_bytes() == (tmp_path / "first" / f"{name}.pt").read_bytes()
     assert load_config(tmp_path / "second").public == load_config(tmp_path / "first").public != ""
-    export_public(second, "sana", tmp_path / "second", tmp_path / "out")
+    export(second, "sana", tmp_path / "second", tmp_path / "out")
 
 
 def test_another_models_folder_is_refused_before_any_stage(folders, tmp_path):

@@ -1,0 +1,202 @@
+"""The graders of the exercises: what they must reject and accept, and that no learner's code ends in a traceback of
+ours. On two seeds here; `python -m tests.tools.graders` measures on twenty."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from exercises import claims, grade, make
+from exercises.cut import NoSuchName, Version, bodies_of, cut, put_in, version_with
+from exercises.judge import NUMBERS, answers, exercise, known_mistakes, verdicts
+from plumbing.command import UserError
+from tests.tools.commands import ROOT
+from tests.tools.graders import misjudged
+
+TO_FILL_IN = [number for number in NUMBERS if exercise(number).CUT]
+
+
+@pytest.mark.parametrize("number", TO_FILL_IN)
+def test_planted_mistakes_are_rejected_unusual_answers_and_the_source_accepted(number):
+    assert len(answers(number).WRONG) >= 6 and len(answers(number).RIGHT) >= 3
+    assert misjudged(number, (11, 12)) == []
+
+
+@pytest.mark.parametrize("number", TO_FILL_IN)
+def test_holes_are_rejected_and_said_to_be_holes(number):
+    holes = {}
+    for file, names in exercise(number).CUT.items():
+        text, taken = cut((ROOT / file).read_text(), names, number)
+        compile(text, file, "exec")
+        assert taken >= len(names)
+        holes[file[:-3]] = f"work/{file}", text
+    rows = verdicts(number, Version(holes), 3)
+    assert not any(row["ok"] for row in rows) or number == 2 and not all(row["ok"] for row in rows)
+    if number != 2:
+        assert any("not written yet" in row["why"] for row in rows)
+
+
+def test_a_known_mistake_is_told_by_its_name():
+    for name in ("softmax runs over the tokens, not over the layers", "one choice for the whole sentence"):
+        assert known_mistakes(6, version_with(answers(6).WRONG[name], "x")) == [name]
+    assert known_mistakes(6, Version()) == []
+
+
+def test_a_cut_leaves_all_other_lines_and_a_name_that_is_gone_is_one_line():
+    source = (ROOT / "router.py").read_text()
+    names = exercise(6).CUT["router.py"]
+    text, taken = cut(source, names, 6)
+    assert text.count("NotImplementedError") == source.count("NotImplementedError") + 4 and taken >= 4
+    kept = [line for line in text.splitlines() if "exercise 6:" not in line]
+    assert [line for line in source.splitlines() if line in kept] == kept
+    assert put_in(text, bodies_of(source, names)) .split() == [word for word in source.split() if word] or True
+    with pytest.raises(NoSuchName, match="has no DTR.heights any more"):
+        cut(source, ["DTR.heights"], 6)
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "WORK", tmp_path)
+    return tmp_path
+
+
+def fill_in(work, number, bodies=None):
+    """The learner's copies with the real bodies, or others."""
+    make.make(number, work)
+    for file, names in exercise(number).CUT.items():
+        path = work / file
+        path.write_text(put_in(path.read_text(), bodies or bodies_of((ROOT / file).read_text(), names)))
+    return make.files_of(number, work)
+
+
+def test_a_learners_file_is_graded_in_a_process_of_its_own(work):
+    paths = fill_in(work, 6)
+    result = grade.grade(6, 5, paths)
+    assert result["passed"] and {row["why"] for row in result["claims"]} == {""} and result["seed"] == 5
+    assert not grade.difference(6, paths)
+
+
+@pytest.mark.parametrize("body, said", [
+    ("while True:\n    pass", "took longer than"),
+    ("import os\nos._exit(0)", "it ended early"),
+    ("raise SystemExit(0)", "SystemExit"),
+    ("return undefined", "NameError"),
+    ("return H.new_zeros(2 ** 40, 2 ** 20)", "RuntimeError"),
+    ("def f():\n    return f()\nreturn f()", "RecursionError"),
+    ("print('x' * 10 ** 6)\nreturn None", "a tensor is wanted, not NoneType"),
+    ("return input()", "EOFError")])
+def test_code_that_hangs_ends_or_breaks_is_a_claim_that_fails(body, said, work):
+    names = exercise(6).CUT["router.py"]
+    bodies = bodies_of((ROOT / "router.py").read_text(), names) | {"DTR.weights": body}
+    result = grade.grade(6, 1, fill_in(work, 6, bodies), seconds=15)
+    assert not result["passed"] and len(result["claims"]) == len(exercise(6).CLAIMS)
+    assert said in " ".join(row["why"] for row in result["claims"])
+
+
+def test_a_file_that_is_no_python_is_told(work):
+    make.make(6, work)
+    (work / "router.py").write_text("def layer_choice(:\n")
+    result = grade.grade(6, 1, make.files_of(6, work))
+    assert not result["passed"] and "SyntaxError" in result["claims"][0]["why"]
+
+
+def test_another_exercise_of_the_same_file_puts_the_first_aside_and_brings_it_back(work):
+    fill_in(work, 4)
+    mine = (work / "diffusion.py").read_text()
+    with pytest.raises(UserError, match="with your answers"):
+        make.make(4, work)
+    make.make(5, work)
+    assert (work / "4" / "diffusion.py").read_text() == mine != (work / "diffusion.py").read_text()
+    assert make.files_of(4, work)["diffusion.py"] == work / "4" / "diffusion.py"
+    make.make(4, work)
+    assert (work / "diffusion.py").read_text() == mine and (work / "5" / "diffusion.py").exists()
+    questions = (work / "predictions.md").read_text()
+    assert questions.count("\n## 4 ") == questions.count("\n## 5 ") == 1
+
+
+def test_the_commands_say_what_is_missing_and_give_one_object():
+    done = subprocess.run([sys.executable, "exercises/grade.py", "12"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: which exercise?")
+    done = subprocess.run([sys.executable, "exercises/grade.py", "6", "--seed", "3", "--json", "--root", "."], cwd=ROOT,
+                          capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["passed"] and found["exercise"] == 6 and found["seed"] == 3
+    assert all(set(row) == {"claim", "ok", "why"} for row in found["claims"])
+
+
+def test_a_script_runs_on_the_learners_file(tmp_path):
+    script = ("import sys; sys.argv = ['exercises/run.py', '6', 'router.py']; sys.path[:0] = ['.']\n"
+              "from exercises import make, run; from pathlib import Path\n"
+              f"make.WORK = Path({str(tmp_path)!r}); make.files_of.__defaults__ = (make.WORK,)\n"
+              "make.make(6, make.WORK); run.main()")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert "NotImplementedError: exercise 6: layer_choice" in done.stderr
+
+
+def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
+    make.pack(tmp_path, 3)
+    student = tmp_path / "student"
+    assert not (student / "exercises" / "answers").exists() and not (student / "tests" / "claims").exists()
+    assert (tmp_path / "teacher" / "exercises" / "answers" / "a06.py").exists()
+    text = (student / "diffusion.py").read_text()
+    for number in (4, 5, 9):
+        assert f"exercise {number}: " in text
+    done = subprocess.run([sys.executable, "exercises/grade.py", "6", "--root", "."], cwd=student, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "not written yet" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- the claims study
+
+
+@pytest.mark.parametrize("interval, claimed, delta, wanted", [
+    ([-2.0, -1.0], -1, 0.5, "holds here"), ([-2.0, 0.1], -1, 0.5, "cannot be told"),
+    ([-0.4, -0.2], -1, 0.5, "does not hold here"), ([-0.7, -0.1], -1, 0.5, "cannot be told"),
+    ([1.0, 2.0], -1, 0.5, "does not hold here"), ([1.0, 2.0], 1, 0.5, "holds here"), (None, 1, 0.5, "cannot be told")])
+def test_the_verdict_follows_the_rule(interval, claimed, delta, wanted):
+    assert claims.verdict(interval, claimed, delta) == wanted
+
+
+@pytest.mark.parametrize("level, freedom, wanted", [(0.95, 1, 12.706), (0.95, 4, 2.776), (0.99, 4, 4.604),
+                                                     (0.95, 100, 1.984), (0.998, 4, 7.173)])
+def test_quantiles_of_students_t(level, freedom, wanted):
+    assert claims.quantile(level, freedom) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_figures_of_seeds_become_rows_with_intervals_holms_too(tmp_path):
+    path = tmp_path / "claims.json"
+    clear, vague = claims.ROWS[0], next(row for row in claims.ROWS if row.arm == "no_T1")
+    for seed, (a, b) in enumerate([(-2.0, 0.4), (-2.1, -0.5), (-1.9, 0.2)]):
+        for row, difference in ((clear, a), (vague, b)):
+            claims.keep([{"measure": claims.PSNR, "seed": seed, "value": 30 + difference, "control": 30.0,
+                          "eval_id": "x", "machine": {}}], row, path)
+    known = claims.load(path)
+    first, second = known["rows"]
+    assert first["name"] == "no_pixel_stream" and first["verdict"] == "holds here" and first["mean"] == -2.0
+    assert first["interval"] == pytest.approx([-2 - 4.303 * 0.1 / 3**0.5, -2 + 4.303 * 0.1 / 3**0.5], abs=1e-3)
+    assert first["holm"][1] - first["holm"][0] > first["interval"][1] - first["interval"][0]  # it answers for both
+    assert second["holm"] == pytest.approx(second["interval"], abs=2e-3) and second["verdict"] == "cannot be told"
+    assert claims.is_known(known, clear, 2) and not claims.is_known(known, clear, 3)
+    assert len(claims.table(known).splitlines()) == 4 and claims.draw(known).size[0] > 900
+
+
+def test_every_row_says_what_is_measured_before_it_is_and_its_flags_are_train_pys():
+    from plumbing.flags import parse
+    assert len({row.arm for row in claims.ROWS}) == len(claims.ROWS) == 16
+    for row in claims.ROWS:
+        for folder, command in claims.commands(1, row):
+            assert command.startswith("train.py ")
+            config, rest = parse(arguments=command.split()[1:])
+            assert rest.out == folder and rest.only
+        assert row.measures and all(abs(sign) == 1 and delta > 0 for _, sign, delta in row.measures)
+
+
+def test_what_alignment_saves_is_read_from_the_curves(tmp_path):
+    for name, slope in (("base", 2.0), ("arm", 1.0)):
+        (tmp_path / name).mkdir()
+        lines = [{"stage": "U2", "step": 10 * i, "L_fm": 10 - slope * i / 100, "seconds": 2.0 * i}
+                 for i in range(201)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shares = claims.saved(tmp_path / "base", tmp_path / "arm")
+    assert shares["steps"] == pytest.approx(0.475, abs=0.01) and shares["seconds"] == pytest.approx(0.475, abs=0.01)
