@@ -6,6 +6,7 @@
     python sample.py reconstruct --image scene.png
     python sample.py streams --image scene.png      what each of the two streams carries
     python sample.py route "two green circles"
+    python sample.py page --out page.html       all of it, to explore by hovering: one file for any browser
     python sample.py export --out exported      weights and config.json, for other programs; --as internvl, dc-ae or
                                                 sana: for theirs, from a run that began with those (public/export.py)
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from diffusion import SAMPLERS
 from disk import files
 from disk.reading import as_tensor
+from exercises.page import write_page
 from plumbing.command import Parser, UserError, run_command, write_beside
 from plumbing.devices import best_device
 from plumbing.pictures import routing_pictures, sheet, streams, to_image
@@ -33,8 +35,7 @@ from public.export import export
 from spar import SPAR
 
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1",
-         "streams": "T1", "export": "P1"}
-FORMATS = (".png", ".jpg", ".jpeg", ".webp")
+         "streams": "T1", "export": "P1", "page": "P1"}
 
 
 def read_picture(path: Path, side: int) -> Tensor:
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = parser.read()
-    if given.use not in ("reconstruct", "streams", "export") and not (given.text or "").strip():
+    if given.use not in ("reconstruct", "streams", "export", "page") and not (given.text or "").strip():
         raise UserError(f"{given.use} needs words: python sample.py {given.use} \"…\"")
     if given.use in ("edit", "ask", "reconstruct", "streams") and given.image is None:
         raise UserError(f"{given.use} needs a picture: add --image FILE")
@@ -101,12 +102,12 @@ def main() -> None:
                         "python sample.py edit --image FILE \"…\"")
     if given.count < 1 or given.steps is not None and given.steps < 1:
         raise UserError("--count and --steps must be at least 1")
-    out = given.out or Path("exported" if given.use == "export" else f"{given.use}.png")
+    out = given.out or Path({"export": "exported", "page": "page.html"}.get(given.use, f"{given.use}.png"))
     if given.use == "export" and given.form == "spar" and not out.suffix:
         out = out / "model.safetensors"
-    if given.form == "spar" and out.suffix.lower() not in ((".safetensors",) if given.use == "export" else FORMATS):
-        endings = "a folder's name or one in .safetensors" if given.use == "export" else ".png, .jpg or .webp"
-        raise UserError(f"--out {out}: {'name' if given.use == 'export' else 'end the name in'} {endings}")
+    endings = {"export": (".safetensors",), "page": (".html",)}.get(given.use, (".png", ".jpg", ".jpeg", ".webp"))
+    if given.form == "spar" and out.suffix.lower() not in endings:
+        raise UserError(f"--out {out}: end the name in {' or '.join(endings)}")
     model = load_run(given.run, best_device(given.device))
     done = set(model.finished_stages)
     if NEEDS[given.use] not in done and not (given.use in ("reconstruct", "streams") and "T2" in done):
@@ -114,6 +115,8 @@ def main() -> None:
                         f"go on with `python train.py --out {given.run}`")
     if given.use == "export":
         return export(model, given.form.replace("-", "_"), given.run, out)
+    if given.use == "page":
+        return write_page(model, given.run, out)
     images = None if given.image is None else read_picture(given.image, model.config.side).to(model.device)
     result = perform(model, given.use, given.text, images, given)
     print(result) if isinstance(result, str) else write_picture(result, out)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from exercises.cut import bodies_of, places
-from exercises.judge import NUMBERS, exercise
+from exercises.judge import NUMBERS, cut_of, exercise
 from exercises.make import WORK, files_of
 from plumbing.command import Parser, UserError, run_command
 
@@ -70,7 +70,7 @@ def grade(number: int, seed: int, paths: dict[str, Path], seconds: float = SECON
 def difference(number: int, paths: dict[str, Path]) -> str:
     """The learner's bodies and the real ones, side by side as a difference."""
     lines = []
-    for file, names in exercise(number).CUT.items():
+    for file, names in cut_of(number).items():
         mine, real = paths[file].read_text(encoding="utf-8"), (ROOT / file).read_text(encoding="utf-8")
         for name in names:
             pair = [bodies_of(text, [name])[name].splitlines() if name in places(text) or "STAGES." in name else []
@@ -115,8 +115,8 @@ def main() -> None:
     else:
         results = []
         for number in ([given.number] if not given.all else [n for n in NUMBERS if begun(n)]):
-            files, start = exercise(number).CUT, time.time()
-            paths = {file: given.root / file for file in files} if given.root else files_of(number)
+            files, start = cut_of(number), time.time()
+            paths = {file: given.root.absolute() / file for file in files} if given.root else files_of(number)
             results.append(grade(number, seed, paths))
             if not given.json:
                 show(results[-1], paths, time.time() - start)

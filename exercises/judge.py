@@ -25,6 +25,11 @@ def exercise(number: int):
     return importlib.import_module(f"exercises.checks.e{number:02}")
 
 
+def cut_of(number: int) -> dict[str, list[str]]:
+    """file -> names of what the exercise takes out of it; exercise 10 takes out nothing."""
+    return getattr(exercise(number), "CUT", {})
+
+
 def answers(number: int):
     """None in a pack for a class, which has none."""
     try:

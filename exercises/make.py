@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from exercises.cut import cut
-from exercises.judge import NUMBERS, exercise
+from exercises.judge import NUMBERS, cut_of, exercise
 from plumbing.command import Parser, UserError, run_command, write_text
 
 WORK = ROOT / "exercises" / "work"
@@ -31,7 +31,7 @@ def files_of(number: int, work: Path = WORK) -> dict[str, Path]:
     """file -> the learner's copy for this exercise: beside the others, or in a folder of its own where another
     exercise needs the same file. Raises UserError where there is none."""
     found, owners = {}, made(work)
-    for file in exercise(number).CUT:
+    for file in cut_of(number):
         own = work / str(number) / file
         path = own if own.exists() and owners.get(file) != number else work / file
         if not path.exists() or owners.get(file, number) != number and path != own:
@@ -43,9 +43,9 @@ def files_of(number: int, work: Path = WORK) -> dict[str, Path]:
 def make(number: int, work: Path = WORK) -> list[str]:
     """Writes the copies; what another exercise has there is put into a folder of its own. -> lines to print."""
     module, owners, lines = exercise(number), made(work), []
-    if not module.CUT:
+    if not cut_of(number):
         return [f"exercise {number} has nothing to fill in: exercises/README.md says what to do"]
-    for file, names in module.CUT.items():
+    for file, names in cut_of(number).items():
         text, taken = cut((ROOT / file).read_text(encoding="utf-8"), names, number)
         path, owner, parked = work / file, owners.get(file), work / str(number) / file
         if path.exists() and owner == number:
@@ -82,7 +82,7 @@ def pack(out: Path, variant: int) -> list[str]:
         shutil.copytree(ROOT, out / who, ignore=ignored)
     student, holes = out / "student", {}
     for number in NUMBERS:
-        for file, names in exercise(number).CUT.items():
+        for file, names in cut_of(number).items():
             for name in names:
                 holes.setdefault(file, {})[name] = number
     for file, names in holes.items():

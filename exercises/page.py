@@ -1,9 +1,9 @@
 """One page to explore a run: its losses, its four uses, what each stream and each layer carries, the path from noise to
-picture. A single file, for any browser, that fetches nothing.
+picture. A single file for any browser, which fetches nothing.
 
     python sample.py page --run runs/toy --out page.html
 
-The model computes here what the page shows; page.html beside this file is the page without its data. A section is there
+Here the model computes what the page shows; page.html beside this file is the page without its data. A section is there
 as far as the run's finished stages allow.
 """
 
@@ -36,8 +36,7 @@ from world.language import MEASURED, QUESTION_KINDS, DrawnWorld
 ROOT = Path(__file__).resolve().parent.parent
 COUNT = 12  # samples of each use
 PATHS, DRAWN = 8, 32  # paths that are shown, and those that the curves are of
-READ = 6  # requests, and as many edits, whose routing and attention are shown
-LARGEST = 1 << 20  # bytes of attention weights; what is more is left out
+READ, LARGEST = 6, 1 << 20  # requests, and edits, whose routing is shown; bytes of attention: what is more is left out
 POINTS = 300  # of a curve
 
 
@@ -48,20 +47,15 @@ class Page(Template):
 # ---------------------------------------------------------------- pictures and readings
 
 
-def strip(pictures: Tensor) -> dict:
-    """Pictures `b 3 H W` side by side, as one that stands in the page itself: exact up to 32 pixels, else smaller."""
-    side, file = pictures.shape[-1], io.BytesIO()
-    image = to_image(torch.cat(list(pictures.cpu()), 2))
+def strip(*sets: Tensor) -> dict:
+    """Pictures `b 3 H W`, of several sets in turn, side by side as one that stands in the page itself: exact up to 32
+    pixels, else smaller."""
+    pictures, file = torch.stack([one.cpu() for one in sets], 1).flatten(0, 1), io.BytesIO()
+    image, side, form = to_image(torch.cat(list(pictures), 2)), pictures.shape[-1], "png"
     if side > 32:
-        shown = min(side, 64)
-        image = image.resize((len(pictures) * shown, shown), Image.Resampling.BOX)
-    image.save(file, "PNG" if side <= 32 else "WEBP", quality=80)
-    kind = "png" if side <= 32 else "webp"
-    return {"src": f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}", "n": len(pictures)}
-
-
-def pairs(before: Tensor, after: Tensor) -> dict:
-    return strip(torch.stack([before.cpu(), after.cpu()], 1).flatten(0, 1))
+        image, form = image.resize((len(pictures) * min(side, 64), min(side, 64)), Image.Resampling.BOX), "webp"
+    image.save(file, form, quality=80)
+    return {"src": f"data:image/{form};base64,{b64encode(file.getvalue()).decode()}", "n": len(pictures)}
 
 
 def facts(objects) -> list[tuple]:
@@ -70,98 +64,15 @@ def facts(objects) -> list[tuple]:
 
 def reads(picture: Tensor, scene) -> bool:
     """Whether the judge reads in a picture `3 H W` the objects of its scene, and no others."""
-    return facts(detect(picture[None].cpu(), scene.style)[0]) == facts(scene.objects)
+    return facts(detect(picture[None], scene.style)[0]) == facts(scene.objects)
 
 
 def short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-# ---------------------------------------------------------------- what the sections show
-
-
-def losses(run: Path) -> list[dict]:
-    """Each stage's terms over its steps, since its last beginning; "held": of held-out samples."""
-    lines, stages = read_lines(run / "log.jsonl"), []
-    for name in NAMES:
-        own = [line for line in lines if line["stage"] == name and "loss" in line]
-        own = own[max([i for i, line in enumerate(own) if line["step"] == 0], default=0):]
-        if not own:
-            continue
-        every = math.ceil(len(own) / POINTS)
-        own, looks = own[:-1:every] + own[-1:], [line for line in lines if line["stage"] == name and "held_out" in line]
-        terms = [{"name": term, "points": points(own, term), "held": points(looks, term, "held_out")}
-                 for term in dict.fromkeys(key for line in own for key in line) if term.startswith("L_")]
-        stages.append({"stage": name, "steps": own[-1]["step"] + 1, "seconds": own[-1].get("seconds"),
-                       "terms": [term for term in terms if term["points"]]})
-    return stages
-
-
-def points(lines: list[dict], term: str, within: str = "") -> list:
-    pairs = [(line["step"], (line[within] if within else line).get(term)) for line in lines]
-    return [[step, short(value)] for step, value in pairs if value is not None and math.isfinite(value) and value != 0]
-
-
-def reconstructed(model: SPAR, world: DrawnWorld) -> dict:
-    scenes = [world.styled_scene(i) for i in range(COUNT)]
-    images = draw(scenes, world.side)
-    results = model.reconstruct(images.to(model.device)).cpu()
-    return {"strip": pairs(images, results), "each": 2,
-            "cards": [{"text": f"{decibels:.1f} dB", "right": reads(result, scene)}
-                      for decibels, result, scene in zip(psnr(images, results).tolist(), results, scenes)]}
-
-
-def asked(model: SPAR, world: DrawnWorld) -> dict:
-    samples = [world.questions([i], QUESTION_KINDS[i % len(QUESTION_KINDS)]) for i in range(COUNT)]
-    scenes, questions, answers = ([sample[part][0] for sample in samples] for part in range(3))
-    images = draw(scenes, world.side)
-    replies = model.answer(images.to(model.device), questions)
-    return {"strip": strip(images), "each": 1,
-            "cards": [{"text": f"{question}?", "said": reply, "wanted": answer, "right": reply == answer}
-                      for question, reply, answer in zip(questions, replies, answers)]}
-
-
-def requests_for(model: SPAR, world: DrawnWorld, count: int) -> tuple[list, list[str]]:
-    """Requests whose combinations no training text has, and each as the LLM writes it out."""
-    kinds = MEASURED["untaught"]
-    requests = [world.measured_prompts([i // len(kinds)], kinds[i % len(kinds)])[0] for i in range(count)]
-    return requests, model.rewrite([request.text for request in requests])
-
-
-def drawn(model: SPAR, world: DrawnWorld) -> dict:
-    requests, written = requests_for(model, world, COUNT)
-    results = model.generate(written, text_only="U1" not in model.finished_stages)[0].cpu()
-    return {"strip": strip(results), "each": 1,
-            "cards": [{"text": request.text, "written": text, "right": fulfils(objects, request)}
-                      for request, text, objects in zip(requests, written, detect(results))]}
-
-
-def edited(model: SPAR, world: DrawnWorld) -> dict:
-    edits = [world.edits([i // len(EDIT_KINDS)], EDIT_KINDS[i % len(EDIT_KINDS)])[0] for i in range(COUNT)]
-    images = draw([edit.source for edit in edits], world.side)
-    written = model.rewrite([edit.instruction for edit in edits], images.to(model.device))
-    results = model.generate(written, images.to(model.device))[0].cpu()
-    return {"strip": pairs(images, results), "each": 2,
-            "cards": [{"text": edit.instruction, "written": text, "right": succeeds(edit, result[None])[0]}
-                      for edit, text, result in zip(edits, written, results)]}
-
-
-@torch.no_grad()
-def streams(model: SPAR, world: DrawnWorld) -> dict | None:
-    """Pictures decoded from a·z_s and c·z_p, with (a, c) from (1, 0) over (1, 1) to (0, 1)."""
-    scenes = [world.styled_scene(i) for i in range(COUNT)]
-    images = draw(scenes, world.side)
-    z_s, z_p, _ = model.tokenizer.latents(model.tokenizer.features(images.to(model.device)))
-    if z_s is None or z_p is None:
-        return None
-    shares = [(1.0, i / 5) for i in range(5)] + [(1 - i / 5, 1.0) for i in range(6)]
-    frames = torch.stack([model.tokenizer.decode(model.tokenizer.fuse(a * z_s, c * z_p), world.side).clamp(-1, 1).cpu()
-                          for a, c in shares])
-    read = [[reads(picture, scene) for picture, scene in zip(pictures, scenes)] for pictures in frames]
-    return {"shares": [[round(a, 1), round(c, 1)] for a, c in shares], "source": strip(images),
-            "strips": [strip(frames[:, i]) for i in range(COUNT)], "right": read,
-            "psnr": [short(psnr(pictures, images).mean().item()) for pictures in frames],
-            "read": [short(sum(row) / COUNT) for row in read]}
+def share(verdicts) -> float:
+    return short(sum(verdicts) / len(verdicts))
 
 
 @contextmanager
@@ -175,91 +86,179 @@ def calls_of(module: nn.Module):
         handle.remove()
 
 
+# ---------------------------------------------------------------- losses
+
+
+def points(lines: list[dict], term: str) -> list:
+    pairs = [(line["step"], line.get("held_out", line).get(term)) for line in lines]
+    return [[step, short(value)] for step, value in pairs if value and math.isfinite(value)]
+
+
+def losses(run: Path) -> list[dict]:
+    """Each stage's terms over its steps, since its last beginning; "held": of held-out samples."""
+    lines, stages = read_lines(run / "log.jsonl"), []
+    for name in NAMES:
+        own, looks = ([line for line in lines if line["stage"] == name and kind in line]
+                      for kind in ("loss", "held_out"))
+        own = own[max([i for i, line in enumerate(own) if line["step"] == 0], default=0):]
+        own = own[:-1:math.ceil(len(own) / POINTS) or 1] + own[-1:]
+        symbols = dict.fromkeys(key for line in own for key in line if key.startswith("L_") and points(own, key))
+        if symbols:
+            stages.append({"stage": name, "steps": own[-1]["step"] + 1, "seconds": own[-1].get("seconds"), "terms": [
+                {"name": term, "points": points(own, term), "held": points(looks, term)} for term in symbols]})
+    return stages
+
+
+# ---------------------------------------------------------------- the four uses
+
+
+def reconstructed(model: SPAR, world: DrawnWorld) -> dict:
+    scenes = [world.styled_scene(i) for i in range(COUNT)]
+    images = draw(scenes, world.side)
+    results = model.reconstruct(images.to(model.device)).cpu()
+    return {"strip": strip(images, results), "cards": [
+        {"text": f"{decibels:.1f} dB", "right": reads(result, scene)}
+        for decibels, result, scene in zip(psnr(images, results).tolist(), results, scenes)]}
+
+
+def asked(model: SPAR, world: DrawnWorld) -> dict:
+    samples = [world.questions([i], QUESTION_KINDS[i % len(QUESTION_KINDS)]) for i in range(COUNT)]
+    scenes, questions, answers = ([sample[part][0] for sample in samples] for part in range(3))
+    images = draw(scenes, world.side)
+    return {"strip": strip(images), "cards": [
+        {"text": f"{question}?", "said": reply, "wanted": answer, "right": reply == answer} for question, reply, answer
+        in zip(questions, model.answer(images.to(model.device), questions), answers)]}
+
+
+def requests_for(model: SPAR, world: DrawnWorld, count: int) -> tuple[list, list[str]]:
+    """Requests whose combinations no training text has, and each as the LLM writes it out."""
+    kinds = MEASURED["untaught"]
+    requests = [world.measured_prompts([i // len(kinds)], kinds[i % len(kinds)])[0] for i in range(count)]
+    return requests, model.rewrite([request.text for request in requests])
+
+
+def edits_for(model: SPAR, world: DrawnWorld, count: int) -> tuple[list, Tensor, list[str]]:
+    """Edits of all kinds, the pictures before them, and each as the LLM writes it out."""
+    edits = [world.edits([i // len(EDIT_KINDS)], EDIT_KINDS[i % len(EDIT_KINDS)])[0] for i in range(count)]
+    images = draw([edit.source for edit in edits], world.side).to(model.device)
+    return edits, images, model.rewrite([edit.instruction for edit in edits], images)
+
+
+def drawn(model: SPAR, world: DrawnWorld) -> dict:
+    requests, written = requests_for(model, world, COUNT)
+    results = model.generate(written, text_only="U1" not in model.finished_stages)[0].cpu()
+    return {"strip": strip(results), "cards": [
+        {"text": request.text, "written": text, "right": fulfils(objects, request)}
+        for request, text, objects in zip(requests, written, detect(results))]}
+
+
+def edited(model: SPAR, world: DrawnWorld) -> dict:
+    edits, images, written = edits_for(model, world, COUNT)
+    results = model.generate(written, images)[0].cpu()
+    return {"strip": strip(images, results), "cards": [
+        {"text": edit.instruction, "written": text.removeprefix(edit.instruction).strip(),
+         "right": succeeds(edit, result[None])[0]}
+        for edit, text, result in zip(edits, written, results)]}
+
+
+# ---------------------------------------------------------------- inside: streams, path, layers
+
+
+@torch.no_grad()
+def streams(model: SPAR, world: DrawnWorld) -> dict | None:
+    """Pictures decoded from a·z_s and c·z_p, with (a, c) from (1, 0) over (1, 1) to (0, 1)."""
+    scenes = [world.styled_scene(i) for i in range(COUNT)]
+    images = draw(scenes, world.side)
+    z_s, z_p, _ = model.tokenizer.latents(model.tokenizer.features(images.to(model.device)))
+    if z_s is None or z_p is None:
+        return None
+    shares = [(1.0, i / 5) for i in range(5)] + [(1 - i / 5, 1.0) for i in range(6)]
+    frames = torch.stack([model.tokenizer.decode(model.tokenizer.fuse(a * z_s, c * z_p), world.side).clamp(-1, 1).cpu()
+                          for a, c in shares])
+    right = [[reads(picture, scene) for picture, scene in zip(pictures, scenes)] for pictures in frames]
+    return {"shares": [[round(a, 1), round(c, 1)] for a, c in shares], "source": strip(images),
+            "strips": [strip(frames[:, i]) for i in range(COUNT)], "right": right, "read": [*map(share, right)],
+            "psnr": [short(psnr(pictures, images).clamp(max=99).mean().item()) for pictures in frames]}
+
+
 @torch.no_grad()
 def path(model: SPAR, world: DrawnWorld) -> dict:
-    """With guidance and without: of every step the latent x_t, and the clean latent x₀ = x_t − σ v that the DiT expects
+    """With guidance and without: of every step the latent x_t, and the clean latent x_t − σ v that the DiT expects
     there, both decoded; and what the judge reads in the latter."""
     requests, written = requests_for(model, world, DRAWN)
     arms = []
     for guidance in dict.fromkeys([model.config.guidance, 1.0]):
         with calls_of(model.dit) as calls:
-            _, states, _ = model.generate(written, guidance=guidance, text_only="U1" not in model.finished_stages)
+            states = model.generate(written, guidance=guidance, text_only="U1" not in model.finished_stages)[1]
         sigmas, clean = [], []
         for (x, sigma, *_), (velocity, _) in calls:
-            x, sigma = x[:DRAWN], sigma[0].item()
-            if guidance != 1:
+            if guidance != 1:  # `guided` asks for both at once
                 with_words, without = velocity.chunk(2)
                 velocity = without + guidance * (with_words - without)
-            sigmas.append(sigma)
-            clean.append(x - sigma * velocity)
-        frames = torch.stack([model.decode(z).cpu() for z in [*clean, states[-1]]])  # `steps+1 b 3 H W`
+            sigmas.append(sigma[0].item())
+            clean.append(x[:DRAWN] - sigmas[-1] * velocity)
+        noisy = torch.stack([model.decode(z[:PATHS]).cpu() for z in states])
+        frames = torch.stack([model.decode(z).cpu() for z in [*clean, states[-1]]])  # steps + 1 of them, as of `states`
         seen = [detect(pictures) for pictures in frames]
         right = [[fulfils(objects, request) for objects, request in zip(row, requests)] for row in seen]
-        read = [[facts(objects) for objects in row] for row in seen]
-        same = [sum(all(row[i] == read[-1][i] for row in read[step:]) for i in range(DRAWN)) for step in range(len(read))]
+        read = [[*map(facts, row)] for row in seen]
+        settled = [[all(later[i] == read[-1][i] for later in read[step:]) for i in range(DRAWN)]
+                   for step in range(len(read))]
         moved = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3, 4))
         arms.append({"guidance": guidance, "sigmas": [round(sigma, 3) for sigma in [*sigmas, 0.0]],
-                     "states": [strip(torch.cat([model.decode(z[i:i + 1]) for z in states])) for i in range(PATHS)],
+                     "states": [strip(noisy[:, i]) for i in range(PATHS)],
                      "clean": [strip(frames[:, i]) for i in range(PATHS)], "right": [row[:PATHS] for row in right],
-                     "share": [short(sum(row) / DRAWN) for row in right],
-                     "settled": [short(count / DRAWN) for count in same],
-                     "moved": [short(share) for share in (moved / moved.sum().clamp(min=1e-9)).tolist()]})
+                     "share": [*map(share, right)], "settled": [*map(share, settled)],
+                     "moved": [short(part) for part in (moved / moved.sum().clamp(min=1e-9)).tolist()]})
     return {"texts": [request.text for request in requests[:PATHS]], "count": DRAWN, "arms": arms}
 
 
 def attention_weights(attn: nn.Module, inputs: tuple, output: tuple) -> Tensor:
-    """The softmax that a `CausalSelfAttention` never holds, `b a l m`, from what it was given and what it returned."""
+    """The softmax `b a l m` that a `CausalSelfAttention` never holds, from what it was given and what it returned."""
     x, cos, sin, mask, causal, _ = inputs
-    q, k = rotate(rearrange(attn.q(x), "b l (a e) -> b a l e", a=attn.heads), cos, sin), output[1][0]
-    k = repeat(k, "b a m e -> b (a g) m e", g=attn.heads // attn.kv_heads)
+    q = rotate(rearrange(attn.q(x), "b l (a e) -> b a l e", a=attn.heads), cos, sin)
+    k = repeat(output[1][0], "b a m e -> b (a g) m e", g=attn.heads // attn.kv_heads)
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     l, m = scores.shape[-2:]
-    hidden = torch.ones(l, m, dtype=torch.bool, device=x.device).triu(1 + m - l) if causal else scores.new_zeros(l, m) > 0
-    hidden = hidden if mask is None else hidden | rearrange(~mask, "b m -> b 1 1 m")
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    seen = torch.ones(l, m, dtype=torch.bool, device=x.device)
+    seen = seen.tril(m - l) if causal else seen
+    seen = seen if mask is None else seen & rearrange(mask, "b m -> b 1 1 m")
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
 @torch.no_grad()
-def read_one(model: SPAR, text: str, picture: Tensor | None) -> dict:
-    """One prompt through LLM, router and connector: each token's layers, and what each query attends to, as bytes."""
+def read_one(model: SPAR, text: str, picture: Tensor | None = None) -> dict:
+    """One prompt through LLM, router and connector: each token's layers, and what each query attends to, its square
+    root as a byte."""
     mllm, queries = model.mllm, model.config.queries
-    f_v = None if picture is None else model.tokenizer.features(picture[None].to(model.device))
+    f_v = None if picture is None else model.tokenizer.features(picture[None])
     ids, mask = model.encode_prompts([text], picture is not None, to_draw=True)
-    named = {f"LLM, layer {i}": layer.attn for i, layer in enumerate(mllm.llm.layers, 1)}
-    named |= {f"connector, layer {i}": layer.attn for i, layer in enumerate(mllm.connector.layers, 1)}
+    layers = {f"{name}, layer {i}": layer.attn for name, part in (("LLM", mllm.llm), ("connector", mllm.connector))
+              for i, layer in enumerate(part.layers, 1)}
     with ExitStack() as stack:
-        watched = [stack.enter_context(calls_of(attn)) for attn in named.values()]
+        watched = [stack.enter_context(calls_of(attn)) for attn in layers.values()]
         weights = mllm.condition(ids, mask, f_v).weights[0]
-    last = [attention_weights(attn, *calls[-1])[0].mean(0)[-queries:] for attn, calls in zip(named.values(), watched)]
-    kinds = ["b" if i == model.words.bos_id else "p" if i == model.words.image_id else "w" for i in ids[0].tolist()]
-    words = model.words.pieces([i for i, kind in zip(ids[0].tolist(), kinds) if kind == "w"])
-    levels = (torch.stack(last) * 255).round().byte().cpu()
-    return {"text": text, "picture": None if picture is None else strip(picture[None]), "words": words,
-            "kinds": "".join(kinds) + "q" * queries, "names": list(named),
-            "weights": [[round(share, 3) for share in row] for row in weights.tolist()],
-            "attention": b64encode(levels.numpy().tobytes()).decode()}
+    attended = [attention_weights(attn, *calls[-1])[0].mean(0)[-queries:]  # the last call has the queries
+                for attn, calls in zip(layers.values(), watched)]
+    levels, ids = (torch.stack(attended).sqrt() * 255).round().byte(), ids[0].tolist()
+    kinds = ["b" if i == model.words.bos_id else "p" if i == model.words.image_id else "w" for i in ids]
+    return {"text": text, "picture": None if picture is None else strip(picture[None]),
+            "words": model.words.pieces([i for i, kind in zip(ids, kinds) if kind == "w"]),
+            "kinds": "".join(kinds) + "q" * queries, "names": list(layers),
+            "weights": [[round(part, 3) for part in row] for row in weights.tolist()],
+            "attention": b64encode(levels.cpu().numpy().tobytes()).decode()}
 
 
 def reading(model: SPAR, world: DrawnWorld) -> dict:
-    """For the routing and the attention of requests and, where the run edits, of edits."""
-    requests, written = requests_for(model, world, READ)
-    prompts = [("draw", request.text, text, None) for request, text in zip(requests, written)]
+    """Routing and attention of requests and, where the run edits, of edits."""
+    samples = [{"use": "draw", "asked": request.text} | read_one(model, text)
+               for request, text in zip(*requests_for(model, world, READ))]
     if "U2" in model.finished_stages:
-        edits = [world.edits([i], EDIT_KINDS[i])[0] for i in range(READ)]
-        images = draw([edit.source for edit in edits], world.side)
-        written = model.rewrite([edit.instruction for edit in edits], images.to(model.device))
-        prompts += [("edit", edit.instruction, *rest) for edit, *rest in zip(edits, written, images)]
-    samples, size = [], 0
-    for use, short_text, text, picture in prompts:
-        sample = read_one(model, text, picture)
-        size += len(sample["attention"])
-        samples.append({"use": use, "asked": short_text} | sample | ({} if size <= LARGEST else {"attention": ""}))
+        samples += [{"use": "edit", "asked": edit.instruction} | read_one(model, text, image)
+                    for edit, image, text in zip(*edits_for(model, world, READ))]
+    room = LARGEST // len(samples)
+    samples = [sample | ({} if len(sample["attention"]) <= room else {"attention": ""}) for sample in samples]
     return {"layers": model.mllm.choice, "router": model.config.router, "samples": samples}
-
-
-def claims() -> list[dict] | None:
-    file = ROOT / "results" / "claims.json"
-    return json.loads(file.read_text())["rows"] if file.exists() else None
 
 
 # ---------------------------------------------------------------- the page
@@ -268,14 +267,15 @@ def claims() -> list[dict] | None:
 def write_page(model: SPAR, run: Path, out: Path) -> None:
     """Raises UserError for a run whose data the judge cannot read."""
     if model.config.data:
-        raise UserError(f"{run} learned from data on disk, which no judge can read: its pictures are in {run / 'report'}")
+        raise UserError(f"{run} learned from data on disk, which the judge cannot read: look into {run / 'report'}")
     done, world = set(model.finished_stages), DrawnWorld(model.config.side, model.config.seed, "test")
-    parts = {"reconstruct": (reconstructed, done & {"T1", "T2"}), "ask": (asked, "P1" in done),
-             "draw": (drawn, {"P1", "P2", "P3"} <= done), "edit": (edited, "U2" in done),
-             "streams": (streams, done & {"T1", "T2"}), "path": (path, {"P1", "P2", "P3"} <= done),
+    draws, claims = {"P1", "P2", "P3"} <= done, ROOT / "results" / "claims.json"
+    parts = {"reconstruct": (reconstructed, done & {"T1", "T2"}), "ask": (asked, "P1" in done), "draw": (drawn, draws),
+             "edit": (edited, "U2" in done), "streams": (streams, done & {"T1", "T2"}), "path": (path, draws),
              "reading": (reading, "U1" in done)}
     data = {"run": run.resolve().name, "stages": model.finished_stages, "preset": model.config.preset,
-            "seed": model.config.seed, "losses": losses(run), "claims": claims()}
+            "seed": model.config.seed, "losses": losses(run),
+            "claims": json.loads(claims.read_text())["rows"] if claims.exists() else []}
     for name, (compute, possible) in (bar := tqdm(parts.items(), desc="page")):
         bar.set_postfix_str(name)
         data[name] = compute(model, world) if possible else None

@@ -188,7 +188,6 @@ FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
     "data_u3": "U3", "lambda_a": "U2", "align": "U2", "teacher": "U2", "align_hidden": "U2"}
 
 
-NOT_OF_A_STAGE = ("preset", "skip_stage", "public", "reseed")
 NEEDED = {"P1": "", "P2": "", "P3": "P1 P2", "T1": "P1 P2", "T2": "T1", "T3": "T2",
           "U1": "P3 T3", "U2": "U1", "U3": "U2"}  # stage -> those that it builds on
 
@@ -197,7 +196,7 @@ def take_over(config: Config, run: Path, source: Path) -> None:
     """Copies from `source` the stages that no differing field touches, nor a stage that they need (`NEEDED`)."""
     before, now = asdict(load_config(source)), asdict(config)
     touched = set()
-    for key in (key for key in now if before[key] != now[key] and key not in (*NOT_OF_A_STAGE, *HOW)):
+    for key in (x for x in set(now) - {"preset", "skip_stage", "public", "reseed", *HOW} if before[x] != now[x]):
         if key in PER_STAGE:
             touched |= {name for name, old, new in zip(NAMES, before[key], now[key]) if old != new}
         else:

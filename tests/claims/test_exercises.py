@@ -9,12 +9,12 @@ import pytest
 
 from exercises import claims, grade, make
 from exercises.cut import NoSuchName, Version, bodies_of, cut, put_in, version_with
-from exercises.judge import NUMBERS, answers, exercise, known_mistakes, verdicts
+from exercises.judge import NUMBERS, answers, cut_of, exercise, known_mistakes, verdicts
 from plumbing.command import UserError
 from tests.tools.commands import ROOT
 from tests.tools.graders import misjudged
 
-TO_FILL_IN = [number for number in NUMBERS if exercise(number).CUT]
+TO_FILL_IN = [number for number in NUMBERS if cut_of(number)]
 
 
 @pytest.mark.parametrize("number", TO_FILL_IN)
@@ -26,7 +26,7 @@ def test_planted_mistakes_are_rejected_unusual_answers_and_the_source_accepted(n
 @pytest.mark.parametrize("number", TO_FILL_IN)
 def test_holes_are_rejected_and_said_to_be_holes(number):
     holes = {}
-    for file, names in exercise(number).CUT.items():
+    for file, names in cut_of(number).items():
         text, taken = cut((ROOT / file).read_text(), names, number)
         compile(text, file, "exec")
         assert taken >= len(names)
@@ -64,7 +64,7 @@ def work(tmp_path, monkeypatch):
 def fill_in(work, number, bodies=None):
     """The learner's copies with the real bodies, or others."""
     make.make(number, work)
-    for file, names in exercise(number).CUT.items():
+    for file, names in cut_of(number).items():
         path = work / file
         path.write_text(put_in(path.read_text(), bodies or bodies_of((ROOT / file).read_text(), names)))
     return make.files_of(number, work)
@@ -81,15 +81,13 @@ def test_a_learners_file_is_graded_in_a_process_of_its_own(work):
     ("while True:\n    pass", "took longer than"),
     ("import os\nos._exit(0)", "it ended early"),
     ("raise SystemExit(0)", "SystemExit"),
-    ("return undefined", "NameError"),
     ("return H.new_zeros(2 ** 40, 2 ** 20)", "RuntimeError"),
-    ("def f():\n    return f()\nreturn f()", "RecursionError"),
     ("print('x' * 10 ** 6)\nreturn None", "a tensor is wanted, not NoneType"),
     ("return input()", "EOFError")])
 def test_code_that_hangs_ends_or_breaks_is_a_claim_that_fails(body, said, work):
     names = exercise(6).CUT["router.py"]
     bodies = bodies_of((ROOT / "router.py").read_text(), names) | {"DTR.weights": body}
-    result = grade.grade(6, 1, fill_in(work, 6, bodies), seconds=15)
+    result = grade.grade(6, 1, fill_in(work, 6, bodies), 20 if "while" in body else 120)
     assert not result["passed"] and len(result["claims"]) == len(exercise(6).CLAIMS)
     assert said in " ".join(row["why"] for row in result["claims"])
 

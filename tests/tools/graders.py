@@ -10,7 +10,7 @@ import argparse
 import time
 
 from exercises.cut import ROOT, Version, cut, version_with
-from exercises.judge import answers, exercise, verdicts
+from exercises.judge import answers, cut_of, exercise, verdicts
 from tests.tools.mutants import survivors
 
 
@@ -31,7 +31,7 @@ def misjudged(number: int, seeds) -> list[str]:
 
 def lines_cut(number: int) -> int:
     return sum(cut((ROOT / file).read_text(encoding="utf-8"), names, number)[1]
-               for file, names in exercise(number).CUT.items())
+               for file, names in cut_of(number).items())
 
 
 def main() -> None:

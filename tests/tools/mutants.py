@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 from exercises.cut import ROOT, bodies_of, version_with
-from exercises.judge import exercise, verdicts
+from exercises.judge import cut_of, verdicts
 
 TURNED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
           ast.Pow: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
@@ -104,7 +104,7 @@ def as_function(body: str) -> str:
 
 def all_mutants(number: int) -> Iterator[tuple[str, dict]]:
     """(in words, {file: {name: body}})"""
-    for file, names in getattr(exercise(number), "CUT", {}).items():
+    for file, names in cut_of(number).items():
         for name, body in bodies_of((ROOT / file).read_text(encoding="utf-8"), names).items():
             if name.startswith("STAGES."):
                 for about, text in mutants(body):

@@ -1,0 +1,186 @@
+"""Exercise 2: who learns when (Sec. 3.2 to 3.4)."""
+
+import torch
+
+from exercises.checks.tools import demand
+
+TITLE, MINUTES = "Who learns when", 25
+TAUGHT = ("T1", "T2", "T3", "U1", "U2", "U3")
+CUT = {"train.py": [f"STAGES.{name}" for name in TAUGHT]}
+PREDICT = ["Draw a grid of parts and stages: which part changes its bits in which of T1 to U3?",
+           "T1's loss passes through the decoder, which is frozen: does its gradient reach the pixel stream?",
+           "What would L_s be in T2, and what would it do there?"]
+SIZES = dict(  # a model so small that a step takes a blink
+    side=16, patch=2, vision_width=16, vision_layers=1, vision_heads=2, d=32, llm_layers=4, llm_heads=2, llm_kv_heads=1,
+    llm_mlp=48, k=2, p=8, pixel_layers=1, pixel_heads=2, stream_blocks=1, ae_widths=(8, 16, 32), ae_depths=(0, 1, 1),
+    ae_decoder_depths=(0, 1, 1), queries=4, connector_layers=1, condition_width=24, c=32, dit_layers=2, dit_heads=1,
+    dit_cross_heads=2, align_block=1, align_hidden=16, gan_width=8, gan_start=0.0, steps=(1,) * 9, batch=(4,) * 9,
+    noises_per_picture=1, edits=(0.0,) * 7 + (0.5, 0.5), optimizer="adamw")
+WEIGHTS = ("lambda_mse", "lambda_lpips", "lambda_f", "lambda_p", "lambda_s", "lambda_gan", "lambda_a")
+PARTS = {"encoder E_s": "tokenizer.vision", "semantic stream": "tokenizer.semantic_stream",
+         "pixel stream": "tokenizer.pixel_stream", "fusion F": "tokenizer.fusion", "decoder D_p": "tokenizer.decoder",
+         "encoder E_p": "pixel_encoder", "LLM": "mllm.llm", "queries": "mllm.queries", "router": "mllm.router",
+         "connector": "mllm.connector", "DiT": "dit", "alignment head": "align_head"}
+
+
+def model_of(own, **changes):
+    """A model whose every number is random: what starts with zeros would hand on no gradient."""
+    config = own.spar.make_config(**SIZES | {"seed": int(torch.randint(10**6, ()))} | changes)
+    model, noise = own.train.build(config, "cpu"), torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+    return model
+
+
+def asked(own, real, name: str, config) -> dict[str, float]:
+    """The terms of a stage and their weights, which must be the right ones' names."""
+    stage = own.train.stage_named(name)
+    demand(stage.trains or stage.losses, f"not written yet: STAGES.{name}")
+    found, wanted = stage.loss_weights(config), real.train.stage_named(name).loss_weights(config)
+    for symbol in {**found, **wanted}:
+        demand(symbol in wanted, f"{name} asks for {symbol}, which it is not to have")
+        demand(symbol in found, f"{name} does not ask for {symbol}")
+    return wanted
+
+
+def begin(own, real, model, name: str):
+    """A stage of `own` before its first step -> (the stage in progress, what it is to train: name -> rate, the weights
+    that its terms are to have)"""
+    wanted = asked(own, real, name, model.config)
+    stage, right = (version.train.stage_named(name) for version in (own, real))
+    rates, lr = right.rates(model.config), model.config.of_stage("lr", name)
+    trained = getattr(real, "plumbing.training").trained_parameters(model, right)
+    trains = {key: lr * rates[prefix] for prefix, pairs in trained.items() for key, _ in pairs}
+    now = own.train.begin(own.train.StepModule(model, stage, own.train.prepare(model, stage)))
+    for key in sorted(now.weights.keys() - trains.keys()):
+        demand(False, f"{name} lists {key} ({part_of(key)}), which is frozen in it")
+    for key in sorted(trains.keys() - now.weights.keys()):
+        demand(False, f"{name} does not list {key} ({part_of(key)}), which it is to train")
+    return now, trains, wanted
+
+
+def step(own, now) -> tuple[dict, set[str]]:
+    """One step -> (its metrics, the names of the parameters that have moved)"""
+    model, stage = now.module.model, now.stage
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    source = own.train.Batches(now.config, stage.name, stage.sample, stage.shares(now.config), words=model.words)
+    metrics = own.train.one_step(now, iter([source[0]]), 0, lambda *told: None)
+    return metrics, {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+
+
+def part_of(parameter: str) -> str:
+    return next((part for part, prefix in PARTS.items() if f"{parameter}.".startswith(f"{prefix}.")), parameter)
+
+
+def moves(own, real, name: str) -> None:
+    now, trains, wanted = begin(own, real, model_of(own), name)
+    metrics, moved = step(own, now)
+    for key in sorted(moved ^ trains.keys()):
+        demand(False, f"{name} {'moves' if key in moved else 'leaves as it is:'} {key} ({part_of(key)})")
+    computed = {symbol for symbol in metrics if symbol.startswith("L_")}
+    demand(computed == {*wanted}, f"{name} computes {', '.join(sorted(computed))}, wanted {', '.join(sorted(wanted))}")
+
+
+def streams(own, real):
+    """T1 moves both streams and the fusion, between an encoder and a decoder that stay as they are"""
+    moves(own, real, "T1")
+
+
+def decoder(own, real):
+    """T2 moves the decoder too"""
+    moves(own, real, "T2")
+
+
+def encoder(own, real):
+    """T3 moves the encoder too, projector and all"""
+    moves(own, real, "T3")
+
+
+def connector(own, real):
+    """U1 moves what leads to the DiT: queries, router and connector"""
+    moves(own, real, "U1")
+
+
+def generator(own, real):
+    """U2 moves the DiT and φ_a too, and never what understands: encoder and LLM"""
+    moves(own, real, "U2")
+
+
+def tuned(own, real):
+    """U3 moves what U2 moves"""
+    moves(own, real, "U3")
+
+
+def rates(own, real):
+    """in T3 the encoder learns at its own share of the rate, all else at the whole rate"""
+    for share in (0.1, 0.35 + float(torch.rand(())) / 10):
+        model = model_of(own, encoder_rate=share)
+        for name in TAUGHT:
+            now, trains, _ = begin(own, real, model, name)
+            keys = {id(parameter): key for key, parameter in model.named_parameters()}
+            peaks = {keys[id(p)]: group["peak"] for group in now.optimizer.param_groups for p in group["params"]}
+            for key, peak in trains.items():
+                demand(abs(peaks[key] - peak) < 1e-9, f"{name}: {key} ({part_of(key)}) learns at {peaks[key]:.3g}, "
+                                                      f"wanted {peak:.3g}, where encoder_rate is {share:.3g}")
+
+
+def terms(own, real):
+    """each term has the weight that the configuration gives it, in every stage"""
+    model = model_of(own, **{field: 0.5 + float(torch.rand(())) for field in WEIGHTS})
+    for name in TAUGHT:
+        now, _, wanted = begin(own, real, model, name)
+        for symbol, weight in wanted.items():
+            found = now.loss_weights[symbol]
+            demand(abs(found - weight) < 1e-9, f"{name}: {symbol} weighs {found:.4g} where the configuration says "
+                                               f"{weight:.4g}: is its field named, or a number of one configuration?")
+        metrics = step(own, now)[0]
+        total = float(sum(weight * metrics[symbol] for symbol, weight in wanted.items()))
+        demand(abs(float(metrics["loss"]) - total) < 1e-4 * max(1, abs(total)),
+               f"{name}: the loss is {float(metrics['loss']):.5f}, the sum of its terms with their weights {total:.5f}")
+
+
+def nothing(own, real):
+    """a term whose weight is 0 in the configuration is left out"""
+    for field in WEIGHTS:
+        config = own.spar.make_config(**SIZES | {field: 0.0})
+        for name in TAUGHT:
+            asked(own, real, name, config)
+
+
+CLAIMS = [streams, decoder, encoder, connector, generator, tuned, rates, terms, nothing]
+
+
+def fingerprint(version) -> dict[str, torch.Tensor]:
+    fields = {field: 0.5 + i / 16 for i, field in enumerate(WEIGHTS)}
+    config = version.spar.make_config(**SIZES | fields | {"encoder_rate": 0.25})
+    symbols = ("L_mse", "L_lpips", "L_f", "L_p", "L_s", "L_gan", "L_fm", "L_align")
+    with torch.device("meta"):
+        model = version.spar.SPAR(config, version.train.text_tokenizer(config))
+    found = {}
+    for name in TAUGHT:
+        try:
+            stage = version.train.stage_named(name)
+            rates, weights = stage.rates(config), stage.loss_weights(config)
+            trained = getattr(version, "plumbing.training").trained_parameters(model, stage)
+            shares = {key: rates[prefix] for prefix, pairs in trained.items() for key, _ in pairs}
+            found[f"STAGES.{name}"] = torch.tensor([*(shares.get(key, 0.0) for key, _ in model.named_parameters()),
+                                                    *(weights.get(symbol, 0.0) for symbol in symbols)])
+        except Exception:  # a hole, or a learner's error: told by the claims
+            pass
+    return found
+
+
+def picture(own, path):
+    """Which share of each part's parameters has moved after a step of each stage."""
+    from plumbing.pictures import heat_map
+    table = torch.zeros(len(PARTS), len(TAUGHT))
+    for column, name in enumerate(TAUGHT):
+        torch.manual_seed(column)
+        now = begin(own, own, model_of(own), name)[0]
+        moved, keys = step(own, now)[1], [key for key, _ in now.module.model.named_parameters()]
+        for row, part in enumerate(PARTS):
+            inside = [key for key in keys if part_of(key) == part]
+            table[row, column] = sum(key in moved for key in inside) / len(inside)
+    heat_map(table, [*PARTS], [*TAUGHT], "what moves in which stage (share of its tensors)").save(path)
+    return path

@@ -1,0 +1,448 @@
+"""Exercise 8: stay what you were (Sec. 3.2, T3 and its self-distillation)."""
+
+import copy
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from exercises.checks.tools import demand, same, same_shape
+from parts.adversary import Discriminator
+from parts.dcae import PixelDecoder
+from parts.words import WordTokenizer
+from world.language import WORDS
+
+TITLE, MINUTES = "Stay what you were", 40
+CUT = {"tokenizer.py": ["self_distillation", "tokenizer_losses"], "train.py": ["prepare"]}
+PREDICT = ["PSNR and understanding after T3 with λ_s = 0, 0.05 and 1: two numbers each, and why?",
+           "L_s binds f_v. What would become of the pictures, what of the answers, if it bound z_s?",
+           "What is L_s at the first step of T3? And what would it be ever after, if E_s' were no copy?"]
+
+SIZES = dict(side=16, patch=2, vision_width=16, vision_layers=2, vision_heads=2, d=24, llm_layers=3, llm_heads=2,
+             llm_kv_heads=1, llm_mlp=20, k=2, p=8, pixel_layers=1, pixel_heads=2, stream_blocks=1,
+             ae_widths=(8, 16, 32), ae_depths=(0, 1, 1), ae_decoder_depths=(0, 1, 1), queries=4, connector_layers=2,
+             condition_width=12, c=16, dit_layers=2, dit_heads=1, dit_cross_heads=2, align_block=1, align_hidden=16,
+             gan_width=8, gan_start=0.0, lr=tuple(1e-3 * (i + 1) for i in range(9)),
+             weight_decay=tuple(0.01 * (i + 1) for i in range(9)))
+TERMS = ("L_mse", "L_lpips", "L_p", "L_f", "L_s", "L_gan")
+
+
+# ---------------------------------------------------------------- what is judged, in small
+
+
+def move(module: nn.Module, much: float = 0.1) -> nn.Module:
+    """Changes every weight, in its place."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(much * torch.randn_like(parameter))
+    return module
+
+
+def pictures(b: int = 3, side: int = 16) -> torch.Tensor:
+    return torch.rand(b, 3, side, side) * 2 - 1
+
+
+class OneWay(nn.Module):
+    """In the place of L_lpips: which of the two pictures is the copy, matters."""
+
+    def forward(self, images, targets):
+        return (1.5 * images - 0.7 * targets.detach()).abs().mean()
+
+
+def tokenizer_of(version, variant: str = "dual"):
+    vision = version.tokenizer.VisionEncoder(side=16, patch=2, width=12, layers=1, heads=2, mlp_ratio=2, d=10)
+    decoder = PixelDecoder(p=4, widths=(8, 16, 32), depths=(0, 1, 1), vit_stages=1)
+    return move(version.tokenizer.Tokenizer(vision, decoder, 10, 4, 1, 2, 1, variant), 0.3)
+
+
+def around(tokenizer) -> dict:
+    """What `tokenizer_losses` is given beside pictures and weights."""
+    target = torch.randn(3, 16, 4)
+    return dict(target_latent=lambda: target, perceptual=OneWay(), discriminator=move(Discriminator(4, 2)),
+                encoder_before=move(copy.deepcopy(tokenizer.vision)).requires_grad_(False))
+
+
+def wanted(tokenizer, images, given: dict) -> dict:
+    """Every term, by the paper's words."""
+    f_v = tokenizer.features(images)
+    latents = tokenizer.latents(f_v)
+    copies, target = tokenizer.decode(latents.fused, images.shape[-1]), given["target_latent"]()
+    mean_square = lambda a, b: ((a - b) ** 2).sum() / a.numel()
+    found = {"L_mse": mean_square(copies, images), "L_lpips": given["perceptual"](copies, images),
+             "L_f": mean_square(latents.fused, target), "L_s": mean_square(f_v, given["encoder_before"](images)),
+             "L_gan": -given["discriminator"](copies).mean()}
+    return found | ({} if latents.pixel is None else {"L_p": mean_square(latents.pixel, target)})
+
+
+def model_of(version, **changes):
+    model = version.spar.SPAR(version.spar.make_config(**SIZES | changes), WordTokenizer(WORDS))
+    return move(model, 0.02)
+
+
+def begun(version, **changes):
+    """A model before T3's first step, its stage in progress, and what `prepare` gave."""
+    model, train = model_of(version, **changes), version.train
+    stage = train.stage_named("T3")
+    extras = train.prepare(model, stage)
+    demand(isinstance(extras, train.Extras), f"prepare returns a {type(extras).__name__}, not the Extras")
+    demand(callable(extras.encoder_before), "T3 has no encoder_before: Extras is the place for E_s'")
+    return model, train.begin(train.StepModule(model, stage, extras)), extras
+
+
+def gradients(value, parameters) -> list:
+    if not value.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
+
+
+# ---------------------------------------------------------------- claims: L_s
+
+
+def square(own, real):
+    """L_s is the mean of the squared differences, of all tokens and all their channels"""
+    for b, n, d in ((3, 5, 7), (4, 4, 4), (1, 2, 3)):
+        for size in (0.01, 1.0, 30.0):
+            f_v, before = torch.randn(b, n, d), torch.randn(b, n, d)
+            f_v = before + size * (f_v - before)
+            total = math.fsum((float(f_v[i, j, k]) - float(before[i, j, k])) ** 2
+                              for i in range(b) for j in range(n) for k in range(d))
+            value = own.tokenizer.self_distillation(f_v.clone(), before.clone())
+            same_shape(value, (), "self_distillation")
+            same(value / size**2, torch.tensor(total / (b * n * d) / size**2), "self_distillation", 1e-4)
+    demand(float(own.tokenizer.self_distillation(f_v, f_v.clone())) == 0, "L_s of equal tokens is not 0")
+
+
+def pull(own, real):
+    """its gradient pulls the tokens of the encoder back to what they were"""
+    f_v, before = torch.randn(3, 5, 7, requires_grad=True), torch.randn(3, 5, 7)
+    value = own.tokenizer.self_distillation(f_v, before)
+    demand(value.requires_grad, "L_s has no gradient for the encoder: f_v is detached")
+    gradient, = torch.autograd.grad(value, f_v)
+    same(gradient * f_v.numel(), 2 * (f_v.detach() - before), "the gradient of L_s for f_v, times b n d", 1e-4)
+
+
+# ---------------------------------------------------------------- claims: the losses of T1 to T3
+
+
+def asked_for(own, real):
+    """the losses are those that are asked for, and of these none whose stream or adversary is missing"""
+    for variant in ("dual", "semantic-only", "pixel-only"):
+        tokenizer, images = tokenizer_of(own, variant), pictures()
+        given = around(tokenizer)
+        for names, missing in ((("L_mse",), ("perceptual", "encoder_before", "discriminator")),
+                               (("L_mse", "L_lpips", "L_p"), ("encoder_before", "discriminator")),
+                               (("L_mse", "L_p"), ("perceptual", "encoder_before", "discriminator")),
+                               (("L_mse", "L_f"), ("perceptual", "encoder_before", "discriminator")),
+                               (("L_mse", "L_f", "L_gan"), ("perceptual", "discriminator")),
+                               (("L_mse", "L_s"), ("perceptual", "discriminator")),
+                               (("L_mse", "L_s", "L_gan"), ()), (("L_mse", "L_f", "L_lpips"), ()), (TERMS, ())):
+            weights = {name: 0.3 + i for i, name in enumerate(names)}
+            asked = dict(weights)
+            out = own.tokenizer.tokenizer_losses(tokenizer, images, weights,
+                                                 **given | {name: None for name in missing})
+            demand(isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], dict),
+                   "tokenizer_losses returns no pair of losses and reconstruction")
+            there = set(names) - ({"L_gan"} if "discriminator" in missing else set())
+            there -= {"L_p"} if variant == "semantic-only" else set()
+            demand(set(out[0]) == there, f"asked for {', '.join(names)} of a {variant} tokenizer"
+                   f"{', no adversary' * ('discriminator' in missing)}: got {', '.join(sorted(out[0]))}")
+            demand(weights == asked, "tokenizer_losses changes the weights that it is given")
+
+
+def terms(own, real):
+    """each term compares what the paper says with what it says"""
+    for variant in ("dual", "semantic-only", "pixel-only"):
+        tokenizer, images = tokenizer_of(own, variant), pictures()
+        given = around(tokenizer)
+        seen = images.clone()
+        weights = {name: 0.3 + i for i, name in enumerate(TERMS)}
+        losses, copies = own.tokenizer.tokenizer_losses(tokenizer, images, weights, **given)
+        right = wanted(tokenizer, seen, given)
+        for name in right:
+            demand(name in losses, f"{name} is missing")
+            same_shape(losses[name], (), name)
+            same(losses[name], right[name], f"{name} of a {variant} tokenizer", 1e-4)
+        same(copies, tokenizer(seen)[0], "the reconstruction that tokenizer_losses returns", 1e-4)
+        same(images, seen, "the pictures, after tokenizer_losses read them")
+
+
+def reach(own, real):
+    """each term moves what it should: L_s the encoder and its projector, and no stream"""
+    for variant in ("dual", "pixel-only"):
+        tokenizer, images = tokenizer_of(own, variant), pictures()
+        given = around(tokenizer)
+        losses, _ = own.tokenizer.tokenizer_losses(tokenizer, images, dict.fromkeys(TERMS, 1.0), **given)
+        names, parameters = zip(*tokenizer.named_parameters())
+        for name, value in wanted(tokenizer, images, given).items():
+            right = gradients(value, parameters)
+            demand(name in losses, f"{name} is missing")
+            largest = max(float(g.abs().max()) for g in right)
+            for key, one, other in zip(names, gradients(losses[name], parameters), right):
+                same(one / largest, other / largest, f"the gradient of {name} for {key}, over the largest", 1e-3)
+
+
+def same_pictures(own, real):
+    """E_s' sees the pictures themselves"""
+    tokenizer, images, seen = tokenizer_of(own), pictures(), []
+    before = copy.deepcopy(tokenizer.vision).requires_grad_(False)
+    before.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
+    given = around(tokenizer) | {"encoder_before": before}
+    own.tokenizer.tokenizer_losses(tokenizer, images, {"L_mse": 1.0, "L_s": 1.0}, **given)
+    demand(seen, "E_s' was not asked")
+    for one in seen:
+        same(one, images, "what E_s' sees")
+
+
+# ---------------------------------------------------------------- claims: the copy
+
+
+def stays(own, real):
+    """E_s' is a copy: it stays when the encoder moves"""
+    model, now, extras = begun(own)
+    images = pictures()
+    with torch.no_grad():
+        at_first = model.tokenizer.features(images)
+        same(extras.encoder_before(images), at_first, "what E_s' says before the first step", 1e-5)
+        for part in (model.tokenizer.vision.projector, model.tokenizer.vision.layers, model.tokenizer.vision):
+            move(part)
+            after = extras.encoder_before(images)
+            same(after, at_first, "E_s' moved with the encoder: it shares weights with it; what it says", 1e-5)
+        demand((model.tokenizer.features(images) - at_first).abs().max() > 1e-3, "the encoder cannot move any more")
+
+
+def first_steps(own, real):
+    """L_s is 0 at the first step, and above 0 once the encoder has moved"""
+    model, now, extras = begun(own, lambda_gan=0.0, lambda_s=0.7)
+    images, values = pictures(), []
+    at_first = model.tokenizer.features(images).detach()
+    for step in range(3):
+        moved = ((model.tokenizer.features(images).detach() - at_first) ** 2).mean()
+        losses, _ = now.module({"images": images}, now.loss_weights, False)
+        demand("L_s" in losses, "L_s is missing in T3")
+        values.append(losses["L_s"].item())
+        same(losses["L_s"], moved, f"L_s before step {step + 1}", 1e-4)
+        if step:
+            demand(abs(values[-1] / float(moved) - 1) < 1e-2, f"L_s is {values[-1]:.2g}, the mean square of what the "
+                                                               f"encoder has moved is {float(moved):.2g}")
+        now.optimizer.zero_grad()
+        sum(now.loss_weights[name] * value for name, value in losses.items()).backward()
+        now.set_rate(10, 100)
+        now.optimizer.step()
+    demand(values[0] < 1e-9, f"L_s is {values[0]:.2g} at the first step, when the encoder is what it was")
+    demand(min(values[1:]) > 0, "L_s stays 0 though the encoder moves: E_s' moves along")
+
+
+def no_gradient(own, real):
+    """no gradient reaches E_s'; the encoder gets its own"""
+    model, now, extras = begun(own, lambda_s=0.7)
+    move(model.tokenizer.vision)
+    losses, _ = now.module({"images": pictures()}, now.loss_weights, False)
+    losses["L_s"].backward()
+    before = extras.encoder_before
+    for parameter in before.parameters() if isinstance(before, nn.Module) else ():
+        demand(parameter.grad is None or parameter.grad.abs().max() == 0, "L_s has a gradient for E_s'")
+    for name, parameter in model.tokenizer.vision.named_parameters():
+        demand(parameter.grad is not None, f"L_s has no gradient for the encoder's {name}")
+
+
+def apart(own, real):
+    """E_s' is no part of the model, and prepare leaves the model as it was"""
+    for frozen in (False, True):
+        model = model_of(own, freeze_encoder=frozen)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        stage = own.train.stage_named("T3")
+        extras = own.train.prepare(model, stage)
+        after = dict(model.named_parameters())
+        demand(list(after) == list(before), "prepare has added weights to the model, or taken some from it")
+        demand(all(after[name].equal(before[name]) for name in before), "prepare for T3 has changed weights")
+        now = own.train.begin(own.train.StepModule(model, stage, extras))
+        trained = {id(p) for group in now.optimizer.param_groups for p in group["params"]}
+        ours = {id(p) for p in model.tokenizer.parameters()}
+        demand(trained <= ours, "the optimizer of T3 holds weights that are not the tokenizer's")
+        held = {id(p) for p in model.tokenizer.vision.parameters()} <= trained
+        demand(held != frozen, "the encoder does not train in T3" if not frozen else "a frozen encoder trains")
+
+
+# ---------------------------------------------------------------- claims: what else prepare does
+
+
+def adversary(own, real):
+    """the adversary is made for T3, with an optimizer of its own at half the stage's rate, or as the stage"""
+    for changes in ({}, {"gan_as_stage": True, "betas": (0.7, 0.8)}, {"gan_width": 16}):
+        made = []
+        for version in (own, real):
+            model = model_of(version, **changes)
+            made.append(version.train.prepare(model, version.train.stage_named("T3")))
+        ours, theirs = made
+        demand(ours.discriminator is not None and ours.adversary is not None, "T3 has no adversary")
+        shapes = [[tuple(p.shape) for p in one.discriminator.parameters()] for one in made]
+        demand(shapes[0] == shapes[1], "the discriminator is not of gan_width")
+        held = {id(p) for group in ours.adversary.param_groups for p in group["params"]}
+        demand(held == {id(p) for p in ours.discriminator.parameters()},
+               "the adversary's optimizer does not hold the discriminator's weights, and these alone")
+        for key in ("lr", "betas", "weight_decay"):
+            got, right = (one.adversary.param_groups[0][key] for one in made)
+            demand(got == right, f"{key} of the adversary is {got}, wanted {right} with gan_as_stage "
+                                 f"{changes.get('gan_as_stage', False)}")
+
+
+class Features(nn.Module):
+    """In the place of VGG16, and with `forward` in that of ConvNeXt-S."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def features(self, images):
+        return [self.factor * images, images[:, :, ::2].square()]
+
+    def forward(self, images):
+        return self.factor * images.flatten(1)
+
+
+def perceptual(own, real):
+    """L_lpips compares features of the pixel encoder, or of the networks that the configuration names"""
+    places = [(own.train, "perceptual_networks"), (getattr(own, "public.perceptual"), "perceptual_networks")]
+    kept = [getattr(module, name) for module, name in places]
+    a, b, model = pictures(), pictures(), model_of(own)
+    for vgg, convnext in ((None, None), (Features(2.0), None), (Features(2.0), Features(3.0)), (None, Features(3.0))):
+        for name in ("T1", "T2", "T3"):
+            try:
+                for module, key in places:
+                    setattr(module, key, lambda config: (vgg, convnext))
+                extras = own.train.prepare(model, own.train.stage_named(name))
+            finally:
+                for (module, key), value in zip(places, kept):
+                    setattr(module, key, value)
+            demand(callable(extras.perceptual), f"{name} has nothing for L_lpips")
+            right = real.train.Perceptual(copy.deepcopy(vgg or model.pixel_encoder), convnext)(a, b)
+            what = ", ".join(word for word, net in (("--vgg", vgg), ("--convnext", convnext)) if net)
+            same(extras.perceptual(a, b), right, f"L_lpips of {name}, {what or 'by the pixel encoder'}", 1e-4)
+
+
+def other_stages(own, real):
+    """the connector starts as the LLM's layers in P3, and an external teacher is read from its run's P1"""
+    model = model_of(own)
+    llm, before = model.mllm.llm, copy.deepcopy(model)
+    own.train.prepare(model, own.train.stage_named("P3"))
+    before.mllm.connector.copy_layers(before.mllm.llm)
+    ours, right = model.state_dict(), before.state_dict()
+    demand(set(ours) == set(right), "prepare for P3 has added weights to the model, or taken some from it")
+    for name, value in right.items():
+        same(ours[name], value, f"{name} after prepare for P3")
+    demand(model.mllm.llm is llm, "prepare for P3 has put another LLM into the model")
+    for name in ("U2", "U3"):
+        extras = own.train.prepare(model, own.train.stage_named(name))
+        demand(extras.external_teacher is None, f"{name} has an external teacher though the tokenizer teaches")
+        demand(extras.discriminator is None and extras.adversary is None, f"{name} has an adversary")
+    teacher, images = model_of(own), pictures()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, change in (("P1", 0.0), ("T3", 0.1)):
+            move(teacher.tokenizer.vision, change)
+            averages = {key: value.detach().clone() for key, value in teacher.named_parameters()
+                        if key.startswith(("tokenizer.vision", "mllm.llm"))}
+            torch.save({"ema": averages, "latent_scale": torch.ones(())}, Path(folder) / f"{name}.pt")
+            if name == "P1":
+                right = teacher.tokenizer.vision(images).detach()
+        model.config.align, model.config.teacher = "external", folder
+        extras = own.train.prepare(model, own.train.stage_named("U2"))
+        demand(callable(extras.external_teacher), "U2 has no external teacher with --align external")
+        same(extras.external_teacher(images), right, "what the external teacher says", 1e-5)
+        model.config.teacher = str(Path(folder) / "none")
+        own.train.prepare(model, own.train.stage_named("U1"))  # has no L_align, and needs no teacher
+
+
+def where(own, real):
+    """what is made for the losses lives where the model lives"""
+    with torch.device("meta"):
+        model = own.spar.SPAR(own.spar.make_config(**SIZES), WordTokenizer(WORDS))
+    extras = own.train.prepare(model, own.train.stage_named("T3"))
+    for what, module in (("the discriminator", extras.discriminator), ("E_s'", extras.encoder_before)):
+        devices = {p.device.type for p in module.parameters()} if isinstance(module, nn.Module) else {"meta"}
+        demand(devices == {"meta"}, f"{what} is on {', '.join(devices)}, the model is on meta")
+
+
+def curves(pen, corner: tuple[int, int], title: str, lines: dict[str, list[float]], size=(300, 180)) -> None:
+    """A small plot: label -> values from the first step to the last, all on one scale from 0."""
+    from plumbing.pictures import INK, LINES, PALE, font
+    (x0, y0), (w, h) = corner, size
+    top = max(max(values) for values in lines.values()) or 1.0
+    pen.text((x0, y0 - 20), f"{title} (top {top:.3g})", INK, font())
+    pen.rectangle((x0, y0, x0 + w, y0 + h), outline=PALE)
+    for i, (label, values) in enumerate(lines.items()):
+        points = [(x0 + w * step / max(1, len(values) - 1), y0 + h * (1 - value / top))
+                  for step, value in enumerate(values)]
+        pen.line(points, LINES[i % len(LINES)], 2)
+        pen.text((x0 + i * w // len(lines), y0 + h + 6), label, LINES[i % len(LINES)], font())
+
+
+def picture(own, path: Path) -> Path:
+    """What λ_s is for: T3 of a tiny model by your losses; how well it draws, and how far its tokens have moved."""
+    from PIL import Image, ImageDraw
+
+    from world.language import DrawnWorld
+    torch.manual_seed(0)
+    images, drawn, moved = DrawnWorld(16, 0).pictures(range(16)), {}, {}
+    model = model_of(own, lambda_gan=0.0)
+    for weight in (0.0, 0.05, 1.0):
+        model.config.lambda_s = weight
+        one = copy.deepcopy(model)
+        stage = own.train.stage_named("T3")
+        now = own.train.begin(own.train.StepModule(one, stage, own.train.prepare(one, stage)))
+        at_first, mse, far = one.tokenizer.features(images).detach(), [], []
+        for step in range(40):
+            losses, _ = now.module({"images": images}, now.loss_weights, False)
+            now.set_rate(step, 40)
+            now.optimizer.zero_grad()
+            sum(now.loss_weights[name] * value for name, value in losses.items()).backward()
+            now.optimizer.step()
+            mse.append(losses["L_mse"].item())
+            far.append((one.tokenizer.features(images).detach() - at_first).square().mean().item())
+        drawn[f"lambda_s {weight:g}"], moved[f"lambda_s {weight:g}"] = mse, far
+    image = Image.new("RGB", (700, 260), "white")
+    pen = ImageDraw.Draw(image)
+    curves(pen, (30, 40), "L_mse: how badly it draws", drawn)
+    curves(pen, (370, 40), "how far f_v has moved (mean square)", moved)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+CLAIMS = [square, pull, asked_for, terms, reach, same_pictures, stays, first_steps, no_gradient, apart, adversary,
+          perceptual, other_stages, where]
+
+
+def fingerprint(version) -> dict[str, torch.Tensor]:
+    found = {}
+
+    def l_s():
+        f_v, before = torch.randn(3, 5, 7, requires_grad=True), torch.randn(3, 5, 7)
+        value = version.tokenizer.self_distillation(f_v, before)
+        return torch.cat([value.flatten(), *(g.flatten() for g in gradients(value, [f_v]))])
+
+    def losses():
+        tokenizer, images = tokenizer_of(version), pictures()
+        values, copies = version.tokenizer.tokenizer_losses(tokenizer, images, dict.fromkeys(TERMS, 1.0),
+                                                            **around(tokenizer))
+        parameters = list(tokenizer.parameters())
+        return torch.stack([value for name in sorted(values) for value in (values[name].detach(), sum(
+            g.abs().sum() for g in gradients(values[name], parameters)))])
+
+    def prepared():
+        model, images = model_of(version), pictures()
+        extras = version.train.prepare(model, version.train.stage_named("T3"))
+        move(model.tokenizer.vision)
+        before = extras.encoder_before(images).detach().flatten()
+        names = torch.tensor([float(len(list(model.parameters())))])
+        return torch.cat([before, names, torch.tensor([extras.adversary.param_groups[0]["lr"]])])
+
+    for name, compute in (("self_distillation", l_s), ("tokenizer_losses", losses), ("prepare", prepared)):
+        torch.manual_seed(1)
+        try:
+            found[name] = compute().detach()
+        except Exception:  # a hole, or a learner's error: told by the claims
+            pass
+    return found

@@ -1,0 +1,342 @@
+"""Exercise 10: does it hold here? One row of the paper's Table 5 or 6, with a prediction sheet.
+
+    python exercises/grade.py 10 RUN SHEET.json --control CONTROL …
+
+RUN is the folder of the arm, CONTROL that of the run it is compared with, or the results.json of several, one for each
+seed. The sheet:
+
+    question     what is asked, in words                    flag        what was changed: "--router last"
+    figure       its place in results.json, such as "reconstruction.psnr"
+    prediction   {"sign": "+", "-" or "0", "why": "…"}: what becomes of the figure, written before the arm is measured
+    control      its figure; of several their mean          mine        that of the arm
+    difference   mine − control                             spread      the control's standard deviation over seeds
+    verdict      "cannot be told" where |difference| < 2 · spread; else "holds" where the sign is that of the
+                 prediction, and "does not hold" where it is not
+    hides        one thing that this comparison does not show
+    seeds        only where the arm was repeated: the folders of the other runs; `mine` is then the mean of all
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from exercises.checks.tools import Wrong, demand
+from plumbing.command import Parser, UserError
+from plumbing.run_folder import config_diff, load_config
+from spar import HOW, Protocol
+
+TITLE, MINUTES = "Does it hold here?", 45
+PREDICT = ["Will the figure of your arm be higher or lower than the control's, or can it not be told?",
+           "How large is the spread of the control over seeds, in units of the difference that you expect?",
+           "What will this comparison hide, even if its verdict is right?"]
+VERDICTS = ("holds", "does not hold", "cannot be told")
+SIGNS = {"+": 1, "higher": 1, "up": 1, "more": 1, "-": -1, "−": -1, "–": -1, "lower": -1, "down": -1, "less": -1,
+         "0": 0, "=": 0, "same": 0}
+WITH_ANOTHER = {"teacher": "align"}  # a field that another one asks for
+
+
+# ---------------------------------------------------------------- runs and their figures
+
+
+@dataclass
+class Run:
+    where: Path
+    results: dict
+    settings: dict  # field -> value, where it is not the preset's; neither seed nor how it is computed
+
+
+def read_json(path: Path) -> dict:
+    """Raises Wrong."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise Wrong(f"there is no {path}") from None
+    except (ValueError, RecursionError) as error:
+        raise Wrong(f"{path} is no JSON: {error}") from None
+    demand(isinstance(content, dict), f"{path} holds no fields")
+    return content
+
+
+def read_run(path: Path) -> Run:
+    """A run folder, or a results.json; beside a config.json its settings are read from that."""
+    results = read_json(path / "results.json" if path.is_dir() else path)
+    demand(isinstance(results.get("protocol"), dict), f"{path}: evaluate.py wrote no such results: no protocol")
+    settings, folder = results.get("ablation", {}), path if path.is_dir() else path.parent
+    if (folder / "config.json").exists() and (path.is_dir() or path.name == "results.json"):
+        try:
+            settings = config_diff(load_config(folder))
+        except UserError as error:
+            raise Wrong(str(error)) from None
+        recorded = results.get("ablation", {})
+        changed = differing(json.loads(json.dumps(settings)), recorded)
+        demand(not changed, f"{folder}: config.json and results.json differ in {', '.join(changed)}: the results are "
+                            "another run's, or config.json was changed since")
+    settings = {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in ("seed", *HOW)}
+    return Run(path, results, settings)
+
+
+def read_control(paths: list[Path]) -> list[Run]:
+    """Folders of runs, folders that hold several, results.json files."""
+    found = []
+    for path in paths:
+        inside = [] if not path.is_dir() or (path / "results.json").exists() else sorted(
+            [*path.glob("*/results.json"), *path.glob("*.json")])
+        found += [read_run(one.parent if one.name == "results.json" else one) for one in inside or [path]]
+    return found
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    return sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+
+
+def figure(results: dict, path: str) -> float:
+    """The number at a dotted path, such as reconstruction.psnr. Raises Wrong."""
+    keys, value = str(path).split("."), results
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    told = f"results.json has no figure {path!r}: it is one such as reconstruction.psnr (a training loss is none)"
+    demand(len(keys) == 2 and isinstance(value, (int, float)) and not isinstance(value, bool), told)
+    demand(keys[0] not in ("protocol", "machine", "ablation"), told)
+    demand(math.isfinite(value), f"{path} is {value}")
+    return float(value)
+
+
+def spread_of(values: list[float]) -> float:
+    """Standard deviation over seeds, of n − 1."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def rule(difference: float, spread: float, sign: int) -> str:
+    if abs(difference) < 2 * spread:
+        return "cannot be told"
+    return "holds" if (difference > 0) - (difference < 0) == sign else "does not hold"
+
+
+# ---------------------------------------------------------------- the sheet
+
+
+@dataclass
+class Case:
+    run: Run
+    control: list[Run]
+    sheet: dict
+    sheet_path: Path
+    repeats: list[Run]  # the arm with other seeds
+
+    @property
+    def arms(self) -> list[Run]:
+        return [self.run, *self.repeats]
+
+
+def number(sheet: dict, key: str) -> float:
+    value = sheet.get(key)
+    demand(isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+           f"{key} on the sheet is {value!r}: a number is wanted")
+    return float(value)
+
+
+def rounds_to(value: float, written: float) -> bool:
+    """Whether this was written for that, with two decimals or more."""
+    return any(math.isclose(round(value, digits), written, rel_tol=0, abs_tol=1e-9) for digits in range(2, 9)) or (
+        math.isclose(value, written, rel_tol=1e-9, abs_tol=1e-9))
+
+
+def sign_of(prediction) -> int:
+    sign = prediction.get("sign") if isinstance(prediction, dict) else None
+    if isinstance(sign, (int, float)) and not isinstance(sign, bool) and math.isfinite(sign):
+        return (sign > 0) - (sign < 0)
+    found = SIGNS.get(str(sign).strip().lower())
+    demand(found is not None, f"prediction has the sign {sign!r}: write + (higher), - (lower) or 0 (the same)")
+    return found
+
+
+def field_of(flag) -> tuple[str, str]:
+    """"--router last" or "router=last" -> (router, last); "--no-anchor" -> (anchor, False)"""
+    words = str(flag).replace("=", " ").split()
+    demand(words, "flag on the sheet is empty: what was changed?")
+    name = words[0].lstrip("-").replace("-", "_")
+    if name.startswith("no_"):
+        return name[3:], "False"
+    return name, " ".join(words[1:])
+
+
+def words_of(sheet: dict, key: str, value) -> None:
+    text = "".join(value.split()) if isinstance(value, str) else ""
+    demand(len(text) >= 8, f"{key} on the sheet {'says too little' if text else 'is empty'}: {value!r}")
+
+
+# ---------------------------------------------------------------- claims
+
+
+def complete(case: Case) -> None:
+    """the sheet says what is asked, what is expected and why, and what the comparison hides"""
+    prediction = case.sheet.get("prediction")
+    demand(isinstance(prediction, dict), "prediction on the sheet wants a sign and a why")
+    sign_of(prediction)
+    for key, value in (("question", case.sheet.get("question")), ("prediction: why", prediction.get("why")),
+                       ("hides", case.sheet.get("hides"))):
+        words_of(case.sheet, key, value)
+
+
+def one_change(case: Case) -> None:
+    """the arm differs from the control in one field, the flag on the sheet, and in nothing else"""
+    for other in case.control[1:]:
+        changed = differing(other.settings, case.control[0].settings)
+        demand(not changed, f"the control's runs differ in {', '.join(changed)}: {other.where}, {case.control[0].where}")
+    for other in case.repeats:
+        changed = differing(other.settings, case.run.settings)
+        demand(not changed, f"the arm's runs differ in {', '.join(changed)}: {other.where}, {case.run.where}")
+    changed = differing(case.run.settings, case.control[0].settings)
+    changed = [key for key in changed if key != "steps" and WITH_ANOTHER.get(key) not in changed]
+    demand(changed, "no field of the configuration differs from the control's: other steps or another seed are no "
+                    "question")
+    demand(len(changed) == 1, f"{len(changed)} fields differ from the control's: {', '.join(changed)}: which of them "
+                              "made the difference?")
+    name, value = field_of(case.sheet.get("flag", ""))
+    demand(name == changed[0], f"the sheet's flag is {name}, what differs is {changed[0]}")
+    if value and name in case.run.settings:
+        is_now = case.run.settings[name]
+        now = ",".join(map(str, is_now)) if isinstance(is_now, list) else str(is_now)
+        demand(value.lower() == now.lower() or is_number(value) and is_number(now) and float(value) == float(now),
+               f"the sheet says {name} {value}, the run has {now}")
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def same_terms(case: Case) -> None:
+    """arm and control trained for the same steps and were measured by the same protocol"""
+    for other in [*case.control, *case.repeats]:
+        demand(case.run.settings.get("steps") == other.settings.get("steps"),
+               f"other steps: {case.run.where} {case.run.settings.get('steps', 'as the preset')}, "
+               f"{other.where} {other.settings.get('steps', 'as the preset')}")
+        changed = differing(case.run.results["protocol"], other.results["protocol"])
+        demand(not changed, f"measured by other protocols: {', '.join(changed)} of {case.run.where} and {other.where}")
+        demand(case.run.results.get("data") == other.results.get("data"), f"measured on other data: {other.where}")
+
+
+def own_weights(case: Case) -> None:
+    """the results are those of the arm's weights"""
+    from evaluate import evaluation_id
+    ids = [one.results.get("eval_id") for one in case.control]
+    for arm in case.arms:
+        folder = arm.where if arm.where.is_dir() else arm.where.parent
+        demand(any(folder.glob("[PTU][123].pt")), f"{folder} holds no finished stage: which weights are these figures of?")
+        found = evaluation_id(folder, Protocol(**arm.results["protocol"]))
+        demand(found == arm.results.get("eval_id"), f"{folder}: its weights give eval_id {found}, results.json has "
+               f"{arm.results.get('eval_id')}: measure the run again, or take its own results")
+        demand(found not in ids, f"{folder} is the control itself: the same weights")
+    seeds = [(one.results.get("seed"), one.results.get("eval_id")) for one in case.arms]
+    demand(len({seed for seed, _ in seeds}) == len(seeds), "an arm that is repeated needs another seed each time")
+    demand(len(set(ids)) == len(ids), "a run of the control is there twice")
+
+
+def numbers(case: Case) -> None:
+    """the numbers on the sheet are those of the results"""
+    path = case.sheet.get("figure")
+    for key, runs in (("mine", case.arms), ("control", case.control)):
+        written, values = number(case.sheet, key), [figure(one.results, path) for one in runs]
+        mean = sum(values) / len(values)
+        what = f"the mean of {path} over {len(values)} runs" if len(values) > 1 else f"{path} of {runs[0].where}"
+        demand(rounds_to(mean, written), f"{key} on the sheet is {written}, {what} is {mean:.4f}")
+
+
+def arithmetic(case: Case) -> None:
+    """difference and spread are computed rightly"""
+    path, sheet = case.sheet.get("figure"), case.sheet
+    mine, control = number(sheet, "mine"), number(sheet, "control")
+    exact = [sum(values) / len(values) for values in ([figure(one.results, path) for one in runs]
+                                                      for runs in (case.arms, case.control))]
+    written = number(sheet, "difference")
+    demand(rounds_to(exact[0] - exact[1], written) or rounds_to(mine - control, written),
+           f"difference on the sheet is {written}, mine − control is {mine - control:.4f}")
+    spread = number(sheet, "spread")
+    demand(spread >= 0, f"spread on the sheet is {spread}: it is never negative")
+    if len(case.control) > 1:
+        right = spread_of([figure(one.results, path) for one in case.control])
+        demand(rounds_to(right, spread), f"spread on the sheet is {spread}, the standard deviation (n − 1) of the "
+                                         f"control's {len(case.control)} runs is {right:.4f}")
+    else:
+        demand(spread > 0, "spread on the sheet is 0: one run has none of its own; take the one that was given")
+
+
+def verdict_follows(case: Case) -> None:
+    """the verdict follows: inside twice the spread nothing can be told"""
+    sheet, said = case.sheet, " ".join(str(case.sheet.get("verdict")).lower().split()).rstrip(".")
+    demand(said in VERDICTS, f"verdict on the sheet is {sheet.get('verdict')!r}: one of {', '.join(VERDICTS)}")
+    difference, spread, path = number(sheet, "difference"), number(sheet, "spread"), sheet.get("figure")
+    means = [sum(figure(one.results, path) for one in runs) / len(runs) for runs in (case.arms, case.control)]
+    exact = spread_of([figure(one.results, path) for one in case.control]) if len(case.control) > 1 else spread
+    sign = sign_of(sheet.get("prediction"))
+    allowed = {rule(difference, spread, sign), rule(means[0] - means[1], exact, sign)}  # rounded, or to the last digit
+    expected = {1: "higher", 0: "the same", -1: "lower"}[sign]
+    demand(said in allowed, f"verdict on the sheet is {said!r}: the difference is {difference:+.4g}, twice the spread "
+                            f"{2 * spread:.4g}, and {expected!r} was expected of {path}")
+
+
+def written_before(case: Case) -> str:
+    """the prediction is older than the results"""
+    folder = case.run.where if case.run.where.is_dir() else case.run.where.parent
+    measured = (folder / "results.json").stat().st_mtime
+    notes = [folder / "predictions.md" for folder in (case.sheet_path.parent, Path(__file__).parent.parent / "work")]
+    written = min(path.stat().st_mtime for path in (case.sheet_path, *notes) if path.exists())
+    if written < measured:
+        return ""
+    day = "%Y-%m-%d %H:%M"
+    return (f"only a remark: the oldest note of it ({time.strftime(day, time.localtime(written))}) is younger than the "
+            f"results ({time.strftime(day, time.localtime(measured))}); next time write predictions.md first")
+
+
+CLAIMS = [complete, one_change, same_terms, own_weights, numbers, arithmetic, verdict_follows, written_before]
+
+
+# ---------------------------------------------------------------- what grade.py calls
+
+
+def read_case(arguments: list[str]) -> Case:
+    """Raises UserError where the command is wrong, Wrong where a file is."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of the arm")
+    parser.add_argument("sheet", type=Path, help="the filled-in sheet, JSON")
+    parser.add_argument("--control", type=Path, nargs="+", required=True, help="run folder, or results.json of its seeds")
+    given = parser.read(arguments)
+    sheet = read_json(given.sheet)
+    if not given.run.is_dir():
+        raise Wrong(f"{given.run} is no run folder")
+    control = read_control(given.control)
+    demand(control, f"no results in {', '.join(map(str, given.control))}")
+    named = sheet.get("seeds") or []
+    demand(isinstance(named, list) and all(isinstance(one, str) for one in named),
+           f"seeds on the sheet is {named!r}: a list of run folders is wanted, those of the arm with other seeds")
+    repeats = []
+    for name in named:
+        places = [place for place in (Path(name), given.sheet.parent / name, given.run.parent / name) if place.is_dir()]
+        demand(places, f"seeds on the sheet names {name}: there is no such run folder")
+        if places[0].resolve() != given.run.resolve():
+            repeats.append(read_run(places[0]))
+    return Case(read_run(given.run), control, sheet, given.sheet, repeats)
+
+
+def verdicts(arguments: list[str]) -> list[dict]:
+    """A row for each claim: {"claim", "ok", "why"}. Raises UserError where the command is wrong."""
+    try:
+        case = read_case(arguments)
+    except Wrong as wrong:
+        return [{"claim": "the sheet, the arm and the control can be read", "ok": False, "why": str(wrong)}]
+    rows = []
+    for claim in CLAIMS:
+        try:
+            why, ok = claim(case) or "", True
+        except Wrong as wrong:
+            why, ok = str(wrong), False
+        except Exception as error:  # files that are not what they should be
+            why, ok = f"{type(error).__name__}: {error}".splitlines()[0][:200], False
+        rows.append({"claim": claim.__doc__.splitlines()[0], "ok": ok, "why": why})
+    return rows
