@@ -108,7 +108,7 @@ WRONG = {
     "the mask is left out": but("hide(q_tile @ k_tile.mT * scale, mask)", "q_tile @ k_tile.mT * scale"),
     "one maximum for all rows of a tile": but("score.amax(-1)", "score.amax().expand_as(top)"),
     "one maximum for all heads and pictures": but("score.amax(-1)", "score.amax((0, 1, 3)).expand_as(top)"),
-    "the maximum of each query over keys and heads": but("score.amax(-1)", "score.amax((1, 3))[:, None].expand_as(top)"),
+    "one maximum for all heads": but("score.amax(-1)", "score.amax((1, 3))[:, None].expand_as(top)"),
     "the mask of keys is left out": but("causal, key_mask)\n            score", "causal, None)\n            score"),
     "the mask is taken the other way round": but("scale, mask)", "scale, None if mask is None else ~mask)"),
     "the causal mask is left out": but("visible(rows, columns, shift, causal,", "visible(rows, columns, shift, False,",

@@ -229,7 +229,8 @@ RIGHT = {
         ":\n                x = x + gap / 2 * (v - previous)",
         "previous, gap_before = clean, gap", "previous = v", STEP, "x = x + gap * v"),
     "the gaps upside down: second order, another algorithm": steps_but(
-        "gap / (2 * gap_before)", "gap_before / (2 * gap)", "previous is not None and after > 0", "previous is not None and after > 0 and gap_before < math.inf"),
+        "gap / (2 * gap_before)", "gap_before / (2 * gap)", "previous is not None and",
+        "previous is not None and gap_before < math.inf and"),
     "dpm in λ, as its paper writes it": sample("""
         if steps < 1 or sampler not in SAMPLERS:
             raise ValueError

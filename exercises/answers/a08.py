@@ -89,7 +89,8 @@ WRONG = {
     "L_f on z_p": losses(("squared(latents.fused, z_target)", "squared(latents.pixel, z_target)")),
     "the target's latents only where L_p is asked for":
         losses(("if \"L_p\" in weights or \"L_f\" in weights:", "if \"L_p\" in weights:")),
-    "the pictures are returned, not the reconstruction": losses(("return losses, reconstruction", "return losses, images")),
+    "the pictures are returned, not the reconstruction": losses(
+        ("return losses, reconstruction", "return losses, images")),
     "L_mse of f_v": losses(("squared(reconstruction, images)", "squared(f_v, f_v.detach())")),
     "an alias, not a copy": before("    extras.encoder_before = model.tokenizer.vision"),
     "a shallow copy": before("    extras.encoder_before = copy.copy(model.tokenizer.vision)"),
@@ -120,11 +121,13 @@ WRONG = {
         losses((BEFORE, "    f_v_before = encoder_before(images)\n"))["tokenizer.py"]},
     "the adversary learns at the stage's own rate": prepare(("else (lr / 2,)", "else (lr,)")),
     "the adversary trains the model too": prepare(
-        ("adversary_optimizer(extras.discriminator,", "adversary_optimizer(nn.ModuleList([extras.discriminator, model]),")),
+        ("adversary_optimizer(extras.discriminator,",
+         "adversary_optimizer(nn.ModuleList([extras.discriminator, model]),")),
     "no start for the connector": prepare(("if stage.name == \"P3\":", "if False:")),
     "the external teacher is the model's own encoder": prepare(
         ("external.tokenizer.vision", "copy.deepcopy(model.tokenizer.vision)")),
-    "L_lpips by the pixel encoder whatever is asked for": prepare(("vgg or model.pixel_encoder", "model.pixel_encoder")),
+    "L_lpips by the pixel encoder whatever is asked for": prepare(
+        ("vgg or model.pixel_encoder", "model.pixel_encoder")),
 }
 
 RIGHT = {

@@ -95,7 +95,7 @@ WRONG = {
     "the last block in place of align_block": forward((CAPTURE, "hidden = x")),
     "the first block in place of align_block": forward(("number == self.align_block", "number == 1")),
     "what goes into align_block, not what comes out":
-        forward((CAPTURE, ""), ("    x = block(x,", "    if number == self.align_block:\n        hidden = x\n    x = block(x,")),
+        forward((CAPTURE, ""), ("    x = block(x,", CAPTURE + "\n    x = block(x,")),
     "blocks counted from 0": forward(("enumerate(self.blocks, 1)", "enumerate([*self.blocks, nn.Identity()])"),
                                      ("    x = block(x, condition, mask, modulation, x_t.shape[2])",
                                       "    if number == len(self.blocks):\n        break\n"
@@ -124,11 +124,8 @@ WRONG = {
     "the teacher's rows in the order (b draws)":
         unified(("\"b n d -> (draws b) n d\"", "\"b n d -> (b draws) n d\"")),
     "only the first round of noises is aligned":
-        unified(("alignment_loss(align_head(f_dit), teacher)", "alignment_loss(align_head(f_dit[:len(batch['images'])]), "
-                                                               "teacher[:len(batch['images'])])")),
-    "φ_a of the teacher": unified(("alignment_loss(align_head(f_dit), teacher)",
-                                   "alignment_loss(f_dit, F.pad(align_head(F.pad(teacher, (0, f_dit.shape[-1] - "
-                                   "teacher.shape[-1]))), (0, f_dit.shape[-1] - teacher.shape[-1])))")),
+        unified(("alignment_loss(align_head(f_dit), teacher)",
+                 "alignment_loss(align_head(f_dit[:len(batch['images'])]), teacher[:len(batch['images'])])")),
     "student and teacher swapped": unified(("alignment_loss(align_head(f_dit), teacher)",
                                             "alignment_loss(teacher, align_head(f_dit))")),
     "f_dit is detached before φ_a": unified(("align_head(f_dit)", "align_head(f_dit.detach())")),
@@ -151,9 +148,7 @@ WRONG = {
     "edits stand before requests": unified(("for part in conditions", "for part in conditions[::-1]")),
     "no mask for what is padded": unified(("mask = torch.cat(equally_long(*(part.mask for part in conditions)))",
                                            "mask = torch.ones(tokens.shape[:2], dtype=torch.bool)")),
-    "the condition without gradient": unified(("tokens = torch.cat(equally_long(*(part.tokens for part in conditions)))",
-                                               "tokens = torch.cat(equally_long(*(part.tokens for part in conditions)))"
-                                               ".detach()")),
+    "the condition without gradient": unified(("(part.tokens for part", "(part.tokens.detach() for part")),
 }
 
 RIGHT = {
@@ -166,7 +161,8 @@ RIGHT = {
              "return (a - b).pow(2).sum(2).mean() / 2 - 1"),
     "a loop over pictures and tokens":
         loss("total = 0.0\nf_v = f_v.detach()\nfor a, b in zip(projected.flatten(0, 1), f_v.flatten(0, 1)):\n"
-             "    total = total + torch.dot(a, b) / (a.norm() * b.norm())\nreturn -total / (f_v.shape[0] * f_v.shape[1])"),
+             "    total = total + torch.dot(a, b) / (a.norm() * b.norm())\n"
+             "return -total / (f_v.shape[0] * f_v.shape[1])"),
     "torch's embedding loss":
         loss("a, b = projected.flatten(0, 1), f_v.detach().flatten(0, 1)\n"
              "return F.cosine_embedding_loss(a, b, torch.ones(len(a), device=a.device))"),

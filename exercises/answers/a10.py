@@ -26,7 +26,8 @@ def make_run(run: Path, psnr: float, understanding: float, count: int = 50, **ch
     generator = torch.Generator().manual_seed(hash((psnr, understanding, config.seed)) % 2**31)
     for name in ("P1", "T3"):
         weight = torch.randn(3, 4, generator=generator)
-        torch.save({"weights": {"w": weight}, "ema": {"w": weight / 2}, "latent_scale": torch.ones(())}, run / f"{name}.pt")
+        torch.save({"weights": {"w": weight}, "ema": {"w": weight / 2}, "latent_scale": torch.ones(())},
+                   run / f"{name}.pt")
     (run / "log.jsonl").write_text(json.dumps({"stage": "T3", "step": 19, "loss": 0.0123}) + "\n")
     measure(run, {"reconstruction": {"psnr": psnr, "ssim": 0.9, "interval": {"psnr": [psnr - 0.4, psnr + 0.4]}},
                   "understanding": {"overall": understanding}}, Protocol(count=count).of(config))

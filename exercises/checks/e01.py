@@ -71,6 +71,11 @@ def neighbours(own, real):
                "2·row and 2·row + 1 and of the columns 2·column and 2·column + 1")
         order = out.argsort(-1).gather(-1, places.argsort(-1).argsort(-1))  # where each number has gone to
         demand((order == order[:1, :1]).all(), "fold: the channels of one token have another order than another's")
+        demand(out.dtype == x.dtype, f"fold makes {out.dtype} of {x.dtype}")
+        x.requires_grad_()
+        out = own.tokenizer.fold(x)
+        demand(out.requires_grad, "fold hands on no gradient: the encoder could not learn")
+        same(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x), "the gradient of fold")
 
 
 def residual(own, real):
@@ -149,6 +154,7 @@ def reach(own, real, p: int = 5, n: int = 9) -> tuple[torch.Tensor, torch.Tensor
     latents, tables = tokenizer.latents(f_v), []
     for z in (latents.semantic, latents.pixel):
         same_shape(z, (1, n, p), "a latent")
+        demand(z.requires_grad, "a latent has no gradient: its stream could not learn")
         rows = [torch.autograd.grad((z[0, i] * torch.randn_like(z[0, i])).sum(), f_v, retain_graph=True)[0][0].norm(
             dim=-1) for i in range(n)]
         tables.append(torch.stack(rows))

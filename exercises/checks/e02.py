@@ -34,7 +34,7 @@ def model_of(own, **changes):
 
 
 def asked(own, real, name: str, config) -> dict[str, float]:
-    """The terms of a stage and their weights, which must be the right ones' names."""
+    """The terms that a stage is to have, with their weights; raises Wrong where it asks for others."""
     stage = own.train.stage_named(name)
     demand(stage.trains or stage.losses, f"not written yet: STAGES.{name}")
     found, wanted = stage.loss_weights(config), real.train.stage_named(name).loss_weights(config)

@@ -149,7 +149,7 @@ def gradients(own, real):
         probe = torch.randn_like(wanted)
         pairs = zip("qkv", torch.autograd.grad(out, given, probe), torch.autograd.grad(wanted, given, probe))
         for name, ours, theirs in pairs:
-            same(ours, theirs, "out is right, but not what backward reads (q, k, v, key_mask, out, lse, and ctx.causal; "
+            same(ours, theirs, "out is right, not all that backward reads (q, k, v, key_mask, out, lse; ctx.causal; "
                  f"lse is log2 Σ 2^score): the gradient of {name}", 1e-8)
 
 

@@ -117,7 +117,7 @@ class World:
         parts = {"the queries": [self.queries], "the encoder": self.eye.parameters(),
                  "the tokenizer's latents": self.into_latent.parameters(), "φ_a": self.head.parameters()}
         parts |= {f"block {i} of the DiT": block.parameters() for i, block in enumerate(self.dit.blocks, 1)}
-        parts["the rest of the DiT"] = [p for name, p in self.dit.named_parameters() if not name.startswith("blocks")]
+        parts["the rest of the DiT"] = [p for key, p in self.dit.named_parameters() if not key.startswith("blocks")]
         return {name: list(parameters) for name, parameters in parts.items()}
 
 
@@ -190,7 +190,8 @@ def ends(own, real):
             value = loss(sign * lengths() * f_v, lengths() * f_v)
             same_up_to_1(value, torch.tensor(-float(sign)), f"L_align of {what}")
             zero = value.item() + sign if zero is None else zero
-            demand(abs(value.item() + sign - zero) < 1e-3, "L_align of equal and of opposite directions are not 2 apart")
+            demand(abs(value.item() + sign - zero) < 1e-3,
+                   "L_align of opposite directions is not 2 above that of equal ones")
 
 
 def token_by_token(own, real):
@@ -248,8 +249,9 @@ def captured(own, real):
 
 def velocity_too(own, real):
     """and the velocity is what it was without: SANA's"""
-    for options, shape in (({}, {}), ({"positions": True}, {}), ({}, {"draws": 2}), ({"positions": True}, {"h": 4, "w": 2}),
-                           ({}, {"b": 4, "h": 4, "w": 4, "l": 4, "draws": 3}), ({"p": 16}, {"p": 16})):
+    for options, shape in (({}, {}), ({"positions": True}, {}), ({}, {"draws": 2}),
+                           ({"positions": True}, {"h": 4, "w": 2}), ({"p": 16}, {"p": 16}),
+                           ({}, {"b": 4, "h": 4, "w": 4, "l": 4, "draws": 3})):
         ours, theirs = dits(own, real, **options)
         given = inputs(**shape)
         for arguments in (given, (*given[:3], None), given[:3]):
@@ -278,7 +280,8 @@ def who_learns(own, real):
 
 def both(own, real):
     """unified_losses gives L_fm and L_align of every picture at every noise"""
-    for words, edits, draws, h, w in ((3, 2, 2, 2, 3), (3, 0, 3, 2, 3), (0, 4, 2, 3, 2), (1, 1, 1, 2, 2), (2, 2, 4, 2, 2)):
+    for words, edits, draws, h, w in ((3, 2, 2, 2, 3), (3, 0, 3, 2, 3), (0, 4, 2, 3, 2), (1, 1, 1, 2, 2),
+                                      (2, 2, 4, 2, 2)):
         world, batch = case(own, real, words, edits, draws, h, w)
         with torch.no_grad():
             right, got = wanted(world, batch), losses_of(own, world, batch)

@@ -185,7 +185,8 @@ def one_change(case: Case) -> None:
     """the arm differs from the control in one field, the flag on the sheet, and in nothing else"""
     for other in case.control[1:]:
         changed = differing(other.settings, case.control[0].settings)
-        demand(not changed, f"the control's runs differ in {', '.join(changed)}: {other.where}, {case.control[0].where}")
+        demand(not changed, f"the control's runs differ in {', '.join(changed)}: {other.where}, "
+                            f"{case.control[0].where}")
     for other in case.repeats:
         changed = differing(other.settings, case.run.settings)
         demand(not changed, f"the arm's runs differ in {', '.join(changed)}: {other.where}, {case.run.where}")
@@ -228,7 +229,8 @@ def own_weights(case: Case) -> None:
     ids = [one.results.get("eval_id") for one in case.control]
     for arm in case.arms:
         folder = arm.where if arm.where.is_dir() else arm.where.parent
-        demand(any(folder.glob("[PTU][123].pt")), f"{folder} holds no finished stage: which weights are these figures of?")
+        demand(any(folder.glob("[PTU][123].pt")),
+               f"{folder} holds no finished stage: which weights are these figures of?")
         found = evaluation_id(folder, Protocol(**arm.results["protocol"]))
         demand(found == arm.results.get("eval_id"), f"{folder}: its weights give eval_id {found}, results.json has "
                f"{arm.results.get('eval_id')}: measure the run again, or take its own results")
@@ -305,7 +307,8 @@ def read_case(arguments: list[str]) -> Case:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the arm")
     parser.add_argument("sheet", type=Path, help="the filled-in sheet, JSON")
-    parser.add_argument("--control", type=Path, nargs="+", required=True, help="run folder, or results.json of its seeds")
+    parser.add_argument("--control", type=Path, nargs="+", required=True,
+                        help="run folder, or results.json of its seeds")
     given = parser.read(arguments)
     sheet = read_json(given.sheet)
     if not given.run.is_dir():

@@ -32,8 +32,8 @@ def trained(tmp_path_factory):
                            ("T1", ("tokenizer.semantic_stream", "tokenizer.pixel_stream", "tokenizer.fusion"))):
         kept = {key: value.detach().clone() for key, value in weights.items() if key.startswith(prefixes)}
         torch.save({"weights": kept, "ema": {key: value + 0.5 for key, value in kept.items()},
-                    "latent_scale": torch.tensor(1.25), "optimizer": [copy.deepcopy(kept), copy.deepcopy(kept)], "position": 3, "seconds": 1.0},
-                   run / f"{name}.pt")
+                    "latent_scale": torch.tensor(1.25), "optimizer": [copy.deepcopy(kept), copy.deepcopy(kept)],
+                    "position": 3, "seconds": 1.0}, run / f"{name}.pt")
     a10.measure(run, {"reconstruction": {"psnr": 30.0}}, Protocol().of(config))
     (run / "log.jsonl").write_text('{"stage": "P1", "step": 0}\n')
     (run / "resume").mkdir()
@@ -210,7 +210,8 @@ def test_a_class_is_pooled_by_what_it_changed_and_told_by_the_rule(class_of):
 def test_the_dots_are_drawn(class_of, tmp_path, monkeypatch, capsys):
     control, results = class_of
     out = tmp_path / "drawn" / "pool.png"
-    assert told(monkeypatch, capsys, pool, "reconstruction.psnr", *results, "--control", control, "--out", out) == (0, "")
+    given = "reconstruction.psnr", *results, "--control", control, "--out", out
+    assert told(monkeypatch, capsys, pool, *given) == (0, "")
     with pool.Image.open(out) as image:
         assert image.width > image.height > 100 and len(image.getcolors(1 << 20)) > 5
     same = pool.Arm("one value", [0.5] * 7)
