@@ -98,6 +98,8 @@ def unpack(file: Path, run: Path, any_commit: bool = False) -> list[str]:
     nothing stays where a member is a link, has a name that no run has, or other bytes than its sum says: UserError."""
     if run.is_symlink() or run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} is there already: choose a new folder")
+    if not file.is_file():
+        raise UserError(f"there is no pack {file}")
     try:
         with tarfile.open(file, "r:") as tar:
             members = checked(tar, file)

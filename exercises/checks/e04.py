@@ -125,6 +125,8 @@ def bell(own, real):
     demand(abs(sigma.median().item() - 0.5) < 0.01, f"the median of σ is {sigma.median():.3f}, not 0.5")
     above = sigma.quantile(0.8413).item()
     demand(abs(above - 0.7311) < 0.01, f"84.13 % of σ lie below {above:.3f}, not below sigmoid(1) = 0.731")
+    width = sigma.double().logit().std().item()
+    demand(abs(width - 1) < 6 / (2 * len(sigma)) ** 0.5, f"log(σ / (1 − σ)) has a standard deviation of {width:.3f}")
     demand(distance(sigma) < MARGIN, "the times σ are not distributed as the sigmoid of a standard normal")
 
 

@@ -387,7 +387,7 @@ def picture(own, path: Path) -> Path:
 
     from world.language import DrawnWorld
     torch.manual_seed(0)
-    images, drawn, moved = DrawnWorld(16, 0).pictures(range(16)), {}, {}
+    images, drawn, moved = DrawnWorld(16, 0).pictures(range(8)), {}, {}
     model = model_of(own, lambda_gan=0.0)
     for weight in (0.0, 0.05, 1.0):
         model.config.lambda_s = weight
@@ -395,9 +395,9 @@ def picture(own, path: Path) -> Path:
         stage = own.train.stage_named("T3")
         now = own.train.begin(own.train.StepModule(one, stage, own.train.prepare(one, stage)))
         at_first, mse, far = one.tokenizer.features(images).detach(), [], []
-        for step in range(40):
+        for step in range(30):
             losses, _ = now.module({"images": images}, now.loss_weights, False)
-            now.set_rate(step, 40)
+            now.set_rate(step, 30)
             now.optimizer.zero_grad()
             sum(now.loss_weights[name] * value for name, value in losses.items()).backward()
             now.optimizer.step()
@@ -441,7 +441,10 @@ def fingerprint(version) -> dict[str, torch.Tensor]:
         names = torch.tensor([float(len(list(model.parameters())))])
         return torch.cat([before, names, torch.tensor([extras.adversary.param_groups[0]["lr"]])])
 
+    changed = set(version._finder.sources) or {"tokenizer", "train"}  # to load train.py anew takes a while
     for name, compute in (("self_distillation", l_s), ("tokenizer_losses", losses), ("prepare", prepared)):
+        if name == "prepare" and "train" not in changed:
+            continue
         torch.manual_seed(1)
         try:
             found[name] = compute().detach()

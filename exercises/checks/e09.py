@@ -397,7 +397,7 @@ def picture(own, path):
                 shade = tuple(int(255 - max(0.0, value) * (255 - end)) for end in (20, 70, 150))
                 x, y = x0 + 26 * column, 40 + 26 * row
                 pen.rectangle((x, y, x + 24, y + 24), shade)
-                pen.text((x + 2, y + 7), f"{value:.1f}", "white" if value > 0.5 else INK, font(9))
+                pen.text((x + 2, y + 7), f"{value:.1f}", "white" if value > 0.35 else INK, font(9))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
     return path

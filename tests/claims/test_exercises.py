@@ -1,5 +1,5 @@
 """The graders of the exercises: what they must reject and accept, and that no learner's code ends in a traceback of
-ours. On two seeds here; `python -m tests.tools.graders` measures on twenty."""
+ours. A few answers on one seed here; `python -m tests.tools.graders` tries all of them on twenty."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ TO_FILL_IN = [number for number in NUMBERS if cut_of(number)]
 @pytest.mark.parametrize("number", TO_FILL_IN)
 def test_planted_mistakes_are_rejected_unusual_answers_and_the_source_accepted(number):
     assert len(answers(number).WRONG) >= 6 and len(answers(number).RIGHT) >= 3
-    assert misjudged(number, (11, 12)) == []
+    assert misjudged(number, (11,), at_most=8) == []
 
 
 @pytest.mark.parametrize("number", TO_FILL_IN)
