@@ -227,7 +227,7 @@ def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, fl
     `discriminator`: None until the adversary joins.
     """
     reconstruction, f_v, latents = tokenizer(images)
-    losses = {"L_mse": squared(reconstruction, images)}
+    losses = {"L_mse": squared(reconstruction, images)} if "L_mse" in weights else {}
     if "L_lpips" in weights:
         losses["L_lpips"] = perceptual(reconstruction, images)
     if "L_p" in weights or "L_f" in weights:

@@ -307,7 +307,7 @@ def read_case(arguments: list[str]) -> Case:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of the arm")
     parser.add_argument("sheet", type=Path, help="the filled-in sheet, JSON")
-    parser.add_argument("--control", type=Path, nargs="+", required=True,
+    parser.add_argument("--control", type=Path, nargs="+", action="extend", required=True,
                         help="run folder, or results.json of its seeds")
     given = parser.read(arguments)
     sheet = read_json(given.sheet)

@@ -267,6 +267,8 @@ def test_results_of_seeds_do_for_a_control(tmp_path):
         files.append(path.rename(tmp_path / f"seed{number}.json"))
     given = [str(run), str(tmp_path / "sheet.json"), "--control", *map(str, files)]
     assert all(row["ok"] for row in e10.verdicts(given))
+    apart = [*given[:2], *(word for path in files for word in ("--control", str(path)))]
+    assert e10.verdicts(apart) == e10.verdicts(given)
     one = e10.verdicts(given[:-2])  # one run has no spread: the one on the sheet is taken as given
     assert [row["claim"] for row in one if not row["ok"]] == ["the numbers on the sheet are those of the results"]
 

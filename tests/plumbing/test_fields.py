@@ -460,3 +460,10 @@ def test_a_run_with_numbers_for_some_stages_alone_is_refused_in_one_line(tmp_pat
         (tmp_path / "config.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match=f"{field} has 8 numbers"):
             load_config(tmp_path)
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_term_of_weight_0_is_left_out_of_what_is_computed(end):
+    for field, symbol in (("lambda_mse", "L_mse"), ("lambda_lpips", "L_lpips"), ("lambda_f", "L_f")):
+        lines = end("T1", **{field: 0.0})[1]
+        assert lines and all(symbol not in line and line["loss"] > 0 for line in lines)
