@@ -291,12 +291,14 @@ def draw(known: dict) -> Image.Image:
     """A line for each row: a dot for every seed, the interval, δ on the claimed side; in units of δ."""
     rows, high, left, wide = known["rows"], 34, 430, 520
     image = Image.new("RGB", (left + wide + 190, 70 + high * len(rows)), "white")
-    pen, reach = ImageDraw.Draw(image), 6.0  # δ's to each side; what is farther stands at the edge
+    pen = ImageDraw.Draw(image)
+    farthest = max(abs(s["value"] - s["control"]) / row["delta"] for row in rows for s in row["seeds"])
+    reach = math.ceil(min(30.0, max(3.0, farthest)) / 3) * 3  # deltas to each side; what is farther stands at the edge
 
     def x(value: float) -> float:
         return left + wide / 2 * (1 + max(-1.0, min(1.0, value / reach)))
 
-    pen.text((12, 8), "arm − control, in units of δ (dotted: δ on the side that the paper claims)", INK, font(15))
+    pen.text((12, 8), "arm minus control, in units of delta (dotted: delta, on the side that the paper claims; line: 95 %)", INK, font(15))
     for row_number, row in enumerate(rows):
         y, delta = 50 + high * row_number + high / 2, row["delta"]
         pen.text((12, y - 14), row["about"], INK, font(13))
@@ -311,8 +313,8 @@ def draw(known: dict) -> Image.Image:
             pen.ellipse((at - 4, y - 4, at + 4, y + 4), "white", INK, 2)
         pen.text((left + wide + 14, y - 8), row["verdict"], INK, font(13))
     pen.line((x(0), 44, x(0), 54 + high * len(rows)), PALE)
-    for k in (-6, -3, 0, 3, 6):
-        pen.text((x(k) - 6, 28), f"{k:+d}" if k else "0", PALE, font(11))
+    for k in (-reach, -reach // 3, 0, reach // 3, reach):
+        pen.text((x(k) - 8, 28), f"{k:+d}" if k else "0", PALE, font(11))
     return image
 
 

@@ -2,6 +2,7 @@
 
     TITLE, MINUTES    what it is about, how long it takes
     CUT               file -> names of what is taken out (exercises/cut.py)
+    ABOUT             optional: what is to be filled in, where docstrings do not say it
     PREDICT           three questions, to be answered before any code runs
     CLAIMS            functions (own, real): `own` is the project with the learner's files, `real` without; the first
                       line of the docstring is the claim; they raise `tools.Wrong` with what is the matter

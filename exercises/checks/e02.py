@@ -10,6 +10,17 @@ CUT = {"train.py": [f"STAGES.{name}" for name in TAUGHT]}
 PREDICT = ["Draw a grid of parts and stages: which part changes its bits in which of T1 to U3?",
            "T1's loss passes through the decoder, which is frozen: does its gradient reach the pixel stream?",
            "What would L_s be in T2, and what would it do there?"]
+ABOUT = """Fill in what each of six stages trains (name prefix of the parameters -> share of the stage's rate) and its losses
+(symbol -> weight), in the places of the `{}` of STAGES. A weight, or the encoder's rate, is given as the name of its
+field in spar.Config, such as "lambda_s" or "encoder_rate"; 1.0 where there is no field. The tables above STAGES
+(STREAMS, CONNECTOR, GENERATOR, RECONSTRUCTION, GENERATION) may be used.
+
+T1 teaches the two streams and the fusion alone, between an encoder and a decoder that stay: to reconstruct (L_mse,
+L_lpips), z_p to land on the pixel encoder's latents (L_p), and z_f near them (L_f, ours, not the paper's). T2 trains
+the decoder too, without L_p. T3 trains the encoder too, projector and all, at its own share of the rate; L_s holds it,
+and an adversary joins (L_gan). U1 trains what leads from the language model to the DiT (queries, router, connector) by
+flow matching alone (L_fm). U2 trains the DiT and its alignment head too, and adds L_align. U3 is as U2, on other data.
+The language model never trains again, nor do the encoders after T3."""
 SIZES = dict(  # a model so small that a step takes a blink
     side=16, patch=2, vision_width=16, vision_layers=1, vision_heads=2, d=32, llm_layers=4, llm_heads=2, llm_kv_heads=1,
     llm_mlp=48, k=2, p=8, pixel_layers=1, pixel_heads=2, stream_blocks=1, ae_widths=(8, 16, 32), ae_depths=(0, 1, 1),

@@ -243,7 +243,7 @@ def frozen(own, real):
             inputs = [model.queries, model.llm.embedding.weight]
             queries, words = torch.autograd.grad((H * torch.randn_like(H))[seen].sum(), inputs, allow_unused=True)
             demand(queries is not None and queries.abs().amax(-1).min() > 0, "a query gets no gradient")
-            demand(words is None or words.abs().max() == 0, "the words' embeddings get a gradient: words are read without")
+            demand(words is None or words.abs().max() == 0, "the words' embeddings get a gradient")
 
 
 CLAIMS = [shapes, at_words, at_queries, causal, reference, whole, padding, learns, frozen]
