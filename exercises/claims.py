@@ -75,7 +75,8 @@ ROWS = [
         (RECONSTRUCTS, UNDERSTANDS), "PSNR 26.65 → 25.28, MME-P 1500 → 709; it does not say whether L_s stays"),
     Row("no_semantic_stream_no_anchor", "5", "without the semantic stream and without L_s",
         "--tokenizer pixel-only --no-anchor", (RECONSTRUCTS, UNDERSTANDS), "as above"),
-    Row("no_anchor", "5", "both streams, without L_s", "--no-anchor", (UNDERSTANDS,), "in words: L_s keeps understanding"),
+    Row("no_anchor", "5", "both streams, without L_s", "--no-anchor", (UNDERSTANDS,),
+        "in words: L_s keeps understanding"),
     Row("no_T3", "5", "the encoder stays as it was, T3 left out", "--skip-stage T3", (RECONSTRUCTS,),
         "PSNR 26.65 → 16.26"),
     Row("frozen_T3", "5", "T3 without training the encoder", "--freeze-encoder", (RECONSTRUCTS,),
@@ -298,7 +299,8 @@ def draw(known: dict) -> Image.Image:
     def x(value: float) -> float:
         return left + wide / 2 * (1 + max(-1.0, min(1.0, value / reach)))
 
-    pen.text((12, 8), "arm minus control, in units of delta (dotted: delta, on the side that the paper claims; line: 95 %)", INK, font(15))
+    about = "arm minus control, in units of delta (dotted: delta, on the side that the paper claims; line: 95 %)"
+    pen.text((12, 8), about, INK, font(15))
     for row_number, row in enumerate(rows):
         y, delta = 50 + high * row_number + high / 2, row["delta"]
         pen.text((12, y - 14), row["about"], INK, font(13))

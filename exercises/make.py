@@ -68,7 +68,8 @@ def make(number: int, work: Path = WORK) -> list[str]:
     known = sheet.read_text(encoding="utf-8") if sheet.exists() else "# What I expect\n"
     if f"\n## {number} " not in known:
         about = getattr(module, "ABOUT", "")
-        known += f"\n## {number} {module.TITLE}\n" + (f"\n{about}\n" if about else "") + "".join(f"\n{question}\n\n> \n" for question in module.PREDICT)
+        known += f"\n## {number} {module.TITLE}\n" + (f"\n{about}\n" if about else "")
+        known += "".join(f"\n{question}\n\n> \n" for question in module.PREDICT)
         write_text(sheet, known)
     return [*lines, f"first write down what you expect: {sheet}", f"then: python exercises/grade.py {number}"]
 

@@ -119,7 +119,7 @@ def probes(run: Path, count: int = 2000) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--count", type=int, default=2000, help="pictures that a probe learns from; half as many test it")
+    parser.add_argument("--count", type=int, default=2000, help="pictures to learn from; half as many test it")
     given = parser.read()
     tables = [probes(run, given.count) for run in given.runs]
     names = list(next(iter(tables[0].values())))

@@ -44,7 +44,7 @@ def export_own(model: SPAR, run: Path, out: Path) -> None:
 
 
 def export(model: SPAR, public: str, run: Path, out: Path) -> None:
-    """`public`: spar, internvl, dc_ae or sana. Raises UserError where the run did not begin with such a folder, or where the
+    """`public`: spar, internvl, dc_ae or sana. Raises UserError where the run did not begin with such a folder, or the
     folder has changed since."""
     if public == "spar":
         return export_own(model, run, out)

@@ -17,7 +17,8 @@ WRONG = {
     "α stands inside the softmax": {"router.py": {
         "DTR.weights": "return (self.alpha * self.gate(H[:, :, -1]) / self.temperature).softmax(-1)",
         "DTR.mix": "return super().mix(H, w)"}},
-    "the gate is multiplied by τ, not divided": weights("return (self.gate(H[:, :, -1]) * self.temperature).softmax(-1)"),
+    "the gate is multiplied by τ, not divided":
+        weights("return (self.gate(H[:, :, -1]) * self.temperature).softmax(-1)"),
     "τ is left out": weights("return self.gate(H[:, :, -1]).softmax(-1)"),
     "one choice for the whole sentence":
         weights("w = (self.gate(H[:, :, -1].mean(1)) / self.temperature).softmax(-1)\n"

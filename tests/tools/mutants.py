@@ -1,4 +1,4 @@
-"""Automatic wrong answers: the real bodies of an exercise with one small thing changed, at every place where it applies.
+"""Automatic wrong answers: the real bodies of an exercise with one small thing changed, wherever it applies.
 
     python -m tests.tools.mutants [N …]      how many the graders reject, and those that they let pass
 
