@@ -11,8 +11,8 @@ PREDICT = ["Draw a grid of parts and stages: which part changes its bits in whic
            "T1's loss passes through the decoder, which is frozen: does its gradient reach the pixel stream?",
            "What would L_s be in T2, and what would it do there?"]
 ABOUT = """Fill in what each of six stages trains (name prefix of the parameters -> share of the stage's rate) and its
-losses (symbol -> weight), in the places of the `{}` of STAGES. A weight, or the encoder's rate, is given as the name of its
-field in spar.Config, such as "lambda_s" or "encoder_rate"; 1.0 where there is no field. The tables above STAGES
+losses (symbol -> weight), in the places of the `{}` of STAGES. A weight, or the encoder's rate, is given as the name of
+its field in spar.Config, such as "lambda_s" or "encoder_rate"; 1.0 where there is no field. The tables above STAGES
 (STREAMS, CONNECTOR, GENERATOR, RECONSTRUCTION, GENERATION) may be used.
 
 T1 teaches the two streams and the fusion alone, between an encoder and a decoder that stay: to reconstruct (L_mse,
