@@ -90,7 +90,7 @@ def show(result: dict, paths: dict[str, Path], seconds: float) -> None:
         print(f"       yours computes what comes out if: {name}")
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)}"
           + (f"     {result['picture']}" if result.get("picture") else ""))
-    if result["passed"]:
+    if result["passed"] and paths:
         print(f"\n{difference(number, paths) or 'Word for word the source.'}")
 
 

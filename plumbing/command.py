@@ -45,6 +45,7 @@ def run_command(command) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
+
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
     """`write(beside)` makes the file, which then gets its name: a stopped or full machine leaves the old one or the new
     one, never half of one. The ending stays, since libraries go by it."""
@@ -66,8 +67,7 @@ def write_text(path: Path, text: str) -> None:
 
 def sync_folder(folder: Path) -> None:
     """After a rename: the new name itself is on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    if os.name == "posix":  # Windows opens no folders
+        handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
-    finally:
         os.close(handle)
