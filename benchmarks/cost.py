@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks.yardstick import processor
 from disk.layouts import DataFolder
 from disk.reading import NEEDS, open_folders
 from parts.layer import layers
 from plumbing.command import write_text
-from benchmarks.yardstick import processor
 from plumbing.run_folder import build, stage_names, text_tokenizer
 from plumbing.training import trained_parameters
 from public.folders import check_folders, imported_stages
@@ -39,6 +39,11 @@ CARDS = (24, 40, 80, 141)  # GB of memory that GPUs have
 PROBE = 4  # pictures in the forecast's step; what it finds grows in proportion
 # Dense half-precision products per second, from the makers' data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP per second of a GPU that is known by its name."""
+    return next((value for key, value in PEAKS.items() if key in name), None)
 
 
 def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) -> dict[str, float]:
@@ -179,7 +184,7 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
     the device's peak is known, the share of it; on CUDA the peak memory beside the forecast. Of U2 also what L_align
     and DTR cost: its step with ÷ its step without, taken by turns."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
-    peak = next((value for key, value in PEAKS.items() if key in name), None)
+    peak = peak_of(name)
     held = tuple(config.of_stage("batch", name) // config.parts(name, 1) for name in NAMES)
     config = replace(config, steps=(steps,) * len(NAMES), batch=held, per_device=(0,) * len(NAMES))
     result = {"device": name, "torch": torch.__version__, "preset": config.preset, "precision": config.precision,

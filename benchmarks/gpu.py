@@ -37,16 +37,16 @@ import torch
 import train
 from attention import attention, trusted
 from benchmarks.attention import SHAPES, against_the_best, compare
-from benchmarks.cost import PEAKS, forecast
+from benchmarks.cost import forecast, peak_of
+from benchmarks.yardstick import processor
 from evaluate import Protocol, evaluate
 from parts import backend
 from parts import linear_attention as linear
 from parts.attention_triton import no_triton_here, triton
 from plumbing.command import write_text
-from benchmarks.yardstick import processor
-from plumbing.run_folder import build, read_lines
 from plumbing.flags import parse
 from plumbing.pictures import draw_report
+from plumbing.run_folder import build, read_lines
 from spar import NAMES, Config, make_config
 
 TINY_TESTS = ["tests/claims/test_attention_choice.py::test_an_unknown_choice_is_refused_and_named"]
@@ -61,7 +61,7 @@ class Figures:
     def __init__(self, folder: Path, device: str, minutes: float):
         name = torch.cuda.get_device_name() if device == "cuda" else processor()
         self.path = folder / f"gpu-{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-')}.json"
-        self.device, self.peak = device, next((value for key, value in PEAKS.items() if key in name), None)
+        self.device, self.peak = device, peak_of(name)
         self.end = time.monotonic() + 60 * minutes
         self.figures = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.figures |= {"device": name, "torch": torch.__version__, "triton": getattr(triton, "__version__", None)}

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cost import PEAKS, forecast
-from data import Batches, to
+from benchmarks.cost import forecast, peak_of
+from data import Batches, read, to
 from disk.files import BadFile
 from disk.layouts import DataFolder
 from plumbing.pictures import drawn, on_disk, sheet
@@ -25,21 +25,11 @@ from plumbing.training import Training
 from spar import NAMES, SPAR
 
 
-def peak_of(device: torch.device) -> float | None:
-    """FLOP per second of a GPU that is known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((value for key, value in PEAKS.items() if key in name), None)
-
-
 @torch.no_grad()
 def held_out_losses(now: Training, source: Batches, joined: bool) -> dict[str, float]:
     """Symbol -> mean over the first batch of `source`; all processes ask at once."""
-    batch, sums = source[0], {}
-    parts = batch if isinstance(batch, list) else [batch]
+    parts, sums = read(iter([source[0]]), f"{now.stage.name}, held out")[0], {}
     for part in parts:
-        part.pop("bad", None)
-        if "stop" in part:
-            raise BadFile(part["stop"])
         for symbol, value in now.module(to(part, now.device), now.loss_weights, joined)[0].items():
             sums[symbol] = sums.get(symbol, 0) + value / len(parts)
     return mean_of_metrics(sums)
@@ -61,12 +51,13 @@ def watch(now: Training, model: SPAR, source: Batches, run: Path, one_batch: Cal
           step_module: Callable) -> Callable:
     """-> look(step, pictures per second, log), which looks when it is time. `source`: what the stage reads; the rest is
     train.py's."""
-    config, last, peak, flops, early = now.config, time.time(), peak_of(now.device), 0.0, 0.0
+    config, last, peak, flops, early = now.config, time.time(), None, 0.0, 0.0
     minutes, name, steps = config.look_minutes, now.stage.name, config.of_stage("steps", now.stage.name)
     if minutes:
         held_out = replace(source, config=replace(config, early=0.0), split="test")
         early = config.early * steps if name == "T3" else 0.0
-    if minutes and peak:
+        peak = peak_of(torch.cuda.get_device_name(now.device)) if now.device.type == "cuda" else None
+    if peak:
         flops = forecast(config, now.stage, one_batch, step_module)["flops"] / source.batch  # of one picture
 
     def look(step: int, speed: float, log) -> None:

@@ -40,6 +40,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.yardstick import processor
+from exercises.share import commit
 from parts.metrics import mean_interval
 from plumbing.command import Parser, UserError, run_command, write_text
 from plumbing.pictures import INK, LINES, PALE, font
@@ -147,14 +148,6 @@ def run(folder: Path, command: str, threads: int) -> None:
         (folder / "results.json").replace(folder / "results-T3.json")
 
 
-def commit() -> str:
-    try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-        return done.stdout.strip()
-    except OSError:
-        return ""
-
-
 def figure(results: dict, path: str) -> float:
     for key in path.split("."):
         results = results[key]
@@ -182,7 +175,7 @@ def finish(seed: int, row: Row, threads: int, runs: Path = RUNS) -> list[dict]:
     for folder, command in commands(seed, row, runs):
         run(folder, command, threads)
     base, arm, found = runs / str(seed) / "base", runs / str(seed) / row.arm, []
-    machine = {"processor": processor(), "threads": threads, "torch": torch.__version__, "commit": commit()}
+    machine = {"processor": processor(), "threads": threads, "torch": torch.__version__, "commit": commit()[:7]}
     for measure, _, _ in row.measures:
         table = measure.partition(".")[0]
         if table == "saved":

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from exercises.checks.tools import demand, same, same_shape
+from exercises.checks.tools import demand, gradients, same, same_shape, what_comes_out
 
 TITLE, MINUTES = "Be your own teacher", 30
 CUT = {"diffusion.py": ["alignment_loss", "DiT.forward", "AlignmentHead.__init__", "unified_losses"]}
@@ -170,13 +170,6 @@ def same_up_to_1(value, wanted, what: str) -> None:
            f"{what} is {value.item():.4f}, wanted {wanted.item():.4f}")
 
 
-def gradient_of(value, parameters) -> list:
-    if not value.requires_grad:
-        return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters)]
-
-
 # ---------------------------------------------------------------- claims: the loss
 
 
@@ -212,7 +205,7 @@ def directions(own, real):
         projected, f_v = torch.randn(b, n, d, requires_grad=True), torch.randn(b, n, d, requires_grad=True)
         value = own.diffusion.alignment_loss(projected, f_v)
         demand(value.requires_grad, "L_align has no gradient for the student")
-        mine, teachers = gradient_of(value, [projected, f_v])
+        mine, teachers = gradients(value, [projected, f_v])
         right, = torch.autograd.grad(-cosines(projected, f_v).mean(), projected)
         same(mine * b * n, right * b * n, "the gradient of L_align for the student, times b n", 1e-4)
         demand(teachers.abs().max() == 0, "L_align has a gradient for the teacher: it would learn to be like the DiT")
@@ -266,7 +259,7 @@ def who_learns(own, real):
         ours, theirs = dits(own, real, align_block=block)
         head, _ = heads(own, real, 16, 9, 5)
         value = own.diffusion.alignment_loss(head(ours(*inputs())[1]), torch.randn(3, 10, 5))
-        learn = lambda module: max(float(g.abs().max()) for g in gradient_of(value, list(module.parameters()))) > 0
+        learn = lambda module: max(float(g.abs().max()) for g in gradients(value, list(module.parameters()))) > 0
         for number, one in enumerate(ours.blocks, 1):
             demand(learn(one) == (number <= block), f"block {number} gets {'no' if number <= block else 'a'} gradient "
                                                     f"from L_align, whose block is {block}")
@@ -322,7 +315,7 @@ def another_teacher(own, real):
     teach = lambda images: other(images.flatten(2).transpose(1, 2))
     got = losses_of(own, world, batch, external_teacher=teach)
     same_up_to_1(got["L_align"], wanted(world, batch, teach)["L_align"], "L_align of an external teacher")
-    given = gradient_of(got["L_align"], list(other.parameters()))
+    given = gradients(got["L_align"], list(other.parameters()))
     demand(max(g.abs().max() for g in given) == 0, "L_align has a gradient for the external teacher")
 
 
@@ -337,7 +330,7 @@ def who_gets_a_gradient(own, real):
     got, right = losses_of(own, world, batch), wanted(world, batch)
     for name in ("L_fm", "L_align"):
         demand(name in got, f"{name} is missing")
-        pairs = zip(gradient_of(got[name], parameters), gradient_of(right[name], theirs))
+        pairs = zip(gradients(got[name], parameters), gradients(right[name], theirs))
         for part, ours in right_parts.items():
             for _ in ours:
                 one, other = next(pairs)
@@ -408,12 +401,11 @@ CLAIMS = [ends, token_by_token, directions, head_is, captured, velocity_too, who
 
 
 def fingerprint(version) -> dict[str, torch.Tensor]:
-    found = {}
 
     def loss():
         projected, f_v = torch.randn(3, 5, 7, requires_grad=True), torch.randn(3, 5, 7, requires_grad=True)
         value = version.diffusion.alignment_loss(projected, f_v)
-        return torch.cat([value.flatten(), *(g.flatten() for g in gradient_of(value, [projected, f_v]))])
+        return torch.cat([value.flatten(), *(g.flatten() for g in gradients(value, [projected, f_v]))])
 
     def head():
         return shaken(version.diffusion.AlignmentHead(6, 9, 5))(torch.randn(2, 4, 6)).flatten()
@@ -421,7 +413,7 @@ def fingerprint(version) -> dict[str, torch.Tensor]:
     def forward():
         dit = shaken(version.diffusion.DiT(3, 16, 4, 2, 4, 10, align_block=2))
         velocity, hidden = dit(*inputs())
-        reached = [sum(g.abs().sum() for g in gradient_of(hidden.square().mean(), list(block.parameters())))
+        reached = [sum(g.abs().sum() for g in gradients(hidden.square().mean(), list(block.parameters())))
                    for block in dit.blocks]
         return torch.cat([velocity.flatten(), hidden.flatten(), torch.stack(reached)])
 
@@ -430,13 +422,7 @@ def fingerprint(version) -> dict[str, torch.Tensor]:
         losses = losses_of(version, world, batch)
         parameters = [p for part in world.trained().values() for p in part]
         return torch.stack([value for name in sorted(losses) for value in (losses[name].detach(), sum(
-            g.abs().sum() for g in gradient_of(losses[name], parameters)))])
+            g.abs().sum() for g in gradients(losses[name], parameters)))])
 
-    for name, compute in (("alignment_loss", loss), ("AlignmentHead.__init__", head), ("DiT.forward", forward),
-                          ("unified_losses", unified)):
-        torch.manual_seed(1)
-        try:
-            found[name] = compute().detach()
-        except Exception:  # a hole, or a learner's error: told by the claims
-            pass
-    return found
+    return what_comes_out({"alignment_loss": loss, "AlignmentHead.__init__": head, "DiT.forward": forward,
+                           "unified_losses": unified})

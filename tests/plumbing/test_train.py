@@ -105,6 +105,7 @@ def test_a_number_of_some_stages_alone_is_given_by_their_names():
     config, usual = parse(arguments=["--steps", "T3=390,U2=400", "--lr", "P1=0.5"])[0], make_config()
     assert config.steps == (*usual.steps[:5], 390, usual.steps[6], 400, usual.steps[8])
     assert config.lr == (0.5, *usual.lr[1:]) and config.batch == usual.batch
+    assert parse(arguments=["--edits", "0.25"])[0].edits == (0.0,) * 7 + (0.25,) * 2  # whoever draws alone never edits
     for wrong in ("T4=3", "T3=3,4"):
         with pytest.raises(UserError):
             parse(arguments=["--steps", wrong])
@@ -126,7 +127,8 @@ def test_finished_stages_are_skipped_and_a_missing_predecessor_is_named(tiny, tm
     ({"align": "none"}, "P1 P2 P3 T1 T2 T3 U1"), ({"anchor": False}, "P1 P2 P3 T1 T2"),
     ({"tokenizer": "pixel-only"}, "P1 P2 P3"), ({"skip_stage": "T2"}, "P1 P2 P3 T1"),
     ({"steps": (2,) * 7 + (3, 2)}, "P1 P2 P3 T1 T2 T3 U1"), ({"steps": (2, 2, 3) + (2,) * 6}, "P1 P2 T1 T2 T3"),
-    ({"steps": (3,) + (2,) * 8}, "P2"), ({"reseed": 5}, " ".join(NAMES)), ({"d": 64, "llm_mlp": 64}, "")])
+    ({"steps": (3,) + (2,) * 8}, "P2"), ({"steps": (2, 3) + (2,) * 7}, "P1"),
+    ({"reseed": 5}, " ".join(NAMES)), ({"d": 64, "llm_mlp": 64}, "")])
 def test_stages_that_a_change_does_not_touch_nor_any_that_they_build_on_are_reused(change, kept, tiny, tmp_path):
     source, run = tmp_path / "source", tmp_path / "run"
     check_same_run(tiny(), (source.mkdir(), source)[1])
