@@ -13,6 +13,7 @@ Letters: b batch, h w rows and columns, n tokens, d width of visual tokens, p ch
 vision encoder, a heads, e width of a head.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -210,10 +211,14 @@ def autoencoder_losses(z: Tensor, tokenizer: Tokenizer, images: Tensor, weights:
     return losses
 
 
+def frozen_copy(encoder: VisionEncoder) -> VisionEncoder:
+    """E_s': the encoder as T3 finds it, for L_s: with weights of its own, which never train again (Sec. 3.2)."""
+    return copy.deepcopy(encoder).requires_grad_(False)
+
+
 def self_distillation(f_v: Tensor, f_v_before: Tensor) -> Tensor:
-    """L_s binds the *encoder's tokens*, not a latent: f_v `b n d` of the encoder that moves, to those of the copy of
-    itself that was made when T3 began. So the LLM, which never trains again, goes on reading what it learned to
-    read."""
+    """L_s binds the *encoder's tokens*, not a latent: f_v `b n d` of the encoder that trains, to those of its copy E_s'.
+    So the LLM, which never trains again, goes on reading what it learned to read."""
     return squared(f_v, f_v_before.detach())  # Sec. 3.2: L_s = ‖E_s(I) − E_s'(I)‖²
 
 
@@ -223,8 +228,7 @@ def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, fl
                      discriminator: Discriminator | None = None) -> tuple[Losses, Tensor]:
     """T1 to T3 (Sec. 3.2) -> (the losses that `weights` asks for, the reconstruction `b 3 H W`).
 
-    `target_latent()`: E_p'(I) `b n p`. `perceptual`: frozen features for L_lpips. `encoder_before`: E_s', for L_s.
-    `discriminator`: None until the adversary joins.
+    `target_latent()`: E_p'(I) `b n p`. L_lpips asks `perceptual`, L_s `encoder_before` (E_s'), L_gan `discriminator`.
     """
     reconstruction, f_v, latents = tokenizer(images)
     losses = {"L_mse": squared(reconstruction, images)} if "L_mse" in weights else {}
@@ -238,10 +242,8 @@ def tokenizer_losses(tokenizer: Tokenizer, images: Tensor, weights: dict[str, fl
     if "L_f" in weights:  # differs from paper: U1 keeps P3's DiT frozen, and P3 drew E_p's latents, not z_f
         losses["L_f"] = squared(latents.fused, z_target)
     if "L_s" in weights:
-        with torch.no_grad():
-            f_v_before = encoder_before(images)
-        losses["L_s"] = self_distillation(f_v, f_v_before)
-    if "L_gan" in weights and discriminator is not None:
+        losses["L_s"] = self_distillation(f_v, encoder_before(images))
+    if "L_gan" in weights and discriminator is not None:  # it joins later
         with torch.autocast(images.device.type, enabled=False):
             losses["L_gan"] = discriminator.generator_loss(reconstruction.float())
     return losses, reconstruction

@@ -11,7 +11,6 @@ its unified ones (Sec. 3.3). A stage is data (`STAGES`): what trains, on which b
 what all of them do. The same command goes on with a stopped run (plumbing/README.md).
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,7 +48,7 @@ from public import openmoji
 from public.folders import check_folders, imported_stages, latent_scale, read_public, stand_ins
 from public.perceptual import perceptual_networks
 from spar import NAMES, SPAR, Config
-from tokenizer import Losses, autoencoder_losses, tokenizer_losses
+from tokenizer import Losses, autoencoder_losses, frozen_copy, tokenizer_losses
 from world.language import DrawnWorld
 
 # ---------------------------------------------------------------- what a step of each kind of stage computes
@@ -196,10 +195,9 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
         vgg, convnext = (network and network.to(model.device) for network in perceptual_networks(config))
         extras.perceptual = Perceptual(vgg or model.pixel_encoder, convnext)
     if stage.name == "T3":
-        extras.encoder_before = copy.deepcopy(model.tokenizer.vision).requires_grad_(False)
+        extras.encoder_before = frozen_copy(model.tokenizer.vision)
     if "L_gan" in terms:
-        with model.device:
-            extras.discriminator = Discriminator(config.gan_width)
+        extras.discriminator = Discriminator(config.gan_width).to(model.device)
         lr, decay = (config.of_stage(field, stage.name) for field in ("lr", "weight_decay"))
         as_stage = (lr, config.betas, decay) if config.gan_as_stage else (lr / 2,)
         extras.adversary = adversary_optimizer(extras.discriminator, *as_stage)

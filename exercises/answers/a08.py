@@ -21,19 +21,13 @@ def losses(*changes: tuple[str, str]) -> dict:
     return changed("tokenizer.py", "tokenizer_losses", *changes)
 
 
-COPY = "copy.deepcopy(model.tokenizer.vision).requires_grad_(False)"
-CALL = "losses[\"L_s\"] = self_distillation(f_v, f_v_before)"
-BEFORE = "    with torch.no_grad():\n        f_v_before = encoder_before(images)\n"
-WHERE = "if stage.name == \"T3\":"
+COPY = "copy.deepcopy(encoder).requires_grad_(False)"
+CALL = "losses[\"L_s\"] = self_distillation(f_v, encoder_before(images))"
 GAN = "losses[\"L_gan\"] = discriminator.generator_loss(reconstruction.float())"
 
 
-def before(new: str) -> dict:
-    return changed("train.py", "prepare", ("    extras.encoder_before = " + COPY, new))
-
-
-def prepare(*changes: tuple[str, str]) -> dict:
-    return changed("train.py", "prepare", *changes)
+def copied(body: str) -> dict:
+    return {"tokenizer.py": {"frozen_copy": body}}
 
 
 WRONG = {
@@ -58,22 +52,23 @@ WRONG = {
     "the plus is a minus: squares of both, apart":
         term("return f_v.square().mean() - f_v_before.detach().square().mean()"),
     "z_s is anchored": losses((CALL, "losses[\"L_s\"] = self_distillation(latents.semantic, "
-                                     "tokenizer.semantic_stream(f_v_before))")),
+                                     "tokenizer.semantic_stream(encoder_before(images)))")),
     "z_f is anchored": losses((CALL, "losses[\"L_s\"] = self_distillation(latents.fused, "
-                                     "tokenizer.latents(f_v_before).fused)")),
+                                     "tokenizer.latents(encoder_before(images)).fused)")),
     "E_s' sees the reconstruction": losses(("encoder_before(images)", "encoder_before(reconstruction)")),
     "E_s' sees the pictures mirrored": losses(("encoder_before(images)", "encoder_before(images.flip(-1))")),
     "E_s' is the encoder itself": losses(("encoder_before(images)", "tokenizer.vision(images)")),
     "the copy is taken anew at every step":
-        losses((BEFORE, "    import copy\n    f_v_before = copy.deepcopy(tokenizer.vision)(images).detach()\n")),
+        losses((CALL, "losses[\"L_s\"] = self_distillation(f_v, copy.deepcopy(tokenizer.vision)(images))")),
     "the encoder's tokens are computed without gradient":
-        losses((BEFORE, BEFORE + "        f_v = tokenizer.features(images)\n")),
+        losses((CALL, "with torch.no_grad():\n        f_v = tokenizer.features(images)\n    " + CALL)),
     "the encoder is held to the reconstruction's tokens":
-        losses((CALL, "losses[\"L_s\"] = self_distillation(tokenizer.features(reconstruction), f_v_before)")),
-    "the arguments of L_s are swapped": losses((CALL, "losses[\"L_s\"] = self_distillation(f_v_before, f_v)")),
+        losses((CALL, CALL.replace("f_v", "tokenizer.features(reconstruction)"))),
+    "the arguments of L_s are swapped":
+        losses((CALL, "losses[\"L_s\"] = self_distillation(encoder_before(images), f_v)")),
     "L_s is there wherever there is a copy": losses(("if \"L_s\" in weights:", "if encoder_before is not None:")),
     "L_s is forgotten": losses(("if \"L_s\" in weights:", "if False:")),
-    "L_s is weighed twice": losses((CALL, "losses[\"L_s\"] = weights[\"L_s\"] * self_distillation(f_v, f_v_before)"),),
+    "L_s is weighed twice": losses((CALL, CALL + "\n    losses[\"L_s\"] = weights[\"L_s\"] * losses[\"L_s\"]")),
     "L_gan before the adversary has joined":
         losses((" and discriminator is not None", ""),),
     "L_gan wherever there is an adversary": losses(("\"L_gan\" in weights and ", "")),
@@ -92,58 +87,48 @@ WRONG = {
     "the pictures are returned, not the reconstruction": losses(
         ("return losses, reconstruction", "return losses, images")),
     "L_mse of f_v": losses(("squared(reconstruction, images)", "squared(f_v, f_v.detach())")),
-    "an alias, not a copy": before("    extras.encoder_before = model.tokenizer.vision"),
-    "a shallow copy": before("    extras.encoder_before = copy.copy(model.tokenizer.vision)"),
-    "a copy that was given the encoder's own weights": before(
-        "    extras.encoder_before = " + COPY + "\n    extras.encoder_before.load_state_dict("
-        "model.tokenizer.vision.state_dict(), assign=True)"),
-    "a copy that shares the projector": before(
-        "    extras.encoder_before = " + COPY + "\n"
-        "    extras.encoder_before.projector = model.tokenizer.vision.projector"),
-    "a copy that shares the layers": before(
-        "    extras.encoder_before = " + COPY + "\n    extras.encoder_before.layers = model.tokenizer.vision.layers"),
-    "the encoder is asked again, at every step": before(
-        "    extras.encoder_before = lambda images: model.tokenizer.vision(images)"),
-    "a new encoder with other weights": before(
-        "    extras.encoder_before = SPAR(config, model.words).tokenizer.vision.requires_grad_(False)"),
-    "the copy becomes a part of the encoder": before(
-        "    model.tokenizer.vision.before = extras.encoder_before = " + COPY),
-    "the encoder is swapped for the copy, and the model keeps another": before(
-        "    extras.encoder_before = model.tokenizer.vision\n"
-        "    model.tokenizer.vision = SPAR(config, model.words).tokenizer.vision"),
-    "the copy is made in T2": prepare((WHERE, "if stage.name == \"T2\":")),
-    "a copy of the pixel encoder": before("    extras.encoder_before = copy.deepcopy(model.pixel_encoder)"),
-    "a copy of the encoder's projector": before(
-        "    extras.encoder_before = copy.deepcopy(model.tokenizer.vision.projector)"),
-    "nothing guards the copy from a gradient": {
-        **before("    extras.encoder_before = copy.deepcopy(model.tokenizer.vision)"),
-        "tokenizer.py": {"self_distillation": "return squared(f_v, f_v_before)"} |
-        losses((BEFORE, "    f_v_before = encoder_before(images)\n"))["tokenizer.py"]},
-    "the adversary learns at the stage's own rate": prepare(("else (lr / 2,)", "else (lr,)")),
-    "the adversary trains the model too": prepare(
-        ("adversary_optimizer(extras.discriminator,",
-         "adversary_optimizer(nn.ModuleList([extras.discriminator, model]),")),
-    "no start for the connector": prepare(("if stage.name == \"P3\":", "if False:")),
-    "the external teacher is the model's own encoder": prepare(
-        ("external.tokenizer.vision", "copy.deepcopy(model.tokenizer.vision)")),
-    "L_lpips by the pixel encoder whatever is asked for": prepare(
-        ("vgg or model.pixel_encoder", "model.pixel_encoder")),
+    "an alias, not a copy": copied("return encoder"),
+    "an alias, frozen": copied("return encoder.requires_grad_(False)"),
+    "an alias that gives no gradient": copied("return lambda images: encoder(images).detach()"),
+    "a shallow copy": copied("return copy.copy(encoder)"),
+    "a shallow copy, frozen": copied("return copy.copy(encoder).requires_grad_(False)"),
+    "a copy that was given the encoder's own weights":
+        copied(f"before = {COPY}\nbefore.load_state_dict(encoder.state_dict(), assign=True)\nreturn before"),
+    "a copy that shares the projector": copied(f"before = {COPY}\nbefore.projector = encoder.projector\nreturn before"),
+    "a copy that shares the layers": copied(f"before = {COPY}\nbefore.layers = encoder.layers\nreturn before"),
+    "the weights by name, not copied": copied(
+        "weights = encoder.state_dict()\nreturn lambda images: torch.func.functional_call(encoder, weights, images)"),
+    "a copy with other weights": copied(
+        f"before = {COPY}\nfor weight in before.parameters():\n    weight.add_(0.1 * torch.randn_like(weight))\n"
+        "return before"),
+    "a copy of which one layer was left out":
+        copied(f"before = {COPY}\nbefore.layers = before.layers[:-1]\nreturn before"),
+    "the copy becomes a part of the encoder": copied(f"encoder.before = {COPY}\nreturn encoder.before"),
+    "the encoder is frozen, and its copy is not":
+        copied("before = copy.deepcopy(encoder)\nencoder.requires_grad_(False)\nreturn before"),
+    "both are frozen": copied(f"encoder.requires_grad_(False)\nreturn {COPY}"),
+    "a copy that is kept up: a running average": copied(
+        f"before = {COPY}\n\ndef ask(images):\n    with torch.no_grad():\n"
+        "        for old, new in zip(before.parameters(), encoder.parameters()):\n            old.lerp_(new, 0.1)\n"
+        "        return before(images)\n\nreturn ask"),
+    "a copy of the encoder's projector": copied("return copy.deepcopy(encoder.projector).requires_grad_(False)"),
+    "the encoder's weights, no encoder": copied("return copy.deepcopy(encoder.state_dict())"),
+    "nothing is returned": copied(COPY),
+    "nothing guards the copy from a gradient": {"tokenizer.py": {
+        "frozen_copy": "return copy.deepcopy(encoder)", "self_distillation": "return squared(f_v, f_v_before)"}},
 }
 
 RIGHT = {
-    "F.mse_loss, nothing detached: the copy is frozen": {
-        "tokenizer.py": {"self_distillation": "return F.mse_loss(f_v, f_v_before)"} |
-        losses((BEFORE, "    f_v_before = encoder_before(images)\n"))["tokenizer.py"]},
-    "no_grad alone: the copy's weights could train": {
-        **before("    extras.encoder_before = copy.deepcopy(model.tokenizer.vision)"),
-        "tokenizer.py": {"self_distillation": "return torch.mean((f_v_before - f_v) ** 2)"}},
-    "detach alone": {
-        **before("    extras.encoder_before = copy.deepcopy(model.tokenizer.vision)"),
-        **losses((BEFORE, "    f_v_before = encoder_before(images)\n"))},
+    "F.mse_loss, nothing detached: the copy is frozen": term("return F.mse_loss(f_v, f_v_before)"),
+    "no_grad alone: the copy's weights could train": {"tokenizer.py": {
+        "frozen_copy": "return copy.deepcopy(encoder)",
+        "self_distillation": "return torch.mean((f_v_before - f_v) ** 2)"}
+        | losses((CALL, "with torch.no_grad():\n        f_v_before = encoder_before(images)\n"
+                        "    losses[\"L_s\"] = self_distillation(f_v, f_v_before)"))["tokenizer.py"]},
+    "detach alone": copied("return copy.deepcopy(encoder)"),
     "length squared over the number of numbers":
         term("difference = (f_v - f_v_before.detach()).flatten()\nreturn difference @ difference / len(difference)"),
-    "means of means":
-        term("return (f_v - f_v_before.detach()).pow(2).mean(-1).mean(1).mean(0)"),
+    "means of means": term("return (f_v - f_v_before.detach()).pow(2).mean(-1).mean(1).mean(0)"),
     "the tokenizer's parts one after the other": losses(
         ("reconstruction, f_v, latents = tokenizer(images)",
          "f_v = tokenizer.vision(images)\nlatents = tokenizer.latents(f_v)\n"
@@ -161,14 +146,15 @@ RIGHT = {
         "         'L_gan': lambda: None if discriminator is None else -discriminator(reconstruction).mean()}\n"
         "found = {name: terms[name]() for name in weights}\n"
         "return {name: value for name, value in found.items() if value is not None}, reconstruction"}},
-    "the copy where L_s is asked for": prepare((WHERE, "if \"L_s\" in terms:")),
-    "a copy for every stage, in eval": before(
-        "    pass\nextras.encoder_before = copy.deepcopy(model.tokenizer.vision).eval()\n"
-        "for parameter in extras.encoder_before.parameters():\n    parameter.requires_grad = False"),
-    "a new encoder that loads the weights": before(
-        "    extras.encoder_before = type(model.tokenizer.vision)(\n        config.side, config.patch, "
-        "config.vision_width, config.vision_layers,\n        config.vision_heads, 4, config.d, config.imagenet)"
-        ".to(model.device)\n    extras.encoder_before.load_state_dict(model.tokenizer.vision.state_dict())"),
-    "a copy of the whole model, of which the encoder is kept": before(
-        "    whole = copy.deepcopy(model)\n    extras.encoder_before = whole.tokenizer.vision.requires_grad_(False)"),
+    "a copy in eval, frozen weight by weight": copied(
+        "before = copy.deepcopy(encoder).eval()\nfor weight in before.parameters():\n"
+        "    weight.requires_grad = False\nreturn before"),
+    "a copy that loads the weights": copied(
+        "before = copy.deepcopy(encoder)\nbefore.load_state_dict(encoder.state_dict())\n"
+        "return before.requires_grad_(False).train(False)"),
+    "the weights by name, copied": copied(
+        "weights = {name: value.detach().clone() for name, value in encoder.state_dict().items()}\n"
+        "return lambda images: torch.func.functional_call(encoder, weights, images)"),
+    "a copy that is asked without gradient": copied(
+        "before = copy.deepcopy(encoder)\nreturn torch.no_grad()(lambda images: before(images))"),
 }

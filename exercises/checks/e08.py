@@ -2,7 +2,6 @@
 
 import copy
 import math
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from parts.words import WordTokenizer
 from world.language import WORDS
 
 TITLE, MINUTES = "Stay what you were", 40
-CUT = {"tokenizer.py": ["self_distillation", "tokenizer_losses"], "train.py": ["prepare"]}
+CUT = {"tokenizer.py": ["frozen_copy", "self_distillation", "tokenizer_losses"]}
 PREDICT = ["PSNR and understanding after T3 with λ_s = 0, 0.05 and 1: two numbers each, and why?",
            "L_s binds f_v. What would become of the pictures, what of the answers, if it bound z_s?",
            "What is L_s at the first step of T3? And what would it be ever after, if E_s' were no copy?"]
@@ -82,12 +81,12 @@ def model_of(version, **changes):
 
 
 def begun(version, **changes):
-    """A model before T3's first step, its stage in progress, and what `prepare` gave."""
+    """A model before T3's first step, its stage in progress, and what `train.prepare` gave."""
     model, train = model_of(version, **changes), version.train
     stage = train.stage_named("T3")
     extras = train.prepare(model, stage)
-    demand(isinstance(extras, train.Extras), f"prepare returns a {type(extras).__name__}, not the Extras")
-    demand(callable(extras.encoder_before), "T3 has no encoder_before: Extras is the place for E_s'")
+    demand(callable(extras.encoder_before),
+           f"frozen_copy returns a {type(extras.encoder_before).__name__}: E_s' is asked as the encoder is")
     return model, train.begin(train.StepModule(model, stage, extras)), extras
 
 
@@ -244,15 +243,18 @@ def no_gradient(own, real):
 
 
 def apart(own, real):
-    """E_s' is no part of the model, and prepare leaves the model as it was"""
+    """E_s' is no part of the model, and the encoder stays as it was: it still trains"""
+    vision = tokenizer_of(own).vision
+    own.tokenizer.frozen_copy(vision)
+    demand(all(parameter.requires_grad for parameter in vision.parameters()), "frozen_copy has frozen the encoder too")
     for frozen in (False, True):
         model = model_of(own, freeze_encoder=frozen)
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
         stage = own.train.stage_named("T3")
         extras = own.train.prepare(model, stage)
         after = dict(model.named_parameters())
-        demand(list(after) == list(before), "prepare has added weights to the model, or taken some from it")
-        demand(all(after[name].equal(before[name]) for name in before), "prepare for T3 has changed weights")
+        demand(list(after) == list(before), "frozen_copy has added weights to the model, or taken some from it")
+        demand(all(after[name].equal(before[name]) for name in before), "frozen_copy has changed weights of the model")
         now = own.train.begin(own.train.StepModule(model, stage, extras))
         trained = {id(p) for group in now.optimizer.param_groups for p in group["params"]}
         ours = {id(p) for p in model.tokenizer.parameters()}
@@ -261,103 +263,13 @@ def apart(own, real):
         demand(held != frozen, "the encoder does not train in T3" if not frozen else "a frozen encoder trains")
 
 
-# ---------------------------------------------------------------- claims: what else prepare does
-
-
-def adversary(own, real):
-    """the adversary is made for T3, with an optimizer of its own at half the stage's rate, or as the stage"""
-    for changes in ({}, {"gan_as_stage": True, "betas": (0.7, 0.8)}, {"gan_width": 16}):
-        made = []
-        for version in (own, real):
-            model = model_of(version, **changes)
-            made.append(version.train.prepare(model, version.train.stage_named("T3")))
-        ours, theirs = made
-        demand(ours.discriminator is not None and ours.adversary is not None, "T3 has no adversary")
-        shapes = [[tuple(p.shape) for p in one.discriminator.parameters()] for one in made]
-        demand(shapes[0] == shapes[1], "the discriminator is not of gan_width")
-        held = {id(p) for group in ours.adversary.param_groups for p in group["params"]}
-        demand(held == {id(p) for p in ours.discriminator.parameters()},
-               "the adversary's optimizer does not hold the discriminator's weights, and these alone")
-        for key in ("lr", "betas", "weight_decay"):
-            got, right = (one.adversary.param_groups[0][key] for one in made)
-            demand(got == right, f"{key} of the adversary is {got}, wanted {right} with gan_as_stage "
-                                 f"{changes.get('gan_as_stage', False)}")
-
-
-class Features(nn.Module):
-    """In the place of VGG16, and with `forward` in that of ConvNeXt-S."""
-
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(factor))
-
-    def features(self, images):
-        return [self.factor * images, images[:, :, ::2].square()]
-
-    def forward(self, images):
-        return self.factor * images.flatten(1)
-
-
-def perceptual(own, real):
-    """L_lpips compares features of the pixel encoder, or of the networks that the configuration names"""
-    places = [(own.train, "perceptual_networks"), (getattr(own, "public.perceptual"), "perceptual_networks")]
-    kept = [getattr(module, name) for module, name in places]
-    a, b, model = pictures(), pictures(), model_of(own)
-    for vgg, convnext in ((None, None), (Features(2.0), None), (Features(2.0), Features(3.0)), (None, Features(3.0))):
-        for name in ("T1", "T2", "T3"):
-            try:
-                for module, key in places:
-                    setattr(module, key, lambda config: (vgg, convnext))
-                extras = own.train.prepare(model, own.train.stage_named(name))
-            finally:
-                for (module, key), value in zip(places, kept):
-                    setattr(module, key, value)
-            demand(callable(extras.perceptual), f"{name} has nothing for L_lpips")
-            right = real.train.Perceptual(copy.deepcopy(vgg or model.pixel_encoder), convnext)(a, b)
-            what = ", ".join(word for word, net in (("--vgg", vgg), ("--convnext", convnext)) if net)
-            same(extras.perceptual(a, b), right, f"L_lpips of {name}, {what or 'by the pixel encoder'}", 1e-4)
-
-
-def other_stages(own, real):
-    """the connector starts as the LLM's layers in P3, and an external teacher is read from its run's P1"""
-    model = model_of(own)
-    llm, before = model.mllm.llm, copy.deepcopy(model)
-    own.train.prepare(model, own.train.stage_named("P3"))
-    before.mllm.connector.copy_layers(before.mllm.llm)
-    ours, right = model.state_dict(), before.state_dict()
-    demand(set(ours) == set(right), "prepare for P3 has added weights to the model, or taken some from it")
-    for name, value in right.items():
-        same(ours[name], value, f"{name} after prepare for P3")
-    demand(model.mllm.llm is llm, "prepare for P3 has put another LLM into the model")
-    for name in ("U2", "U3"):
-        extras = own.train.prepare(model, own.train.stage_named(name))
-        demand(extras.external_teacher is None, f"{name} has an external teacher though the tokenizer teaches")
-        demand(extras.discriminator is None and extras.adversary is None, f"{name} has an adversary")
-    teacher, images = model_of(own), pictures()
-    with tempfile.TemporaryDirectory() as folder:
-        for name, change in (("P1", 0.0), ("T3", 0.1)):
-            move(teacher.tokenizer.vision, change)
-            averages = {key: value.detach().clone() for key, value in teacher.named_parameters()
-                        if key.startswith(("tokenizer.vision", "mllm.llm"))}
-            torch.save({"ema": averages, "latent_scale": torch.ones(())}, Path(folder) / f"{name}.pt")
-            if name == "P1":
-                right = teacher.tokenizer.vision(images).detach()
-        model.config.align, model.config.teacher = "external", folder
-        extras = own.train.prepare(model, own.train.stage_named("U2"))
-        demand(callable(extras.external_teacher), "U2 has no external teacher with --align external")
-        same(extras.external_teacher(images), right, "what the external teacher says", 1e-5)
-        model.config.teacher = str(Path(folder) / "none")
-        own.train.prepare(model, own.train.stage_named("U1"))  # has no L_align, and needs no teacher
-
-
 def where(own, real):
-    """what is made for the losses lives where the model lives"""
+    """E_s' lives where the encoder lives"""
     with torch.device("meta"):
         model = own.spar.SPAR(own.spar.make_config(**SIZES), WordTokenizer(WORDS))
-    extras = own.train.prepare(model, own.train.stage_named("T3"))
-    for what, module in (("the discriminator", extras.discriminator), ("E_s'", extras.encoder_before)):
-        devices = {p.device.type for p in module.parameters()} if isinstance(module, nn.Module) else {"meta"}
-        demand(devices == {"meta"}, f"{what} is on {', '.join(devices)}, the model is on meta")
+    before = own.tokenizer.frozen_copy(model.tokenizer.vision)
+    devices = {p.device.type for p in before.parameters()} if isinstance(before, nn.Module) else {"meta"}
+    demand(devices == {"meta"}, f"E_s' is on {', '.join(devices)}, the encoder is on meta")
 
 
 def curves(pen, corner: tuple[int, int], title: str, lines: dict[str, list[float]], size=(300, 180)) -> None:
@@ -406,8 +318,7 @@ def picture(own, path: Path) -> Path:
     return path
 
 
-CLAIMS = [square, pull, asked_for, terms, reach, same_pictures, stays, first_steps, no_gradient, apart, adversary,
-          perceptual, other_stages, where]
+CLAIMS = [square, pull, asked_for, terms, reach, same_pictures, stays, first_steps, no_gradient, apart, where]
 
 
 def fingerprint(version) -> dict[str, torch.Tensor]:
@@ -425,16 +336,12 @@ def fingerprint(version) -> dict[str, torch.Tensor]:
         return torch.stack([value for name in sorted(values) for value in (values[name].detach(), sum(
             g.abs().sum() for g in gradients(values[name], parameters)))])
 
-    def prepared():
-        model, images = model_of(version), pictures()
-        extras = version.train.prepare(model, version.train.stage_named("T3"))
-        move(model.tokenizer.vision)
-        before = extras.encoder_before(images).detach().flatten()
-        names = torch.tensor([float(len(list(model.parameters())))])
-        return torch.cat([before, names, torch.tensor([extras.adversary.param_groups[0]["lr"]])])
+    def copied():
+        vision, images = tokenizer_of(version).vision, pictures()
+        before = version.tokenizer.frozen_copy(vision)
+        with torch.no_grad():
+            at_first = before(images)
+            move(vision)
+            return torch.cat([at_first.flatten(), before(images).flatten()])
 
-    changed = set(version._finder.sources) or {"tokenizer", "train"}  # to load train.py anew takes a while
-    computations = {"self_distillation": l_s, "tokenizer_losses": losses, "prepare": prepared}
-    if "train" not in changed:
-        del computations["prepare"]
-    return what_comes_out(computations)
+    return what_comes_out({"frozen_copy": copied, "self_distillation": l_s, "tokenizer_losses": losses})
