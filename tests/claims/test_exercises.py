@@ -181,7 +181,7 @@ def test_figures_of_seeds_become_rows_with_intervals_holms_too(tmp_path):
 
 def test_every_row_says_what_is_measured_before_it_is_and_its_flags_are_train_pys():
     from plumbing.flags import parse
-    assert len({row.arm for row in claims.ROWS}) == len(claims.ROWS) == 16
+    assert len({row.arm for row in claims.ROWS}) == len(claims.ROWS) == 17  # sixteen arms and a yardstick
     for row in claims.ROWS:
         for folder, command in claims.commands(1, row):
             assert command.startswith("train.py ")
@@ -198,3 +198,16 @@ def test_what_alignment_saves_is_read_from_the_curves(tmp_path):
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shares = claims.saved(tmp_path / "base", tmp_path / "arm")
     assert shares["steps"] == pytest.approx(0.475, abs=0.01) and shares["seconds"] == pytest.approx(0.475, abs=0.01)
+    shares = claims.saved(tmp_path / "arm", tmp_path / "base")
+    assert shares["steps"] == pytest.approx(-0.9, abs=0.1)  # as much later as the other was sooner
+
+
+def test_what_alignment_saves_to_draw_alike_lies_on_the_line_between_half_and_all_of_u2():
+    def row(name, *differences):
+        return {"name": name, "measure": claims.DRAWING,
+                "seeds": [{"seed": i, "value": 0.6 + d, "control": 0.6} for i, d in enumerate(differences)]}
+
+    known = {"rows": [row("half_of_U2", -0.2, -0.2, -0.2), row("no_alignment", -0.1, -0.12, -0.08, 9.0)]}
+    assert claims.saved_to_draw_alike(known) == {"share": 0.25, "range": [0.225, 0.275], "seeds": [0, 1, 2]}
+    assert claims.saved_to_draw_alike({"rows": [row("half_of_U2", 0.1), row("no_alignment", -0.1)]}) is None
+    assert claims.saved_to_draw_alike({"rows": [row("no_alignment", -0.1)]}) is None
