@@ -11,6 +11,8 @@ import importlib.util
 import linecache
 import sys
 import textwrap
+import zipfile
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,8 +20,25 @@ SHARED = ("parts", "world", "exercises", "tests")  # folders of ours that import
 OURS = {path.stem for path in [*ROOT.glob("*.py"), *(init.parent for init in ROOT.glob("*/__init__.py"))]} - {*SHARED}
 
 
+PACKED = ROOT / "exercises" / "source.zip"  # in a class's pack, whose files all have holes: the source, for the graders
+
+
 class NoSuchName(ValueError):
     pass
+
+
+@cache
+def packed() -> dict[str, str]:
+    """file -> its text without holes, in a class's pack; elsewhere the files themselves are whole."""
+    if not PACKED.exists():
+        return {}
+    with zipfile.ZipFile(PACKED) as found:
+        return {name: found.read(name).decode() for name in found.namelist()}
+
+
+def source_of(file: str) -> str:
+    """The real text of a file."""
+    return packed().get(file) or (ROOT / file).read_text(encoding="utf-8")
 
 
 def places(source: str) -> dict[str, tuple[int, int, int]]:
@@ -94,6 +113,13 @@ def bodies_of(source: str, names: list[str]) -> dict[str, str]:
     return found
 
 
+def stand_alone(file: str, text: str, others: list[str]) -> str:
+    """A learner's file, in which the functions of other exercises are the real ones: so that no exercise rests on
+    another. Names that the learner's file lacks are left out."""
+    there = places(text).keys() | {f"STAGES.{name}" for name in rows(text)}
+    return put_in(text, bodies_of(source_of(file), [name for name in others if name in there]))
+
+
 # ---------------------------------------------------------------- several versions side by side
 
 
@@ -129,11 +155,16 @@ def is_ours(name: str) -> bool:
     return name.partition(".")[0] in OURS
 
 
+def whole() -> dict[str, tuple[str, str]]:
+    """What a `Finder` takes in the place of a pack's files with holes."""
+    return {file[:-3]: (f"source.zip/{file}", text) for file, text in packed().items()}
+
+
 class Version:
     """The whole project with some files changed; an attribute is a module of it: `Version({…}).router.DTR`."""
 
     def __init__(self, sources: dict[str, tuple[str, str]] | None = None):
-        self._finder, self._modules = Finder(sources or {}), {}
+        self._finder, self._modules = Finder(whole() | (sources or {})), {}
 
     def __getattr__(self, name: str):
         if name.startswith("_"):
@@ -153,5 +184,5 @@ class Version:
 
 def version_with(files: dict[str, dict[str, str]], label: str) -> Version:
     """The project with other bodies in some files: {"router.py": {"DTR.weights": "…"}}."""
-    return Version({file[:-3]: (f"<{label}>/{file}", put_in((ROOT / file).read_text(), bodies))
+    return Version({file[:-3]: (f"<{label}>/{file}", put_in(source_of(file), bodies))
                     for file, bodies in files.items()})

@@ -3,8 +3,10 @@
     python exercises/judge.py N SEED OUT FILE=PATH …     a line of JSON in OUT for each claim, as it is decided
 """
 
+import difflib
 import importlib
 import json
+import linecache
 import random
 import sys
 import traceback
@@ -15,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import torch
 
 from exercises.checks.tools import Wrong
-from exercises.cut import ROOT, Version, version_with
+from exercises.cut import ROOT, Version, stand_alone, version_with
 
 NUMBERS = range(1, 11)
 _real = None
@@ -28,6 +30,14 @@ def exercise(number: int):
 def cut_of(number: int) -> dict[str, list[str]]:
     """file -> names of what the exercise takes out of it; exercise 10 takes out nothing."""
     return getattr(exercise(number), "CUT", {})
+
+
+def learners(number: int, paths: dict[str, Path]) -> dict[str, tuple[str, str]]:
+    """What `Version` takes: the learner's files, with what other exercises take out of them put in."""
+    others = {file: [name for other in NUMBERS if other != number for name in cut_of(other).get(file, ())
+                     if name not in cut_of(number)[file]] for file in paths}
+    return {file[:-3]: (str(path), stand_alone(file, Path(path).read_text(encoding="utf-8"), others[file]))
+            for file, path in paths.items()}
 
 
 def answers(number: int):
@@ -64,7 +74,16 @@ def decide(claim, own: Version, seed: int) -> str:
         theirs = [f for f in frames if "work" in Path(f.filename).parts or f.filename.startswith("<")]
         at = theirs[-1] if theirs else frames[-1]
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200] + \
-            f" ({Path(at.filename).name}:{at.lineno})"
+            f" ({Path(at.filename).name}:{line_of(at)})"
+
+
+def line_of(frame: traceback.FrameSummary) -> int:
+    """Of the learner's own file, in which other holes may be open that `learners` has filled."""
+    if not Path(frame.filename).is_file():
+        return frame.lineno
+    own = Path(frame.filename).read_text(encoding="utf-8").splitlines(True)
+    blocks = difflib.SequenceMatcher(None, linecache.getlines(frame.filename), own, False).get_matching_blocks()
+    return next((frame.lineno + b - a for a, b, size in blocks if a < frame.lineno <= a + size), frame.lineno)
 
 
 def known_mistakes(number: int, own: Version) -> list[str]:
@@ -110,7 +129,7 @@ def verdicts(number: int, own: Version, seed: int, tell=lambda row: None, until_
 def main() -> None:
     number, seed, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     paths = dict(pair.split("=", 1) for pair in sys.argv[4:])
-    own = Version({file[:-3]: (path, Path(path).read_text()) for file, path in paths.items()})
+    own = Version(learners(number, paths))
 
     def tell(row: dict) -> None:
         with out.open("a") as file:

@@ -10,12 +10,13 @@ import json
 import random
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from exercises.cut import cut
+from exercises.cut import PACKED, cut, source_of
 from exercises.judge import NUMBERS, cut_of, exercise
 from plumbing.command import Parser, UserError, run_command, write_text
 
@@ -46,7 +47,8 @@ def make(number: int, work: Path = WORK) -> list[str]:
     if not cut_of(number):
         return [f"exercise {number} has nothing to fill in: exercises/README.md says what to do"]
     for file, names in cut_of(number).items():
-        text, taken = cut((ROOT / file).read_text(encoding="utf-8"), names, number)
+        taken = cut(source_of(file), names, number)[1]
+        text = cut((ROOT / file).read_text(encoding="utf-8"), names, number)[0]  # of a pack: with all other holes too
         path, owner, parked = work / file, owners.get(file), work / str(number) / file
         if path.exists() and owner == number:
             raise UserError(f"{path} is there already, with your answers: move it away to begin again")
@@ -76,7 +78,8 @@ def make(number: int, work: Path = WORK) -> list[str]:
 
 def pack(out: Path, variant: int) -> list[str]:
     """OUT/student: the project with all bodies of all exercises taken out, without the tests that hold the checks in
-    another form and without planted answers. OUT/teacher: the whole. `variant` is the seed that grades are given by."""
+    another form and without planted answers; what its own graders compare with lies in exercises/source.zip. OUT/teacher:
+    the whole. `variant` is the seed that grades are given by."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is there already: choose another folder")
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "work", ".ci")
@@ -87,11 +90,13 @@ def pack(out: Path, variant: int) -> list[str]:
         for file, names in cut_of(number).items():
             for name in names:
                 holes.setdefault(file, {})[name] = number
-    for file, names in holes.items():
-        text = (ROOT / file).read_text(encoding="utf-8")
-        for number in set(names.values()):
-            text = cut(text, [name for name, of in names.items() if of == number], number)[0]
-        write_text(student / file, text)
+    with zipfile.ZipFile(student / PACKED.relative_to(ROOT), "w", zipfile.ZIP_DEFLATED) as whole:
+        for file, names in holes.items():
+            text = source_of(file)
+            whole.writestr(file, text)
+            for number in set(names.values()):
+                text = cut(text, [name for name, of in names.items() if of == number], number)[0]
+            write_text(student / file, text)
     shutil.rmtree(student / "tests" / "claims")
     shutil.rmtree(student / "exercises" / "answers")
     (student / "exercises" / "teacher.md").unlink(missing_ok=True)

@@ -127,9 +127,10 @@ def test_a_script_runs_on_the_learners_file(tmp_path):
     script = ("import sys; sys.argv = ['exercises/run.py', '6', 'router.py']; sys.path[:0] = ['.']\n"
               "from exercises import make, run; from pathlib import Path\n"
               f"make.WORK = Path({str(tmp_path)!r}); make.files_of.__defaults__ = (make.WORK,)\n"
-              "make.make(6, make.WORK); run.main()")
+              "from plumbing.command import run_command; make.make(6, make.WORK); run_command(run.main)")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert "NotImplementedError: exercise 6: layer_choice" in done.stderr
+    assert done.returncode == 2 and "not written yet: exercise 6: layer_choice" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
@@ -140,9 +141,25 @@ def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
     text = (student / "diffusion.py").read_text()
     for number in (4, 5, 9):
         assert f"exercise {number}: " in text
-    done = subprocess.run([sys.executable, "exercises/grade.py", "6", "--root", "."], cwd=student, capture_output=True,
-                          text=True)
-    assert done.returncode == 1 and "not written yet" in done.stdout and "Traceback" not in done.stdout + done.stderr
+
+    def graded(folder, *arguments):
+        done = subprocess.run([sys.executable, "exercises/grade.py", *arguments, "--json"], cwd=folder, text=True,
+                              capture_output=True)
+        assert "Traceback" not in done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    teacher, its_name = (tmp_path / "teacher", "7", "--root", "../student"), exercise(7).CUT["mllm.py"][0]
+    assert any("not written yet" in row["why"] for row in graded(*teacher)["claims"])
+    subprocess.run([sys.executable, "exercises/make.py", "7"], cwd=student, capture_output=True)
+    mine = student / "exercises" / "work" / "mllm.py"
+    real = bodies_of((ROOT / "mllm.py").read_text(), cut_of(7)["mllm.py"])
+    mine.write_text(put_in(mine.read_text(), real))
+    assert "exercise 6: " in (student / "router.py").read_text()  # it rests on that, and yet stands alone
+    assert graded(student, "7")["passed"] and graded(*teacher)["passed"]
+    mine.write_text(put_in(mine.read_text(), {its_name: "return 1 / 0"}))
+    wrong = graded(student, "7")["claims"]
+    line = next(i for i, text in enumerate(mine.read_text().splitlines(), 1) if "1 / 0" in text)
+    assert any(f"mllm.py:{line}" in row["why"] for row in wrong) and not graded(*teacher)["passed"]
 
 
 # ---------------------------------------------------------------- the claims study
