@@ -40,16 +40,18 @@ def logit_normal_times(b: int, generator: torch.Generator | None = None, shift: 
 
 
 def add_noise(z: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Clean z and noise ε `b p h w`, σ `b` -> x_t `b p h w` on the straight path from z (σ = 0) to ε (σ = 1)."""
     sigma = rearrange(sigma, "b -> b 1 1 1")
     return (1 - sigma) * z + sigma * noise  # Sec. 3.3: x_t = (1 − σ) z + σ ε
 
 
 def flow_matching_loss(velocity: Tensor, z: Tensor, noise: Tensor) -> Tensor:
+    """Mean of the squared differences, over all numbers, between `velocity` `b p h w` and that of the path."""
     return (velocity.float() - (noise - z)).square().mean()  # Sec. 3.3: L_fm = ‖DiT(x_t, σ, condition) − (ε − z)‖²
 
 
 def alignment_loss(projected: Tensor, f_v: Tensor) -> Tensor:
-    """`projected` = φ_a(f_dit) and the teacher's f'_v are `b n d`, token by token of one grid. In [−1, 1], best −1."""
+    """`projected` = φ_a(f_dit) and the teacher's f'_v, which gets no gradient, are `b n d`. In [−1, 1], best −1."""
     cosine = F.cosine_similarity(projected.float(), f_v.detach().float(), dim=-1)
     return -cosine.mean()  # Sec. 3.4: L_align = − mean_i cos(φ_a(f_dit,i), f'_v,i)
 
@@ -158,17 +160,23 @@ class DiT(nn.Module):
         time = self.time(sigma)
         modulation = rearrange(self.modulation(time), "b (six c) -> b six c", six=6)
         condition = self.caption_norm(self.caption(condition))
-        for number, block in enumerate(self.blocks, 1):
-            x = block(x, condition, mask, modulation, x_t.shape[2])
-            if number == self.align_block:
-                hidden = x  # Sec. 3.4: f_dit, what L_align reads
+        x, f_dit = self.through_blocks(x, condition, mask, modulation, x_t.shape[2])
         shift, scale = (self.table + time[:, None]).unsqueeze(2).unbind(1)
         velocity = self.out(self.norm(x) * (1 + scale) + shift)
-        return rearrange(velocity, "b (h w) p -> b p h w", h=x_t.shape[2]), hidden
+        return rearrange(velocity, "b (h w) p -> b p h w", h=x_t.shape[2]), f_dit
+
+    def through_blocks(self, x: Tensor, condition: Tensor, mask: Tensor | None, modulation: Tensor,
+                       height: int) -> tuple[Tensor, Tensor]:
+        """Tokens x `b n c` through all blocks -> (x after the last, f_dit: x after number `align_block`, from 1)."""
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, condition, mask, modulation, height)
+            if number == self.align_block:
+                f_dit = x  # Sec. 3.4: what L_align reads
+        return x, f_dit
 
 
 class AlignmentHead(nn.Sequential):
-    """φ_a: DiT tokens `b n c` -> the teacher's width `b n d`."""
+    """φ_a: DiT tokens `b n c` -> the teacher's width `b n d`: three Linear over `hidden`, SiLU between them."""
 
     def __init__(self, c: int, hidden: int, d: int):
         super().__init__(nn.Linear(c, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, d))
@@ -289,11 +297,10 @@ def unified_losses(batch: dict, weights: dict[str, float], *, condition: Callabl
         z, f_v = clean_latent(batch["images"])
         teacher = f_v if external_teacher is None else external_teacher(batch["images"])  # Sec. 3.4: f'_v
     L_fm, f_dit = flow_losses(dit, z, tokens, mask, batch["noise"])
-    losses = {"L_fm": L_fm}
-    if "L_align" in weights:
-        teacher = repeat(teacher, "b n d -> (draws b) n d", draws=len(f_dit) // len(teacher))
-        losses["L_align"] = alignment_loss(align_head(f_dit), teacher)
-    return losses
+    if "L_align" not in weights:
+        return {"L_fm": L_fm}
+    teacher = repeat(teacher, "b n d -> (draws b) n d", draws=len(f_dit) // len(teacher))
+    return {"L_fm": L_fm, "L_align": alignment_loss(align_head(f_dit), teacher)}
 
 
 if __name__ == "__main__":

@@ -193,9 +193,7 @@ class MLLM(nn.Module):
     def embed(self, ids: Tensor, f_v: Tensor | None = None) -> Tensor:
         """Ids `b l` -> embeddings `b l d`; the places of `image_id` take the visual tokens f_v `b n d` in order."""
         x = self.llm.embedding(ids)
-        if f_v is None:
-            return x
-        return x.masked_scatter((ids == self.words.image_id)[..., None], f_v.to(x.dtype))
+        return x if f_v is None else x.masked_scatter((ids == self.words.image_id)[..., None], f_v.to(x.dtype))
 
     def read_prefix(self, ids: Tensor, f_v: Tensor | None = None) -> Prefix:
         """<bos> and perhaps a picture (left-padded ids `b l`), read once: many questions follow, each by itself."""
@@ -259,7 +257,8 @@ class MLLM(nn.Module):
         return torch.stack([torch.cat(states, 1) for states in zip(at_words, at_queries)], 2), mask
 
     def with_reference(self, H_mixed: Tensor, ids: Tensor, f_v: Tensor | None) -> Tensor:
-        """Ĥ `b l d` with the encoder's own tokens at the reference's places: detail that the LLM would not pass on."""
+        """Ĥ `b l d` with the encoder's own tokens at the reference's places: detail that the LLM would not pass on.
+        With `positions`, sines of row and column are added to these tokens, and to Ĥ at the queries."""
         at_words, at_queries = H_mixed.split([ids.shape[1], len(self.queries)], 1)
         if f_v is not None:
             reference = f_v + grid_positions(f_v) if self.positions else f_v

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 def layer_choice(layers: int, k: int) -> list[int]:
     """Sec. 3.3: which of the L hidden states the K routed ones are: s, 2s, … with s = ⌊L/K⌋, the last one L. The
-    embedding, state 0, is not among them (configuration).
+    embedding, state 0, is not among them (configuration). Raises ValueError unless 1 ≤ K ≤ L.
 
     24 layers and K = 4 give 6, 12, 18, 24; the toy's 6 and K = 3 give 2, 4, 6. The rule is made for L far above K: of 6
     layers K = 4 takes 1, 2, 3, 6, three of them from the lower half. A run says so when it starts (`is_uneven`).

@@ -71,8 +71,7 @@ def perform(model: SPAR, use: str, text: str, images: Tensor | None, given: argp
     if given.rewrite:
         prompts = model.rewrite(prompts, references, given.seed)
         print("\n".join(prompts))
-    pictures = model.generate(prompts, references, **options)[0]
-    return to_image(torch.cat(list(pictures), 2))
+    return to_image(torch.cat(list(model.generate(prompts, references, **options)[0]), 2))
 
 
 def main() -> None:

@@ -327,8 +327,7 @@ class SPAR(nn.Module):
     def clean_latent(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures -> (what the DiT learns to draw: z_f · scale as `b p h w`, f_v `b n d`)."""
         f_v = self.tokenizer.features(images)
-        z_f = self.tokenizer.latents(f_v).fused
-        return self.as_grid(z_f).float() * self.latent_scale, f_v
+        return self.as_grid(self.tokenizer.latents(f_v).fused).float() * self.latent_scale, f_v
 
     def pixel_latent(self, images: Tensor) -> Tensor:
         """E_p(I) `b n p`, one latent for each visual token."""

@@ -119,7 +119,7 @@ class ResidualMLP(nn.Module):
 
 
 class Stream(nn.Sequential):
-    """f_v `b n d` -> latent `b n p`: Transformer layers, residual blocks, projection.
+    """f_v `b n d` -> latent `b n p`: Transformer layers, residual blocks, projection (LN, Linear, GELU, Linear).
 
     The one number `layers` is what makes the pair asymmetric (Sec. 3.1). With 0, the semantic stream's, each token is
     changed by itself, so meaning stays where the LLM learned to read it. With more, the pixel stream's (T_p; paper: 6),
@@ -217,8 +217,8 @@ def frozen_copy(encoder: VisionEncoder) -> VisionEncoder:
 
 
 def self_distillation(f_v: Tensor, f_v_before: Tensor) -> Tensor:
-    """L_s binds the *encoder's tokens*, not a latent: f_v `b n d` of the encoder that trains, to those of its copy E_s'.
-    So the LLM, which never trains again, goes on reading what it learned to read."""
+    """L_s binds the *encoder's tokens*, not a latent: f_v `b n d` of the encoder that trains, to those of its copy
+    E_s'. So the LLM, which never trains again, goes on reading what it learned to read."""
     return squared(f_v, f_v_before.detach())  # Sec. 3.2: L_s = ‖E_s(I) − E_s'(I)‖²
 
 

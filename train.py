@@ -114,7 +114,8 @@ class Stage:
     def rates(self, config: Config) -> dict[str, float]:
         """Prefix -> share of the learning rate; 0 leaves it as it is."""
         rates = {prefix: getattr(config, str(rate), rate) for prefix, rate in self.trains.items()}
-        return rates | {"tokenizer.vision": 0.0} if config.freeze_encoder and self.name == "T3" else rates
+        return rates | {prefix: 0.0 for prefix in ("tokenizer.vision", *rates)
+                        if config.freeze_encoder and self.name == "T3" and prefix.startswith("tokenizer.vision")}
 
     def loss_weights(self, config: Config) -> dict[str, float]:
         """Symbol -> weight of the terms that this configuration asks for."""

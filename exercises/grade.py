@@ -18,9 +18,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from textwrap import fill
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+
+from tqdm import tqdm
 
 from exercises.cut import bodies_of, places, source_of
 from exercises.judge import NUMBERS, cut_of, exercise
@@ -49,12 +52,9 @@ def grade(number: int, seed: int, paths: dict[str, Path], seconds: float = SECON
         environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"}
         start = {"preexec_fn": limited} if os.name == "posix" else {}
         with said.open("w") as file:
-            try:
-                done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=folder,
-                                      env=environment, timeout=seconds, **start)
-                ended = f"the process ended with {done.returncode}" if done.returncode else ""
-            except subprocess.TimeoutExpired:
-                ended = f"took longer than {seconds:.0f} seconds"
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=folder,
+                                       env=environment, **start)
+            ended = wait(process, seconds, out, len(claims))
         lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         last = (said.read_text(errors="replace").strip().splitlines() or [""])[-1][:200]
     rows = [line for line in lines if "claim" in line]
@@ -65,6 +65,21 @@ def grade(number: int, seed: int, paths: dict[str, Path], seconds: float = SECON
                  for i, claim in enumerate(claims[len(rows):])]
     more = {key: line[key] for line in lines for key in ("mistakes", "picture") if line.get(key)}
     return {"exercise": number, "seed": seed, "claims": rows, "passed": all(row["ok"] for row in rows)} | more
+
+
+def wait(process: subprocess.Popen, seconds: float, out: Path, claims: int) -> str:
+    """Until it has ended, telling how far it is; -> why it ended, empty: by itself."""
+    start = time.time()
+    with tqdm(total=claims, desc="claims", leave=False, delay=1, disable=None) as bar:
+        while process.poll() is None:
+            if time.time() - start > seconds:
+                process.kill()
+                process.wait()
+                return f"took longer than {seconds:.0f} seconds"
+            time.sleep(0.1)
+            bar.n = min(claims, out.read_bytes().count(b"\n") if out.exists() else 0)
+            bar.set_description("claims" if bar.n < claims else "known mistakes, or the picture")
+    return f"the process ended with {process.returncode}" if process.returncode else ""
 
 
 def difference(number: int, paths: dict[str, Path]) -> str:
@@ -88,8 +103,12 @@ def show(result: dict, paths: dict[str, Path], seconds: float) -> None:
         print(f" {'ok  ' if row['ok'] else 'FAIL'}  {row['claim']}" + ("" if row["ok"] else f"\n       {row['why']}"))
     for name in result.get("mistakes", [])[:3]:
         print(f"       yours computes what comes out if: {name}")
-    print(f"{sum(row['ok'] for row in rows)} of {len(rows)}"
-          + (f"     {result['picture']}" if result.get("picture") else ""))
+    print(f"{sum(row['ok'] for row in rows)} of {len(rows)}")
+    if result.get("picture"):
+        print(f"\n{result['picture']}")
+    if result["passed"]:
+        for question, answer in zip(exercise(number).PREDICT, getattr(exercise(number), "ANSWERS", ())):
+            print("\n" + fill(question, 110) + "\n" + fill(answer, 110, initial_indent="   ", subsequent_indent="   "))
     if result["passed"] and paths:
         print(f"\n{difference(number, paths) or 'Word for word the source.'}")
 

@@ -73,8 +73,10 @@ def decide(claim, own: Version, seed: int) -> str:
         frames = [f for f in traceback.extract_tb(error.__traceback__)]
         theirs = [f for f in frames if "work" in Path(f.filename).parts or f.filename.startswith("<")]
         at = theirs[-1] if theirs else frames[-1]
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200] + \
-            f" ({Path(at.filename).name}:{line_of(at)})"
+        said = str(error).splitlines()[0] if str(error) else ""
+        if "used in the graph" in said or "does not require grad" in said:  # torch's words for it
+            return "no gradient comes through: something is detached, or computed without gradient, that must not be"
+        return f"{type(error).__name__}: {said}"[:200] + f" ({Path(at.filename).name}:{line_of(at)})"
 
 
 def line_of(frame: traceback.FrameSummary) -> int:
@@ -111,7 +113,7 @@ def prints(module, version: Version) -> dict:
 
 def alike(a, b) -> bool:
     return (a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
-            and torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-9, equal_nan=True))
+            and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-6, equal_nan=True))
 
 
 def verdicts(number: int, own: Version, seed: int, tell=lambda row: None, until_wrong: bool = False) -> list[dict]:
@@ -130,6 +132,11 @@ def main() -> None:
     number, seed, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     paths = dict(pair.split("=", 1) for pair in sys.argv[4:])
     own = Version(learners(number, paths))
+    for name in {file[:-3] for file in paths}:
+        try:
+            sys.modules[name] = getattr(own, name)  # so that the learner's classes can be pickled
+        except Exception:  # a file that does not run: each claim says so
+            pass
 
     def tell(row: dict) -> None:
         with out.open("a") as file:
@@ -141,7 +148,8 @@ def main() -> None:
     if not all(row["ok"] for row in rows):
         tell({"mistakes": known_mistakes(number, own)})
     elif hasattr(module, "picture"):
-        tell({"picture": str(module.picture(own, ROOT / "exercises" / "work" / f"{number}.png") or "")})
+        path = module.picture(own, ROOT / "exercises" / "work" / f"{number}.png")
+        tell({"picture": f"{path}: {module.picture.__doc__.splitlines()[0]}" if path else ""})
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def make(number: int, work: Path = WORK) -> list[str]:
         known += f"\n## {number} {module.TITLE}\n" + (f"\n{about}\n" if about else "")
         known += "".join(f"\n{question}\n\n> \n" for question in module.PREDICT)
         write_text(sheet, known)
-    return [*lines, f"first write down what you expect: {sheet}", f"then: python exercises/grade.py {number}"]
+    wanted = "what is wanted, and three questions to answer first" if getattr(module, "ABOUT", "") else \
+        "three questions to answer first"
+    return [*lines, f"{sheet}: {wanted}", f"then: python exercises/grade.py {number}"]
 
 
 def pack(out: Path, variant: int) -> list[str]:

@@ -17,5 +17,4 @@ def share_of_mean(mean: Tensor, count: int) -> Tensor:
     """A mean over this process's `count` words as its part of the mean over all, the average of the parts."""
     if not dist.is_initialized():
         return mean
-    per_process = mean_over_processes(torch.tensor(float(count), device=mean.device))
-    return mean * count / per_process.clamp(min=1e-6)
+    return mean * count / mean_over_processes(torch.tensor(float(count), device=mean.device)).clamp(min=1e-6)

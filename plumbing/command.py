@@ -42,7 +42,8 @@ def run_command(command) -> None:
     try:
         command()
     except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, BrokenPipeError):  # who reads, as `head`, has enough
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

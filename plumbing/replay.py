@@ -39,9 +39,7 @@ def plain(batch):
     """Named tuples as (name of their kind, fields): a file that executes nothing holds no classes of ours."""
     if isinstance(batch, dict):
         return {key: plain(value) for key, value in batch.items()}
-    if hasattr(batch, "_fields"):
-        return {"kind": type(batch).__name__, "fields": tuple(batch)}
-    return batch
+    return {"kind": type(batch).__name__, "fields": tuple(batch)} if hasattr(batch, "_fields") else batch
 
 
 def replay(folder: Path, device: str, stages: list, training_of: Callable, one_step: Callable,

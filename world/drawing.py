@@ -120,14 +120,12 @@ def draw(scenes: list[Scene], side: int = 32) -> Tensor:
         u, v = cos * dx + sin * dy, cos * dy - sin * dx
         cover = used * np.clip(0.5 - signed_distance(u, v, radius, shape), 0, 1)
         canvas = canvas + cover[:, None] * (colours[:, i, :, None, None] - canvas)
-    canvas = np.clip(scale[:, None] * canvas + shift[:, None], 0, 1)
-    return torch.from_numpy(canvas * 2 - 1)
+    return torch.from_numpy(np.clip(scale[:, None] * canvas + shift[:, None], 0, 1) * 2 - 1)
 
 
 def signed_distance(u, v, radius, shape):
     """Distance in pixels from (u, v) to the edge, negative inside; `shape` indexes SHAPES, all arguments broadcast."""
-    bar = 0.36 * radius
-    inradius = 0.6 * radius
+    bar, inradius = 0.36 * radius, 0.6 * radius
     a, b = np.abs(u), np.abs(v)
     return np.select([shape == 0, shape == 1, shape == 2], [
         np.hypot(u, v) - radius,

@@ -97,8 +97,7 @@ def twin(scene: Scene, rng: random.Random) -> tuple[Scene, str, str, str]:
     else:
         other = replace(thing, size="small" if thing.size == "large" else "large")
     second = scene.with_objects([*scene.objects[:index], other, *scene.objects[index + 1:]])
-    text = f"what {kind} is the {PLACES[thing.place]} object"
-    return second, text, getattr(thing, kind), getattr(other, kind)
+    return second, f"what {kind} is the {PLACES[thing.place]} object", getattr(thing, kind), getattr(other, kind)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ WRONG = {
     "a hard choice: the largest alone":
         weights("w = self.gate(H[:, :, -1]) / self.temperature\n"
                 "return torch.nn.functional.one_hot(w.argmax(-1), self.k).to(H.dtype)"),
+    "τ is kept from getting small":
+        weights("return (self.gate(H[:, :, -1]) / max(self.temperature, 0.3)).softmax(-1)"),
     "no softmax": weights("return self.gate(H[:, :, -1]) / self.temperature"),
     "sigmoids, which do not sum to 1": weights("return (self.gate(H[:, :, -1]) / self.temperature).sigmoid()"),
     "α is left out of the mixture": mix("return super().mix(H, w)"),

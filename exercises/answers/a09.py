@@ -22,14 +22,14 @@ def head(body: str) -> dict:
 
 
 def forward(*changes: tuple[str, str]) -> dict:
-    return changed("DiT.forward", *changes)
+    return changed("DiT.through_blocks", *changes)
 
 
 def unified(*changes: tuple[str, str]) -> dict:
     return changed("unified_losses", *changes)
 
 
-CAPTURE = "    if number == self.align_block:\n        hidden = x"
+CAPTURE = "    if number == self.align_block:\n        f_dit = x"
 REPEAT = "repeat(teacher, \"b n d -> (draws b) n d\", draws=len(f_dit) // len(teacher))"
 TEACHER = "teacher = f_v if external_teacher is None else external_teacher(batch[\"images\"])"
 CLEAN = "with torch.no_grad():\n    z, f_v = clean_latent(batch[\"images\"])"
@@ -92,29 +92,22 @@ WRONG = {
     "the head has no biases":
         head("super().__init__(nn.Linear(c, hidden, bias=False), nn.SiLU(), nn.Linear(hidden, hidden, bias=False), "
              "nn.SiLU(), nn.Linear(hidden, d, bias=False))"),
-    "the last block in place of align_block": forward((CAPTURE, "hidden = x")),
+    "the last block in place of align_block": forward((CAPTURE, "f_dit = x")),
     "the first block in place of align_block": forward(("number == self.align_block", "number == 1")),
     "what goes into align_block, not what comes out":
         forward((CAPTURE, ""), ("    x = block(x,", CAPTURE + "\n    x = block(x,")),
     "blocks counted from 0": forward(("enumerate(self.blocks, 1)", "enumerate([*self.blocks, nn.Identity()])"),
-                                     ("    x = block(x, condition, mask, modulation, x_t.shape[2])",
+                                     ("    x = block(x, condition, mask, modulation, height)",
                                       "    if number == len(self.blocks):\n        break\n"
-                                      "    x = block(x, condition, mask, modulation, x_t.shape[2])"),
-                                     ("for number", "hidden = x\nfor number")),
+                                      "    x = block(x, condition, mask, modulation, height)"),
+                                     ("for number", "f_dit = x\nfor number")),
     "every block from align_block on": forward(("number == self", "number >= self")),
-    "f_dit without gradient": forward(("hidden = x ", "hidden = x.detach() ")),
-    "f_dit cuts the way back for L_fm": forward(("hidden = x ", "hidden = x\n        x = x.detach() ")),
-    "f_dit is normed": forward(("hidden = x ", "hidden = self.norm(x) ")),
+    "f_dit without gradient": forward(("f_dit = x ", "f_dit = x.detach() ")),
+    "f_dit cuts the way back for L_fm": forward(("f_dit = x ", "f_dit = x\n        x = x.detach() ")),
+    "f_dit is normed": forward(("f_dit = x ", "f_dit = self.norm(x) ")),
     "f_dit is the mean of the blocks": forward(
-        (CAPTURE, "    hidden = x if number == 1 else hidden + (x - hidden) / number")),
-    "σ is left out": forward(("sigma)\n", "0 * sigma)\n")),
-    "the grid is turned": forward(("\"b p h w -> b (h w) p\"", "\"b p h w -> b (w h) p\"")),
-    "rows and columns are taken for one another": forward(("h=x_t.shape[2]), hidden", "h=x_t.shape[3]), hidden")),
+        (CAPTURE, "    f_dit = x if number == 1 else f_dit + (x - f_dit) / number")),
     "no mask": forward(("condition, mask, modulation", "condition, None, modulation")),
-    "positions whether they are asked for or not": forward(("if self.positions:", "if True:")),
-    "no norm of the condition": forward(("self.caption_norm(self.caption(condition))", "self.caption(condition)")),
-    "scale without one": forward(("(1 + scale)", "scale")),
-    "shift and scale swapped": forward(("shift, scale =", "scale, shift =")),
     "the teacher is f_v of the reference": unified(
         (TEACHER, "teacher = f_v if external_teacher is None else external_teacher(batch[\"images\"])\n"
                   "    if \"references\" in batch:\n"
@@ -132,14 +125,14 @@ WRONG = {
     "the teacher sees what is noised": unified(
         (TEACHER, "teacher = features(batch[\"images\"] + torch.randn_like(batch[\"images\"]))")),
     "an external teacher is ignored": unified((TEACHER, "teacher = f_v")),
-    "L_align whether it is asked for or not": unified(("if \"L_align\" in weights:", "if True:")),
-    "L_align is forgotten": unified(("if \"L_align\" in weights:", "if False:")),
+    "L_align whether it is asked for or not": unified(("if \"L_align\" not in weights:", "if False:")),
+    "L_align is forgotten": unified(("if \"L_align\" not in weights:", "if True:")),
     "L_align is weighed twice": unified(("alignment_loss(align_head(f_dit), teacher)",
                                          "0.5 * alignment_loss(align_head(f_dit), teacher)")),
     "L_fm holds L_align already": unified(
-        ("losses[\"L_align\"] = alignment_loss(align_head(f_dit), teacher)",
-         "losses[\"L_align\"] = alignment_loss(align_head(f_dit), teacher)\n"
-         "    losses[\"L_fm\"] = L_fm + losses[\"L_align\"]")),
+        ("return {\"L_fm\": L_fm, \"L_align\": alignment_loss(align_head(f_dit), teacher)}",
+         "L_align = alignment_loss(align_head(f_dit), teacher)\n"
+         "return {\"L_fm\": L_fm + L_align, \"L_align\": L_align}")),
     "the tokenizer learns from L_fm": unified((CLEAN, "if True:\n    z, f_v = clean_latent(batch[\"images\"])")),
     "the encoder learns from the references":
         unified((REFERENCE, "    f_v_reference = features(batch[\"references\"])")),
@@ -176,24 +169,25 @@ RIGHT = {
              "super().__init__(step(c, hidden), step(hidden, hidden), nn.Linear(hidden, d))"),
     "all states in a list, one of them picked": forward(
         ("for number, block", "states = []\nfor number, block"), (CAPTURE, "    states.append(x)"),
-        ("shift, scale =", "hidden = states[self.align_block - 1]\nshift, scale =")),
+        ("return x, f_dit", "return x, states[self.align_block - 1]")),
     "blocks up to align_block, then the rest": forward(
         ("for number, block in enumerate(self.blocks, 1):", "for block in self.blocks[:self.align_block]:"),
-        (CAPTURE, ""), ("shift, scale =", "hidden = x\nfor block in self.blocks[self.align_block:]:\n"
-                        "    x = block(x, condition, mask, modulation, x_t.shape[2])\nshift, scale =")),
-    "flatten and unflatten": forward(
-        ("rearrange(x_t, \"b p h w -> b (h w) p\")", "x_t.flatten(2).transpose(1, 2)"),
-        ("rearrange(velocity, \"b (h w) p -> b p h w\", h=x_t.shape[2])",
-         "velocity.transpose(1, 2).reshape(x_t.shape)")),
+        (CAPTURE, ""), ("return x, f_dit", "f_dit = x\nfor block in self.blocks[self.align_block:]:\n"
+                        "    x = block(x, condition, mask, modulation, height)\nreturn x, f_dit")),
+    "a hook on the block": forward(
+        ("for number, block", "kept = []\nhandle = self.blocks[self.align_block - 1].register_forward_hook(\n"
+                              "    lambda module, given, out: kept.append(out))\nfor number, block"),
+        (CAPTURE, ""), ("return x, f_dit", "handle.remove()\nreturn x, kept[0]")),
     "detach in place of no_grad": unified(
         (CLEAN, "if True:\n    z, f_v = (x.detach() for x in clean_latent(batch[\"images\"]))"),
         ("external_teacher(batch[\"images\"])", "external_teacher(batch[\"images\"]).detach()"),
         (REFERENCE, "    f_v_reference = features(batch[\"references\"]).detach()")),
     "the teacher repeated by torch": unified((REPEAT, "teacher.repeat(len(f_dit) // len(teacher), 1, 1)")),
     "the cosines round by round": unified(
-        ("losses[\"L_align\"] = alignment_loss(align_head(f_dit), teacher)",
+        ("return {\"L_fm\": L_fm, \"L_align\": alignment_loss(align_head(f_dit), teacher)}",
          "rounds = align_head(f_dit).chunk(len(f_dit) // len(f_v))\n"
-         "    losses[\"L_align\"] = sum(alignment_loss(one, teacher[:len(one)]) for one in rounds) / len(rounds)")),
+         "L_align = sum(alignment_loss(one, teacher[:len(one)]) for one in rounds) / len(rounds)\n"
+         "return {\"L_fm\": L_fm, \"L_align\": L_align}")),
     "the DiT asked directly, the loss by hand": unified(
         ("L_fm, f_dit = " + FLOW,
          "sigma, epsilon = batch[\"noise\"]\nz = torch.cat([z] * (len(sigma) // len(z)))\n"

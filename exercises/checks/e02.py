@@ -10,6 +10,9 @@ CUT = {"train.py": [f"STAGES.{name}" for name in TAUGHT]}
 PREDICT = ["Draw a grid of parts and stages: which part changes its bits in which of T1 to U3?",
            "T1's loss passes through the decoder, which is frozen: does its gradient reach the pixel stream?",
            "What would L_s be in T2, and what would it do there?"]
+ANSWERS = ["The picture shows it, as it came out with your table.",
+           "Yes. Frozen means that weights do not change; gradients pass through what is frozen.",
+           "0 at every step, and nothing: the encoder does not move in T2, so it is what its copy is."]
 ABOUT = """Fill in what each of six stages trains (name prefix of the parameters -> share of the stage's rate) and its
 losses (symbol -> weight), in the places of the `{}` of STAGES. A weight, or the encoder's rate, is given as the name of
 its field in spar.Config, such as "lambda_s" or "encoder_rate"; 1.0 where there is no field. The tables above STAGES
@@ -44,21 +47,16 @@ def model_of(own, **changes):
     return model
 
 
-def asked(own, real, name: str, config) -> dict[str, float]:
-    """The terms that a stage is to have, with their weights; raises Wrong where it asks for others."""
+def asked(own, real, name: str, config) -> tuple[dict[str, float], dict[str, float]]:
+    """The terms that a stage asks for with their weights, and those that it is to ask for."""
     stage = own.train.stage_named(name)
     demand(stage.trains or stage.losses, f"not written yet: STAGES.{name}")
-    found, wanted = stage.loss_weights(config), real.train.stage_named(name).loss_weights(config)
-    for symbol in {**found, **wanted}:
-        demand(symbol in wanted, f"{name} asks for {symbol}, which it is not to have")
-        demand(symbol in found, f"{name} does not ask for {symbol}")
-    return wanted
+    return stage.loss_weights(config), real.train.stage_named(name).loss_weights(config)
 
 
 def begin(own, real, model, name: str):
-    """A stage of `own` before its first step -> (the stage in progress, what it is to train: name -> rate, the weights
-    that its terms are to have)"""
-    wanted = asked(own, real, name, model.config)
+    """A stage of `own` before its first step -> (the stage in progress, what it is to train: name -> rate)"""
+    asked(own, real, name, model.config)
     stage, right = (version.train.stage_named(name) for version in (own, real))
     rates, lr = right.rates(model.config), model.config.of_stage("lr", name)
     trained = getattr(real, "plumbing.training").trained_parameters(model, right)
@@ -68,7 +66,7 @@ def begin(own, real, model, name: str):
         demand(False, f"{name} lists {key} ({part_of(key)}), which is frozen in it")
     for key in sorted(trains.keys() - now.weights.keys()):
         demand(False, f"{name} does not list {key} ({part_of(key)}), which it is to train")
-    return now, trains, wanted
+    return now, trains
 
 
 def step(own, now) -> tuple[dict, set[str]]:
@@ -85,7 +83,11 @@ def part_of(parameter: str) -> str:
 
 
 def moves(own, real, name: str) -> None:
-    now, trains, wanted = begin(own, real, model_of(own), name)
+    now, trains = begin(own, real, model_of(own), name)
+    found, wanted = asked(own, real, name, now.config)
+    for symbol in {**found, **wanted}:
+        demand(symbol in wanted, f"{name} asks for {symbol}, which it is not to have")
+        demand(symbol in found, f"{name} does not ask for {symbol}")
     metrics, moved = step(own, now)
     for key in sorted(moved ^ trains.keys()):
         demand(False, f"{name} {'moves' if key in moved else 'leaves as it is:'} {key} ({part_of(key)})")
@@ -94,32 +96,32 @@ def moves(own, real, name: str) -> None:
 
 
 def streams(own, real):
-    """T1 moves both streams and the fusion, between an encoder and a decoder that stay as they are"""
+    """T1 moves both streams and the fusion, between an encoder and a decoder that stay as they are; its losses"""
     moves(own, real, "T1")
 
 
 def decoder(own, real):
-    """T2 moves the decoder too"""
+    """T2 moves the decoder too; its losses"""
     moves(own, real, "T2")
 
 
 def encoder(own, real):
-    """T3 moves the encoder too, projector and all"""
+    """T3 moves the encoder too, projector and all; its losses"""
     moves(own, real, "T3")
 
 
 def connector(own, real):
-    """U1 moves what leads to the DiT: queries, router and connector"""
+    """U1 moves what leads to the DiT: queries, router and connector; its losses"""
     moves(own, real, "U1")
 
 
 def generator(own, real):
-    """U2 moves the DiT and φ_a too, and never what understands: encoder and LLM"""
+    """U2 moves the DiT and φ_a too, and never what understands: encoder and LLM; its losses"""
     moves(own, real, "U2")
 
 
 def tuned(own, real):
-    """U3 moves what U2 moves"""
+    """U3 moves what U2 moves; its losses"""
     moves(own, real, "U3")
 
 
@@ -128,7 +130,7 @@ def rates(own, real):
     for share in (0.1, 0.35 + float(torch.rand(())) / 10):
         model = model_of(own, encoder_rate=share)
         for name in TAUGHT:
-            now, trains, _ = begin(own, real, model, name)
+            now, trains = begin(own, real, model, name)
             keys = {id(parameter): key for key, parameter in model.named_parameters()}
             peaks = {keys[id(p)]: group["peak"] for group in now.optimizer.param_groups for p in group["params"]}
             for key, peak in trains.items():
@@ -140,13 +142,16 @@ def terms(own, real):
     """each term has the weight that the configuration gives it, in every stage"""
     model = model_of(own, **{field: 0.5 + float(torch.rand(())) for field in WEIGHTS})
     for name in TAUGHT:
-        now, _, wanted = begin(own, real, model, name)
+        now, _ = begin(own, real, model, name)
+        its_own, wanted = asked(own, real, name, model.config)
         for symbol, weight in wanted.items():
+            if symbol not in its_own:  # another claim says so
+                continue
             found = now.loss_weights[symbol]
             demand(abs(found - weight) < 1e-9, f"{name}: {symbol} weighs {found:.4g} where the configuration says "
                                                f"{weight:.4g}: is its field named, or a number of one configuration?")
         metrics = step(own, now)[0]
-        total = float(sum(weight * metrics[symbol] for symbol, weight in wanted.items()))
+        total = float(sum(weight * metrics[symbol] for symbol, weight in its_own.items()))
         demand(abs(float(metrics["loss"]) - total) < 1e-4 * max(1, abs(total)),
                f"{name}: the loss is {float(metrics['loss']):.5f}, the sum of its terms with their weights {total:.5f}")
 
@@ -154,9 +159,11 @@ def terms(own, real):
 def nothing(own, real):
     """a term whose weight is 0 in the configuration is left out"""
     for field in WEIGHTS:
-        config = own.spar.make_config(**SIZES | {field: 0.0})
+        with_it, without = (own.spar.make_config(**SIZES | {field: weight}) for weight in (0.7, 0.0))
         for name in TAUGHT:
-            asked(own, real, name, config)
+            (_, full), (found, wanted) = asked(own, real, name, with_it), asked(own, real, name, without)
+            for symbol in sorted(full.keys() - wanted.keys()):
+                demand(symbol not in found, f"{name} asks for {symbol} where {field} is 0")
 
 
 CLAIMS = [streams, decoder, encoder, connector, generator, tuned, rates, terms, nothing]
@@ -188,7 +195,7 @@ def picture(own, path):
     table = torch.zeros(len(PARTS), len(TAUGHT))
     for column, name in enumerate(TAUGHT):
         torch.manual_seed(column)
-        now = begin(own, own, model_of(own), name)[0]
+        now, _ = begin(own, own, model_of(own), name)
         moved, keys = step(own, now)[1], [key for key, _ in now.module.model.named_parameters()]
         for row, part in enumerate(PARTS):
             inside = [key for key in keys if part_of(key) == part]

@@ -48,4 +48,5 @@ def same(value, wanted: Tensor, what: str, tolerance: float = 1e-9) -> None:
     demand(torch.isfinite(value).all(), f"{what}: not all numbers are finite")
     error = (value.detach().double() - wanted.detach().double()).abs().max().item() if value.numel() else 0.0
     scale = max(1.0, wanted.detach().abs().max().item()) if wanted.numel() else 1.0
-    demand(error <= tolerance * scale, f"{what}: off by {error:.2g}")
+    near = ": is something rounded on the way, or cast to float32?" if tolerance < 1e-8 and error < 1e-5 * scale else ""
+    demand(error <= tolerance * scale, f"{what}: off by {error:.2g}{near}")

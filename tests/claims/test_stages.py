@@ -10,7 +10,7 @@ from mllm import naming_loss
 from plumbing.run_folder import build
 from plumbing.training import schedule
 from router import ROUTERS
-from spar import NAMES
+from spar import NAMES, Config
 from tests.tools.models import model_of, run_stage, state
 from world.drawing import FACT_WORDS, Object
 from world.language import DrawnWorld
@@ -47,6 +47,15 @@ def test_with_a_frozen_encoder_t3_leaves_it_alone_to_the_bit(tiny, tmp_path):
     after = state(model)
     assert all(torch.equal(after[key], before[key]) for key in before if key.startswith("tokenizer.vision"))
     assert not torch.equal(after["tokenizer.decoder.out.conv.weight"], before["tokenizer.decoder.out.conv.weight"])
+
+
+def test_a_frozen_encoder_is_frozen_however_finely_a_stage_names_it():
+    t3 = train.stage_named("T3")
+    finer = replace(t3, trains=t3.trains | {"tokenizer.vision.projector": "encoder_rate"})
+    for stage in (t3, finer):
+        for frozen in (True, False):
+            rates = stage.rates(Config(freeze_encoder=frozen))
+            assert all((rate == 0) == (frozen and key.startswith("tokenizer.vision")) for key, rate in rates.items())
 
 
 @pytest.mark.parametrize("name, field, symbol", [
