@@ -165,9 +165,9 @@ def smoothed(run: Path, stage: str, symbol: str) -> list[tuple[int, float, float
 
 
 def saved(base: Path, arm: Path) -> dict[str, float]:
-    """By how large a share of the way the control is sooner than `arm` at the least loss that both reach in U2: in steps,
-    and in seconds, which also pay for L_align. Below 0 where it is later. Both are read alike, by the first point of the
-    running mean that is as low: a rule that waited for one and looked for the other would find a gain in noise."""
+    """By how large a share of the way the control is sooner than `arm` at the least loss that both reach in U2: in
+    steps, and in seconds, which also pay for L_align. Below 0 where it is later. Both are read alike, by the first
+    point of the running mean that is as low: a rule that reads them in two ways would find a gain in noise."""
     curves = smoothed(base, "U2", "L_fm"), smoothed(arm, "U2", "L_fm")
     level = max(curve[-1][1] for curve in curves)
     (step, _, seconds), (its_step, _, its_seconds) = (next(point for point in curve if point[1] <= level)

@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def handed_in(number: int, root: Path) -> dict[str, Path]:
-    """The files of somebody's pack: those that make.py wrote there, else the project's own, filled in where they are."""
+    """The files of somebody's pack: those that make.py wrote there, else its own root's, filled in."""
     try:
         return files_of(number, root.absolute() / "exercises" / "work")
     except UserError:

@@ -80,8 +80,8 @@ def make(number: int, work: Path = WORK) -> list[str]:
 
 def pack(out: Path, variant: int) -> list[str]:
     """OUT/student: the project with all bodies of all exercises taken out, without the tests that hold the checks in
-    another form and without planted answers; what its own graders compare with lies in exercises/source.zip. OUT/teacher:
-    the whole. `variant` is the seed that grades are given by."""
+    another form and without planted answers; what its own graders compare with lies in exercises/source.zip.
+    OUT/teacher: the whole. `variant` is the seed that grades are given by."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is there already: choose another folder")
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "work", ".ci")

@@ -82,7 +82,7 @@ RIGHT = {
         "STAGES.T3": f'{{**{WITH_DECODER.replace(" | ", ", **")}, "tokenizer.vision": "encoder_rate"}}\n'
                      '{**RECONSTRUCTION, "L_s": "lambda_s", "L_gan": "lambda_gan"}'}},
     "the projector by itself": row(
-        "T3", WITH_DECODER + ' | {"tokenizer.vision": "encoder_rate", "tokenizer.vision.projector": "encoder_rate"}', T3),
+        "T3", WITH_ENCODER.replace("}", ', "tokenizer.vision.projector": "encoder_rate"}'), T3),
     "finer prefixes that cover the same": {"train.py": {
         "STAGES.T3": 'STREAMS | {"tokenizer.decoder": 1.0, **{f"tokenizer.vision.{part}": "encoder_rate" for part in '
                      '("patches", "cls", "positions", "layers", "projector")}}\n' + T3,

@@ -14,7 +14,7 @@ PREDICT = ["z = 2, ε = 0.5, σ = 0.25: where is x_t, and what is v there? Which
            "What is the least loss that any model can reach: is it 0?",
            "Where do most of the times σ lie with shift 1, where with shift 3?"]
 ANSWERS = ["x_t = 0.75 · 2 + 0.25 · 0.5 = 1.625; v = ε − z = −1.5: from the clean point towards the noise, as σ grows.",
-           "No: many pairs of z and ε lead through one x_t, and what they disagree about, the variance of ε − z, is left.",
+           "No: many pairs of z and ε lead through one x_t; the variance of ε − z among them is left.",
            "Around 1/2 with shift 1; the median with shift 3 is 3/(1 + 3) = 0.75, nearer to the noise."]
 ABOUT = """z and ε are `b p h w`, σ is `b`. Times need not be one from each slice: independent ones are right
 too, if their distribution is."""

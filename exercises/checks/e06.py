@@ -11,7 +11,8 @@ PREDICT = ["What does the map of a fresh router look like, whose gate ends in ze
            "Which of the words of \"a red circle\" will listen to deep layers, which to shallow ones?"]
 ANSWERS = ["1/K everywhere: a gate that gives zeros gives all layers the same.",
            "One layer takes all: softmax becomes the argmax.",
-           "The method does not say. Look at a trained run: python exercises/run.py 6 sample.py route \"a red circle\" --run RUN"]
+           "The method does not say. Look at a trained run: "
+           "python exercises/run.py 6 sample.py route \"a red circle\" --run RUN"]
 ABOUT = """`layer_choice` raises ValueError for K below 1 and for K above L, in a line that says so. The checks
 compute in float64; what you compute in another precision is off."""
 
@@ -131,8 +132,8 @@ def choice(own, real):
         except Exception as error:
             found = type(error).__name__
         demand(found != "NotImplementedError", "not written yet: layer_choice")
-        demand(found == "ValueError", f"layer_choice({layers}, {k}) raises {found}, wanted a ValueError: K below 1 and K "
-                                      "above L cannot be")
+        demand(found == "ValueError", f"layer_choice({layers}, {k}) raises {found}, wanted a ValueError: K below 1 and "
+                                      "K above L cannot be")
 
 
 CLAIMS = [shares, soft, deepest, each_for_itself, as_loops, alpha_scales, static, choice]
