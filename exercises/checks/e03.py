@@ -16,8 +16,8 @@ PREDICT = ["4096 queries, 4096 keys, heads of width 32, tiles of 64: how many nu
            "head, written plainly, and written in tiles?",
            "What must become of the running sum when a later tile holds a larger maximum?",
            "What comes out for a query that may see no key at all?"]
-ANSWERS = ["Plainly the scores, 4096 × 4096 = 16.8 million; in tiles of 64 by 64 no tensor of scores is larger than 4096, "
-           "and the largest of all is the output, 4096 × 32.",
+ANSWERS = ["Plainly the scores, 4096 × 4096 = 16.8 million; in tiles of 64 by 64 no tensor of scores is larger than "
+           "4096, and the largest of all is the output, 4096 × 32.",
            "It shrinks by exp(old maximum − new maximum), and so do the values summed so far.",
            "Zeros: nothing was summed, and dividing by that nothing must not give NaN."]
 MASKS = ("random", "left", "right", "one key", "one row")

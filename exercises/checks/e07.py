@@ -13,8 +13,8 @@ CUT = {"mllm.py": ["MLLM.condition", "MLLM.routed_states", "MLLM.with_reference"
 PREDICT = ["A word in the middle changes: which of the words, picture tokens and queries change in H? A picture token?",
            "And which change in the condition, behind the connector?",
            "Which parts of the MLLM get a gradient, and how many numbers of the toy are they?"]
-ANSWERS = ["In H: the word, the words behind it and all queries; the LLM is causal, and the reference stands before the "
-           "words. Of a picture token: itself and all behind it. Of a query: itself and the queries behind it.",
+ANSWERS = ["In H: the word, the words behind it and all queries; the LLM is causal, and the reference stands before "
+           "the words. Of a picture token: itself and all behind it. Of a query: itself and the queries behind it.",
            "All: the connector is bidirectional. Only padding moves nothing.",
            "Queries 2,048, router 25,222, connector 312,578. The LLM, 900,736, gets none."]
 ABOUT = """`routed_states` gives H and its mask, `condition` a Condition with the router's weights too. The LLM's

@@ -4,12 +4,13 @@ ours. A few answers on one seed here; `python -m tests.tools.graders` tries all 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from exercises import claims, grade, make
+from exercises import claims, expected, grade, make
 from exercises.cut import NoSuchName, Version, bodies_of, cut, put_in, version_with
-from exercises.judge import NUMBERS, answers, cut_of, exercise, known_mistakes, verdicts
+from exercises.judge import NUMBERS, answers, cut_of, exercise, known_mistakes, learners, verdicts
 from plumbing.command import UserError
 from tests.tools.commands import ROOT
 from tests.tools.graders import misjudged
@@ -139,27 +140,33 @@ def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
     assert not (student / "exercises" / "answers").exists() and not (student / "tests" / "claims").exists()
     assert (tmp_path / "teacher" / "exercises" / "answers" / "a06.py").exists()
     text = (student / "diffusion.py").read_text()
-    for number in (4, 5, 9):
-        assert f"exercise {number}: " in text
+    assert all(f"exercise {number}: " in text for number in (4, 5, 9))
 
-    def graded(folder, *arguments):
-        done = subprocess.run([sys.executable, "exercises/grade.py", *arguments, "--json"], cwd=folder, text=True,
-                              capture_output=True)
+    def in_the_pack(*command):
+        done = subprocess.run([sys.executable, *command], cwd=student, text=True, capture_output=True)
         assert "Traceback" not in done.stdout + done.stderr
-        return json.loads(done.stdout)
+        return done.stdout
 
-    teacher, its_name = (tmp_path / "teacher", "7", "--root", "../student"), exercise(7).CUT["mllm.py"][0]
-    assert any("not written yet" in row["why"] for row in graded(*teacher)["claims"])
-    subprocess.run([sys.executable, "exercises/make.py", "7"], cwd=student, capture_output=True)
-    mine = student / "exercises" / "work" / "mllm.py"
-    real = bodies_of((ROOT / "mllm.py").read_text(), cut_of(7)["mllm.py"])
-    mine.write_text(put_in(mine.read_text(), real))
-    assert "exercise 6: " in (student / "router.py").read_text()  # it rests on that, and yet stands alone
-    assert graded(student, "7")["passed"] and graded(*teacher)["passed"]
-    mine.write_text(put_in(mine.read_text(), {its_name: "return 1 / 0"}))
-    wrong = graded(student, "7")["claims"]
-    line = next(i for i, text in enumerate(mine.read_text().splitlines(), 1) if "1 / 0" in text)
-    assert any(f"mllm.py:{line}" in row["why"] for row in wrong) and not graded(*teacher)["passed"]
+    in_the_pack("exercises/make.py", "6")
+    mine = student / "exercises" / "work" / "router.py"
+    mine.write_text(put_in(mine.read_text(), bodies_of((ROOT / "router.py").read_text(), cut_of(6)["router.py"])))
+    assert "exercise 6: " in (student / "router.py").read_text()  # its graders have the source all the same
+    assert json.loads(in_the_pack("exercises/grade.py", "6", "--json"))["passed"]
+    assert grade.handed_in(6, student) == {"router.py": mine} and grade.handed_in(7, student) == {
+        "mllm.py": student / "mllm.py"}
+
+
+def test_in_a_pack_no_exercise_rests_on_anothers_holes_and_lines_are_those_of_the_learners_file(tmp_path):
+    make.pack(tmp_path, 3)
+    path, real = tmp_path / "student" / "diffusion.py", (ROOT / "diffusion.py").read_text()
+    names = cut_of(4)["diffusion.py"]
+    path.write_text(put_in(path.read_text(), bodies_of(real, names)))
+    assert "exercise 5: " in path.read_text() and "exercise 9: " in path.read_text()
+    assert learners(4, {"diffusion.py": path}) == {"diffusion": (str(path), real)}
+    path.write_text(put_in(path.read_text(), {"flow_matching_loss": "return 1 / 0"}))
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "1 / 0" in text)
+    why = [row["why"] for row in verdicts(4, Version(learners(4, {"diffusion.py": path})), 0)]
+    assert f"ZeroDivisionError: division by zero (diffusion.py:{line})" in why
 
 
 # ---------------------------------------------------------------- the claims study
@@ -228,3 +235,31 @@ def test_what_alignment_saves_to_draw_alike_lies_on_the_line_between_half_and_al
     assert claims.saved_to_draw_alike(known) == {"share": 0.25, "range": [0.225, 0.275], "seeds": [0, 1, 2]}
     assert claims.saved_to_draw_alike({"rows": [row("half_of_U2", 0.1), row("no_alignment", -0.1)]}) is None
     assert claims.saved_to_draw_alike({"rows": [row("no_alignment", -0.1)]}) is None
+
+
+# ---------------------------------------------------------------- what a class should expect
+
+
+def test_every_arm_of_a_class_goes_on_from_the_shared_run_and_pupils_differ_in_reseed_alone():
+    from plumbing.flags import parse
+    control, _ = parse(arguments=expected.command("control", 1, Path("runs/class"))[1].split()[1:])
+    for name in expected.ARMS:
+        folder, command = expected.command(name, 2, Path("runs/class"))
+        config, rest = parse(arguments=command.split()[1:])
+        assert rest.out == folder and rest.source == Path("runs/class") and config.reseed == 2
+        assert config.of_stage("steps", "T3") == 390
+        changed = {key for key, value in vars(config).items() if value != vars(control)[key]} - {"reseed"}
+        assert bool(changed) == (name != "control"), changed
+
+
+def test_a_class_is_summed_up_with_its_spread_and_nothing_twice(tmp_path):
+    path, known = tmp_path / "class.json", {"arms": {}}
+    for name, psnr in (("lambda_s_0", 33.0), ("control", 30.0)):
+        for pupil, more in ((2, 0.2), (1, -0.2), (2, 0.2)):
+            expected.keep(known, name, {"reseed": pupil, expected.PSNR: psnr + more, expected.UNDERSTANDING: 0.9}, path)
+    found = expected.load(path)
+    assert [*found["arms"]] == ["control", "lambda_s_0"] and len(found["arms"]["control"]["pupils"]) == 2
+    head, _, control, other = expected.table(found).splitlines()
+    assert "| 2 | 30 ± 0.28 | 0.9 ± 0 |" in control and "33 ± 0.28: higher | 0.9 ± 0" in other
+    expected.report(path)
+    assert path.with_suffix(".png").exists()
