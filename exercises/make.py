@@ -45,7 +45,12 @@ def make(number: int, work: Path = WORK) -> list[str]:
     """Writes the copies; what another exercise has there is put into a folder of its own. -> lines to print."""
     module, owners, lines = exercise(number), made(work), []
     if not cut_of(number):
-        return [f"exercise {number} has nothing to fill in: exercises/README.md says what to do"]
+        sheet = work / "sheet.json"
+        if sheet.exists():
+            raise UserError(f"{sheet} is there already: move it away to begin again")
+        write_text(sheet, json.dumps(module.SHEET, indent=1) + "\n")
+        return [f"{sheet}: fill in all down to the prediction, then train the arm, then the rest",
+                f"then: python exercises/grade.py {number} RUN {sheet} --control CONTROL …"]
     for file, names in cut_of(number).items():
         taken = cut(source_of(file), names, number)[1]
         text = cut((ROOT / file).read_text(encoding="utf-8"), names, number)[0]  # of a pack: with all other holes too

@@ -31,6 +31,8 @@ TITLE, MINUTES = "Does it hold here?", 45
 PREDICT = ["Will the figure of your arm be higher or lower than the control's, or can it not be told?",
            "How large is the spread of the control over seeds, in units of the difference that you expect?",
            "What will this comparison hide, even if its verdict is right?"]
+SHEET = {"question": "", "flag": "", "figure": "reconstruction.psnr", "prediction": {"sign": "", "why": ""},
+         "control": None, "mine": None, "difference": None, "spread": None, "verdict": "", "hides": ""}  # make.py's
 VERDICTS = ("holds", "does not hold", "cannot be told")
 SIGNS = {"+": 1, "higher": 1, "up": 1, "more": 1, "-": -1, "−": -1, "–": -1, "lower": -1, "down": -1, "less": -1,
          "0": 0, "=": 0, "same": 0}

@@ -169,6 +169,16 @@ def test_in_a_pack_no_exercise_rests_on_anothers_holes_and_lines_are_those_of_th
     assert f"ZeroDivisionError: division by zero (diffusion.py:{line})" in why
 
 
+def test_the_sheet_of_exercise_10_comes_empty_and_an_empty_one_is_told_line_by_line(work):
+    lines = make.make(10, work)
+    sheet = work / "sheet.json"
+    assert str(sheet) in lines[0] and set(json.loads(sheet.read_text())) >= {"question", "prediction", "verdict"}
+    rows = exercise(10).verdicts([str(work), str(sheet), "--control", str(work)])
+    assert not any(row["ok"] for row in rows) and all(row["why"] for row in rows)
+    with pytest.raises(UserError, match="move it away"):
+        make.make(10, work)
+
+
 # ---------------------------------------------------------------- the claims study
 
 
