@@ -100,7 +100,7 @@ def show(result: dict, paths: dict[str, Path], seconds: float) -> None:
                       for path in paths.values())
     print(f"{number}  {exercise(number).TITLE}        {where} · seed {result['seed']} · {seconds:.0f} s")
     for row in rows:
-        print(f" {'ok  ' if row['ok'] else 'FAIL'}  {row['claim']}" + ("" if row["ok"] else f"\n       {row['why']}"))
+        print(f" {'ok  ' if row['ok'] else 'FAIL'}  {row['claim']}" + (f"\n       {row['why']}" if row["why"] else ""))
     for name in result.get("mistakes", [])[:3]:
         print(f"       yours computes what comes out if: {name}")
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)}")

@@ -46,7 +46,7 @@ WITH_ANOTHER = {"teacher": "align"}  # a field that another one asks for
 class Run:
     where: Path
     results: dict
-    settings: dict  # field -> value, where it is not the preset's; neither seed nor how it is computed
+    settings: dict  # field -> value, where it is not the preset's; neither seeds nor how it is computed
 
 
 def read_json(path: Path) -> dict:
@@ -75,7 +75,7 @@ def read_run(path: Path) -> Run:
         changed = differing(json.loads(json.dumps(settings)), recorded)
         demand(not changed, f"{folder}: config.json and results.json differ in {', '.join(changed)}: the results are "
                             "another run's, or config.json was changed since")
-    settings = {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in ("seed", *HOW)}
+    settings = {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in ("seed", "reseed", *HOW)}
     return Run(path, results, settings)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exercises import claims, expected, grade, make
+from exercises import claims, expected, grade, make, pool
 from exercises.cut import NoSuchName, Version, bodies_of, cut, put_in, version_with
 from exercises.judge import NUMBERS, answers, cut_of, exercise, known_mistakes, learners, verdicts
 from plumbing.command import UserError
@@ -177,6 +177,18 @@ def test_the_sheet_of_exercise_10_comes_empty_and_an_empty_one_is_told_line_by_l
     assert not any(row["ok"] for row in rows) and all(row["why"] for row in rows)
     with pytest.raises(UserError, match="move it away"):
         make.make(10, work)
+
+
+def test_pupils_of_one_run_are_seeds_of_one_arm(tmp_path):
+    for pupil in (1, 2, 3):
+        for name, change in (("control", {}), ("arm", {"lambda_s": 0.0})):
+            (tmp_path / f"{name}{pupil}.json").write_text(json.dumps(
+                {"protocol": {"version": 1}, "ablation": {"reseed": pupil, **change},
+                 "reconstruction": {"psnr": 30.0 + pupil / 10 + len(change)}}))
+    control, arms = pool.pool("reconstruction.psnr", sorted(tmp_path.glob("arm*")), sorted(tmp_path.glob("control*")))
+    assert control.values == [30.1, 30.2, 30.3]
+    assert [(arm.label, len(arm.values)) for arm in arms] == [("lambda_s 0.0", 3)]
+    assert pool.verdict(arms[0], control) == "higher"
 
 
 # ---------------------------------------------------------------- the claims study
