@@ -167,8 +167,7 @@ def drawn_tables(run: Path, model: SPAR, before: SPAR, how: Protocol, only: list
     if "U2" in done:
         jobs["editing"] = lambda: editing(model, world, how)
         jobs["editing_direct"] = lambda: editing(model, world, how, rewrite=False)
-    results = {}
-    jobs = {name: job for name, job in jobs.items() if name in only}
+    results, jobs = {}, {name: job for name, job in jobs.items() if name in only}
     for name, job in (bar := tqdm(jobs.items(), desc="evaluation", dynamic_ncols=True)):
         bar.set_postfix_str(name)
         results[name] = job()

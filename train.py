@@ -198,7 +198,8 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
     if stage.name == "T3":
         extras.encoder_before = frozen_copy(model.tokenizer.vision)
     if "L_gan" in terms:
-        extras.discriminator = Discriminator(config.gan_width).to(model.device)
+        with model.device:
+            extras.discriminator = Discriminator(config.gan_width)
         lr, decay = (config.of_stage(field, stage.name) for field in ("lr", "weight_decay"))
         as_stage = (lr, config.betas, decay) if config.gan_as_stage else (lr / 2,)
         extras.adversary = adversary_optimizer(extras.discriminator, *as_stage)

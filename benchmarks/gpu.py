@@ -136,15 +136,16 @@ def run_tests(tests: list[str], seconds: float) -> dict:
     """The tests in several processes, since most of the time goes into compiling; what ran by then is counted."""
     end = time.monotonic() + seconds
     pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rN"]
+    environment = os.environ | {"PYTEST_ADDOPTS": ""}  # what is printed is counted: a user's own wishes would change it
     listing = subprocess.run([*pytest, "--collect-only", "-q", *tests], cwd=ROOT, capture_output=True, text=True,
-                             timeout=seconds)
+                             env=environment, timeout=seconds)
     names = [line for line in listing.stdout.splitlines() if "::" in line]
     if not names:
         raise RuntimeError(f"no tests: {(listing.stderr + listing.stdout)[-150:]}")
     share = max(1, min(8, (os.cpu_count() or 2) // 2, len(names)))
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(i) for i in range(share)]
-        processes = [subprocess.Popen([*pytest, "-v", "--tb=short", *names[i::share]], cwd=ROOT,
+        processes = [subprocess.Popen([*pytest, "-v", "--tb=short", *names[i::share]], cwd=ROOT, env=environment,
                                       stdout=log.open("w"), stderr=subprocess.STDOUT) for i, log in enumerate(logs)]
         try:
             for process in processes:

@@ -72,7 +72,8 @@ def decide(claim, own: Version, seed: int) -> str:
         return f"not written yet: {hole}"
     except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__)]
-        theirs = [f for f in frames if Path(f.filename).name in FILES and Path(f.filename).parent.name not in NOT_THEIRS]
+        theirs = [f for f in frames for at in [Path(f.filename)]
+                  if at.name in FILES and at.parent.name not in NOT_THEIRS]
         at = theirs[-1] if theirs else frames[-1]
         said = str(error).splitlines()[0] if str(error) else ""
         if "used in the graph" in said or "does not require grad" in said:  # torch's words for it

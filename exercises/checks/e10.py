@@ -75,7 +75,8 @@ def read_run(path: Path) -> Run:
         changed = differing(json.loads(json.dumps(settings)), recorded)
         demand(not changed, f"{folder}: config.json and results.json differ in {', '.join(changed)}: the results are "
                             "another run's, or config.json was changed since")
-    settings = {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in ("seed", "reseed", *HOW)}
+    settings = {key: value for key, value in json.loads(json.dumps(settings)).items()
+                if key not in ("seed", "reseed", *HOW)}
     return Run(path, results, settings)
 
 

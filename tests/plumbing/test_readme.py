@@ -8,9 +8,10 @@ from spar import Config
 from tests.tools.commands import ROOT
 
 README = (ROOT / "README.md").read_text()
-TEXTS = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("disk", "plumbing", "results"))]
+TEXTS = [ROOT / "README.md", *(ROOT / folder / "README.md" for folder in ("disk", "plumbing", "results", "exercises")),
+         ROOT / "exercises" / "teacher.md", ROOT / "exercises" / "handout.md"]
 SOURCES = ("plumbing/flags.py", "sample.py", "evaluate.py", "disk/check.py", "public/openmoji.py", "attention.py",
-           "tests/tools/torture.py", "benchmarks/*.py")
+           "tests/tools/torture.py", "benchmarks/*.py", "exercises/*.py")
 
 
 def test_ci_runs_the_readmes_commands():
