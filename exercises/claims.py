@@ -151,6 +151,11 @@ def run(folder: Path, command: str, threads: int) -> None:
         (folder / "results.json").replace(folder / "results-T3.json")
 
 
+def machine_of(threads: int) -> dict:
+    """What a figure was trained and measured with."""
+    return {"processor": processor(), "threads": threads, "torch": torch.__version__, "commit": commit()[:7]}
+
+
 def figure(results: dict, path: str) -> float:
     for key in path.split("."):
         results = results[key]
@@ -180,7 +185,7 @@ def finish(seed: int, row: Row, threads: int, runs: Path = RUNS) -> list[dict]:
     for folder, command in commands(seed, row, runs):
         run(folder, command, threads)
     base, arm, found = runs / str(seed) / "base", runs / str(seed) / row.arm, []
-    machine = {"processor": processor(), "threads": threads, "torch": torch.__version__, "commit": commit()[:7]}
+    machine = machine_of(threads)
     for measure, _, _ in row.measures:
         table = measure.partition(".")[0]
         if table == "saved":

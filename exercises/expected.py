@@ -23,10 +23,8 @@ import plumbing.command  # before torch, whose threads wait as it says
 import torch
 from PIL import Image
 
-from benchmarks.yardstick import processor
-from exercises.claims import PSNR, UNDERSTANDING, figure, measured, run
+from exercises.claims import PSNR, UNDERSTANDING, figure, machine_of, measured, run
 from exercises.pool import Arm, dot_plot, verdict
-from exercises.share import commit
 from plumbing.command import Parser, UserError, run_command, write_text
 
 RESULTS, RUNS, CONTROL = ROOT / "results" / "class.json", Path("runs") / "expected", "control"
@@ -122,10 +120,9 @@ def main() -> None:
         out, line = command(name, pupil, given.run)
         run(out, line, threads)
         results = measured(out, "understanding")
-        machine = {"processor": processor(), "threads": threads, "torch": torch.__version__, "commit": commit()[:7]}
         with lock:
             keep(known, name, {"reseed": pupil, **{measure: figure(results, measure) for measure in FIGURES},
-                               "eval_id": results["eval_id"], "machine": machine})
+                               "eval_id": results["eval_id"], "machine": machine_of(threads)})
 
     with ThreadPoolExecutor(given.jobs) as lanes:
         for done in [lanes.submit(train, *one) for one in missing]:

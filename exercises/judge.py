@@ -20,7 +20,7 @@ from exercises.checks.tools import Wrong
 from exercises.cut import PACKED, ROOT, Version, stand_alone, version_with
 
 NUMBERS = range(1, 11)
-FILES, NOT_THEIRS = {path.name for path in ROOT.glob("*.py")}, (ROOT.name, PACKED.name)  # a learner's files; real ones
+FILES, NOT_THEIRS = {path.name for path in ROOT.glob("*.py")}, (ROOT, Path(PACKED.name))  # a learner's files; real ones
 _real = None
 
 
@@ -73,7 +73,7 @@ def decide(claim, own: Version, seed: int) -> str:
     except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__)]
         theirs = [f for f in frames for at in [Path(f.filename)]
-                  if at.name in FILES and at.parent.name not in NOT_THEIRS]
+                  if at.name in FILES and at.parent not in NOT_THEIRS]
         at = theirs[-1] if theirs else frames[-1]
         said = str(error).splitlines()[0] if str(error) else ""
         if "used in the graph" in said or "does not require grad" in said:  # torch's words for it

@@ -163,9 +163,9 @@ def test_in_a_pack_no_exercise_rests_on_anothers_holes_and_lines_are_those_of_th
     path.write_text(put_in(path.read_text(), bodies_of(real, names)))
     assert "exercise 5: " in path.read_text() and "exercise 9: " in path.read_text()
     assert learners(4, {"diffusion.py": path}) == {"diffusion": (str(path), real)}
-    path.write_text(put_in(path.read_text(), {"flow_matching_loss": "return 1 / 0"}))
+    path.write_text(put_in(path.read_text(), {"guided": "return 1 / 0"}))  # below holes of exercise 9
     line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "1 / 0" in text)
-    why = [row["why"] for row in verdicts(4, Version(learners(4, {"diffusion.py": path})), 0)]
+    why = [row["why"] for row in verdicts(5, Version(learners(5, {"diffusion.py": path})), 0)]
     assert f"ZeroDivisionError: division by zero (diffusion.py:{line})" in why
 
 

@@ -73,6 +73,7 @@ def test_tests_that_fail_are_counted_and_named(tmp_path, monkeypatch):
         "import pytest\n@pytest.mark.parametrize('x', ['a b', 2])\ndef test_one(x):\n    assert x == 2\n"
         "def test_two():\n    pytest.skip('not today')\n")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-qqq")  # of the user's own runs
     result = gpu.run_tests(["test_some.py"], 60)
     assert (result["passed"], result["failed"], result["skipped"], result["not_run"]) == (1, 1, 1, 0)
     assert result["names"] == ["test_some.py::test_one[a b]"]
