@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from evaluate import Protocol
 from plumbing.run_folder import load_run
 from spar import SPAR
 from tests.claims.test_judge import SIDE_EFFECTS, ghosts_passing, passing
 from world.drawing import FACT_WORDS, PLACES, PLAIN, Object, draw
 from world.edits import EDIT_KINDS, Edit
 from world.judge import detect, fulfils, succeeds
-from world.language import MEASURED, DrawnWorld
+from world.language import MEASURED, QUESTION_KINDS, DrawnWorld
 
 COUNT = 200
 
@@ -78,9 +79,26 @@ def drawn_instead(model: SPAR, world: DrawnWorld, kind: str, which: str) -> Coun
     return verdicts
 
 
+def blind(world: DrawnWorld, kind: str, others: int = 5000) -> float:
+    """Share of an evaluation's questions that are answered right without the picture: by the answer that the same
+    question, or else the same kind, has most often with `others` pictures more."""
+    count = Protocol().count
+    _, questions, answers = world.questions(range(count + others), kind)
+    often = {}
+    for question, answer in zip(questions[count:], answers[count:]):
+        often.setdefault(question, Counter())[answer] += 1
+    of_kind = Counter(answers[count:]).most_common(1)[0][0]
+    said = [often[question].most_common(1)[0][0] if question in often else of_kind for question in questions[:count]]
+    return sum(map(str.__eq__, said, answers)) / count
+
+
 def main(run: Path) -> None:
     model = load_run(run)
     world = DrawnWorld(model.config.side, model.config.seed, "test")
+    shares = {kind: blind(world, kind) for kind in QUESTION_KINDS}
+    print("share of questions answered right without the picture (no twins can be):",
+          ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items()),
+          f"overall {sum(shares.values()) / len(shares):.3f}")
     print("share of edits' targets that the judge passes: look, exact, reconstructed")
     for name, verdicts in targets(model, world).items():
         exact, reconstructed = torch.tensor(verdicts).float().mean(0).tolist()
