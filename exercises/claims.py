@@ -162,11 +162,17 @@ def figure(results: dict, path: str) -> float:
     return float(results)
 
 
-def smoothed(run: Path, stage: str, symbol: str) -> list[tuple[int, float, float]]:
-    """(step, running mean of a loss, seconds) along a stage."""
+def smoothed(run: Path, stage: str, symbol: str) -> list[tuple[int, float]]:
+    """(step, running mean of a loss) along a stage."""
     lines = [line for line in read_lines(run / "log.jsonl") if line["stage"] == stage and symbol in line]
-    return [(lines[i]["step"], statistics.mean(line[symbol] for line in lines[i + 1 - SMOOTH:i + 1]),
-             lines[i]["seconds"]) for i in range(SMOOTH - 1, len(lines))]
+    return [(lines[i]["step"], statistics.mean(line[symbol] for line in lines[i + 1 - SMOOTH:i + 1]))
+            for i in range(SMOOTH - 1, len(lines))]
+
+
+def seconds_a_step(run: Path, stage: str) -> float:
+    """The median along a stage: what else the machine did for a while does not move it."""
+    lines = [line for line in read_lines(run / "log.jsonl") if line["stage"] == stage]
+    return statistics.median((b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in zip(lines, lines[1:]))
 
 
 def saved(base: Path, arm: Path) -> dict[str, float]:
@@ -175,9 +181,9 @@ def saved(base: Path, arm: Path) -> dict[str, float]:
     point of the running mean that is as low: a rule that reads them in two ways would find a gain in noise."""
     curves = smoothed(base, "U2", "L_fm"), smoothed(arm, "U2", "L_fm")
     level = max(curve[-1][1] for curve in curves)
-    (step, _, seconds), (its_step, _, its_seconds) = (next(point for point in curve if point[1] <= level)
-                                                      for curve in curves)
-    return {"steps": 1 - step / its_step, "seconds": 1 - seconds / its_seconds}
+    step, its_step = (next(step for step, loss in curve if loss <= level) for curve in curves)
+    cost = seconds_a_step(base, "U2") / seconds_a_step(arm, "U2")
+    return {"steps": 1 - step / its_step, "seconds": 1 - step * cost / its_step}
 
 
 def finish(seed: int, row: Row, threads: int, runs: Path = RUNS) -> list[dict]:

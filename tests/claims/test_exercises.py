@@ -237,13 +237,14 @@ def test_every_row_says_what_is_measured_before_it_is_and_its_flags_are_train_py
 
 
 def test_what_alignment_saves_is_read_from_the_curves(tmp_path):
-    for name, slope in (("base", 2.0), ("arm", 1.0)):
+    for name, slope, cost in (("base", 2.0, 2.0), ("arm", 1.0, 1.6)):
         (tmp_path / name).mkdir()
-        lines = [{"stage": "U2", "step": 10 * i, "L_fm": 10 - slope * i / 100, "seconds": 2.0 * i}
-                 for i in range(201)]
+        lines = [{"stage": "U2", "step": 10 * i, "L_fm": 10 - slope * i / 100,
+                  "seconds": cost * i + 9 * max(0, i - 130) * (name == "base")} for i in range(201)]  # a neighbour came
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shares = claims.saved(tmp_path / "base", tmp_path / "arm")
-    assert shares["steps"] == pytest.approx(0.475, abs=0.01) and shares["seconds"] == pytest.approx(0.475, abs=0.01)
+    assert shares["steps"] == pytest.approx(0.475, abs=0.01)
+    assert shares["seconds"] == pytest.approx(1 - 0.525 * 2.0 / 1.6, abs=0.01)  # its steps are cheaper, so less
     shares = claims.saved(tmp_path / "arm", tmp_path / "base")
     assert shares["steps"] == pytest.approx(-0.9, abs=0.1)  # as much later as the other was sooner
 
