@@ -15,6 +15,7 @@ process makes it, ahead of time or not, before a restart or after it, and severa
     python data.py [data.png]              the shapes of each stage's batch, samples in words (and a sheet of pictures)
     python data.py --check PATH            what data on disk holds, and for every fault the file, the key and the mend
     python data.py --build-vocab PATH      its byte-pair vocabulary, PATH/vocabulary.json
+    python data.py --index PATH            where the samples of its shards lie, PATH/.index, for millions of them
 
 Letters: b batch, h w rows and columns of the latent, p its channels.
 """
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from diffusion import Noise, logit_normal_times
 from disk.files import BadFile
-from disk.layouts import DataFolder
+from disk.samples import DataFolder
 from disk.reading import DiskData
 from parts.words import TextTokenizer, Turns, WordTokenizer, dialogue
 from spar import NAMES, Config
@@ -73,7 +74,7 @@ class Batches(torch.utils.data.Dataset):
             self.early = replace(self, config=replace(whole, sides=sides, early=0.0))
 
     def __getitem__(self, step: int) -> Batch | list[Batch]:
-        """"bad": (key, what is wrong) of the samples that others stand in for; "stop": why there is no batch at all."""
+        """"bad": (file, key, what is wrong) of samples that others stand in for; "stop": why there is no batch."""
         if self.early and step < self.config.early * self.config.of_stage("steps", "T3"):
             return self.early[step]
         if self.parted:
@@ -176,7 +177,7 @@ def open_world(config: Config, epoch: int, data_folder: DataFolder | None, edits
     if data_folder is None:
         return DrawnWorld(config.side, config.training_seed, split, epoch)
     seed, batch = config.training_seed, config.batch[epoch]
-    return DiskData(data_folder, config.side, seed, epoch, split, config.flip, batch, edits, config.fit)
+    return DiskData(data_folder, config.side, seed, epoch, split, config.mirror, batch, edits, config.fit)
 
 
 def to(batch, device):

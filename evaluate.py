@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from benchmarks.yardstick import machine
 from diffusion import SAMPLERS
-from disk.layouts import scan
+from disk.index import open_data
+from disk.layouts import data_path
 from disk.measure import measure
 from parts.metrics import frechet_distance, mean_interval, psnr, share, share_interval, ssim
 from plumbing.command import Parser, UserError, run_command, write_text
@@ -130,15 +131,17 @@ def evaluation_id(run: Path, how: Protocol) -> str:
 # ---------------------------------------------------------------- a whole run
 
 
-def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu", only: str = ",".join(TABLES)) -> dict:
-    """All measures that the finished stages allow, written to results.json. Deterministic on CPU."""
+def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu", only: str = ",".join(TABLES),
+             data: str = "") -> dict:
+    """All measures that the finished stages allow, written to results.json. Deterministic on CPU. `data`: where the
+    folder of a run on disk has moved to."""
     if set(only.split(",")) - {*TABLES}:
         raise UserError(f"--only {only}: tables are {', '.join(TABLES)}")
     start = time.time()
     model, before = load_run(run, device), load_run(run, device, upto="P1")
     how = how.of(model.config)
     if model.config.data:
-        tables = measure(model, before, scan(Path(model.config.data)), how)[0]
+        tables = measure(model, before, open_data(Path(data or model.config.data)), how)[0]
     else:
         tables = drawn_tables(run, model, before, how, only.split(","))
     seconds = time.time() - start
@@ -212,9 +215,12 @@ def main() -> None:
     parser.add_argument("--write", nargs=3, metavar=("KIND", "PROMPTS", "DIR"), help="instead: pictures for an "
                         "official evaluator: geneval, wise, imgedit (and its prompts), reconstruction (and pictures)")
     parser.add_argument("--only", default=",".join(TABLES), help="tables: " + ", ".join(TABLES))
+    parser.add_argument("--data", default=None, help="where what the run was trained on has moved to")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = vars(parser.read())
     runs, device, write = given.pop("runs"), best_device(given.pop("device")), given.pop("write")
+    moved = given.pop("data")
+    data = "" if moved is None else data_path(moved)
     if given["count"] < 2 or given["steps"] is not None and given["steps"] < 1:
         raise UserError("--count must be at least 2 and --steps at least 1")
     only = given.pop("only")
@@ -223,9 +229,9 @@ def main() -> None:
     several = []
     for run in runs:
         read = run.suffix == ".json"
-        several.append(json.loads(run.read_text()) if read else evaluate(run, Protocol(**given), device, only))
+        several.append(json.loads(run.read_text()) if read else evaluate(run, Protocol(**given), device, only, data))
         print_tables(several[-1])
-        print(run if read else draw_report(run, device))
+        print(run if read else draw_report(run, device, open_data(Path(data)) if data else None))
     if len(several) > 1:
         print(f"\nmean of {len(several)} runs, its 95 % interval over them")
         print_tables(over_runs(several))

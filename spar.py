@@ -168,7 +168,7 @@ class Config:
     data_u3: str = ""  # another folder, for U3 alone (paper: so); empty: the same
     tokens: int = 1024  # size of the byte-pair vocabulary that is learned from its texts
     longest: int = 48  # tokens of a text; what is longer is cut
-    flip: bool = True  # mirror half of the pictures, but for those whose words name a side
+    mirror: str = "alone"  # half of the pictures: alone (those read without words: words may name a side) | all | none
     fit: str = "middle"  # what becomes a square of a picture with words: its middle | squash: all of it, squeezed
     max_bad: float = 0.02  # share of its samples that may turn out bad and be replaced; above it the run stops
 
@@ -219,7 +219,8 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "symmetric": ("", "with", "without"), "router": ("dtr", "last", "mean", "concat", "static"),
            "align": ("self", "external", "none"), "skip_stage": ("", "T1", "T2", "T3"),
            "optimizer": ("muon", "adamw"), "sampler": SAMPLERS, "precision": ("fp32", "bf16", "fp16"),
-           "attention": ("auto", "triton", "tiled", "sdpa"), "fit": ("middle", "squash")}
+           "attention": ("auto", "triton", "tiled", "sdpa"), "fit": ("middle", "squash"),
+           "mirror": ("alone", "all", "none")}
 HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "look_minutes",
        "max_bad", "per_device", "sampling_steps", "guidance", "sampler", "sampling_shift")
 PER_STAGE = ("sides", "steps", "batch", "per_device", "lr", "weight_decay", "warmup", "final_lr", "ema",

@@ -28,7 +28,7 @@ from benchmarks.look import watch
 from benchmarks.yardstick import take_reading
 from data import Batch, Batches, language_batch, open_world, picture_batch, read, text_to_image_batch, to, unified_batch
 from diffusion import Noise, text_to_image_losses, unified_losses
-from disk.layouts import DataFolder
+from disk.samples import DataFolder
 from disk.reading import DiskData, open_folders
 from evaluate import evaluate, print_tables
 from mllm import language_losses
@@ -40,7 +40,7 @@ from plumbing.devices import check_precision
 from plumbing.flags import parse
 from plumbing.pictures import draw_data, draw_report, report_so_far
 from plumbing.processes import (Stop, decided_by_first, first_process, gather, join_processes, leave_processes,
-                                mean_of_metrics, process_rank, unsharded, wait_for_all)
+                                mean_of_metrics, process_rank, unsharded, wait_for_all, wait_for_first)
 from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
 from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
@@ -334,14 +334,15 @@ def import_stage(model: SPAR, stage: Stage, run: Path, data_folder: DataFolder |
 
 
 def train(config: Config, run: Path, stages: list[str], device: str, source: Path | None = None,
-          resume: bool = True) -> None:
-    """Trains the named stages that `run` has not finished. `source`: a run whose untouched stages are taken over."""
+          resume: bool = True, changed: bool = False) -> None:
+    """Trains the named stages that `run` has not finished. `source`: a run whose untouched stages are taken over.
+    `changed`: what --data holds may be other than when the run began."""
     names, trained = stage_names(config), set(stages) - set(imported_stages(config))
     data = open_folders({name: config.data_of(name) for name in names}, trained, dict(zip(NAMES, config.edits)))
     if first_process():
         check_folders(config, run)
-        open_run(config, run, stages, source, resume, data["P1"])
-    wait_for_all()
+        open_run(config, run, stages, source, resume, data, changed)
+    wait_for_first()
     words, sound = text_tokenizer(config, run), finished_stages(run, config)
     if set(stages) - sound and first_process():
         take_reading(run, device, "start")
@@ -400,8 +401,8 @@ def main() -> None:
         print(plan(config, STAGES, one_batch, step_module, rest.out), said, sep="\n")
     if Path(config.data) == openmoji.folder(config.side) and first_process():
         openmoji.write(config.side)
-    wait_for_all()
-    train(config, rest.out, rest.stages, device, rest.source, rest.resume == "auto")
+    wait_for_first()
+    train(config, rest.out, rest.stages, device, rest.source, rest.resume == "auto", rest.changed_data)
     leave_processes()
     print_tables(evaluate(rest.out, device=device, **{"only": rest.only} if rest.only else {}))
     print(draw_report(rest.out, device))

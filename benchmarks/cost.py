@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.yardstick import processor
-from disk.layouts import DataFolder
+from disk.samples import DataFolder
 from disk.reading import NEEDS, open_folders
 from parts.layer import layers
 from plumbing.command import write_text
@@ -91,7 +91,7 @@ def passes(config: Config, name: str, folder: DataFolder) -> str:
     drawn, counts = config.of_stage("steps", name) * config.of_stage("batch", name), []
     edits = config.of_stage("edits", name)
     for kind in NEEDS[name]:
-        count = sum(not sample.is_test for sample in folder.kinds[kind])
+        count = len(folder.of(kind))
         share = edits if kind == "edits" else 1 - edits
         counts += [f"{drawn * share / count:.3g} passes over {count} {kind}"] if count and share else []
     return ", ".join(counts)

@@ -18,7 +18,7 @@ import torch
 from benchmarks.cost import forecast, peak_of
 from data import Batches, read, to
 from disk.files import BadFile
-from disk.layouts import DataFolder
+from disk.samples import DataFolder
 from plumbing.pictures import drawn, on_disk, sheet
 from plumbing.processes import decided_by_first, first_process, mean_of_metrics, process_rank, wait_for_all
 from plumbing.training import Training

@@ -25,7 +25,7 @@ LONGEST_WORD = 64  # bytes that are merged as one word; the rest of an endless o
 
 def words_of(text: str) -> list[bytes]:
     """Words as bytes, each with the space before it; together they are the text."""
-    words = [word.encode() for word in WORD.findall(" " + text.strip())]
+    words = [word.encode() for word in WORD.findall(" " + text.strip())] if text.strip() else []
     return [word[i:i + LONGEST_WORD] for word in words for i in range(0, len(word), LONGEST_WORD)]
 
 

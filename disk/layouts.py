@@ -1,270 +1,284 @@
-"""Data on disk: what a folder holds, found out by looking at names, headers and records.
+"""Data on disk: what a path holds, found out by looking at names, headers and records.
 
     x.jpg|png|webp + x.txt   a caption; x.json may hold {"conversations": …} or {"caption": …}
     x.source.png + x.target.png + x.instruction.txt      an edit (BLIP3o: x.input.jpg, x.output.jpg, x.txt)
-    000.tar 001.tar …        the same names inside (WebDataset: key = name up to the first dot)
-    *.json|jsonl             LLaVA: [{"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}]
+    000.tar 001.tar …        the same names inside (WebDataset)
+    *.json|jsonl             LLaVA: [{"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}
     *.json|jsonl             edits: [{"source": …, "target": …, "instruction": …}, …]
+    metadata.jsonl|csv       captions: {"file_name": …, "text": …}
 
-All of it may stand in one folder, and in folders inside. A folder `test` is held out; without one, one key in twenty.
+All of it may stand in one folder, and in folders inside. Each sample is read, or a fault, or passed over and counted.
 """
 
-import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from disk.files import (BadFile, Blob, check_name, inside, members, printable, read_record, read_text, records,
-                        text_field, turns)
+from disk.files import BadFile, Blob, check_name, inside, members, printable, read_record, records
+from disk.samples import DataFolder, Sample, Unit, hold_out
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 ROLES = {  # ending of a file -> what it is to its key
     "txt": "words", "json": "record", "instruction.txt": "instruction", **{ending: "image" for ending in PICTURES},
     **{f"{name}.{ending}": role for role, names in (("source", ("source", "input")), ("target", ("target", "output")))
        for name in names for ending in PICTURES}}
-OTHER_PICTURES = ("gif", "bmp", "tif", "tiff", "heic", "avif", "svg", "jp2", "ico", "psd")
-PACKED = re.compile(r"\.(tar\.\w+|tgz|zip|7z|rar|parquet|arrow)$")
-SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|clockwise|anticlockwise|mirror\w*)\b", re.IGNORECASE)
-DESCRIBE = "describe the picture"  # what is asked for a caption
+OTHER_PICTURES = ("gif", "bmp", "tif", "tiff", "heic", "avif", "svg", "jp2", "ico", "psd", "jfif")
+MOST_SHARDS = 1_000_000  # of a pattern
+INDEX = ".index"  # where index.py keeps its own
+PACKED = re.compile(r"\.(tar\.\w+|tgz|zip|7z|rar|arrow)$")
+LEFT_BEHIND = {  # what programs leave beside the data, and what it is of
+    r"(^|/)(\._[^/]*|__MACOSX|\.DS_Store)(/|$)": "of a Mac", r"(^|/)(thumbs\.db|desktop\.ini)$": "of Windows",
+    r"(\.parquet|_stats\.json)$": "of a downloader", r"(^|/)\.": "hidden", r"(^|/)vocabulary\.json$": "vocabularies"}
 
 
-@dataclass
-class Sample:
-    """What one key has; blobs, so that a sample is read only when its turn comes."""
-
-    key: str
-    unit: int  # which file it came from: what is in one shard is read together
-    is_test: bool  # held out from training
-    has: dict[str, Blob] = field(default_factory=dict)  # role -> where it is
-
-    def record(self) -> dict:
-        return read_record(self.has["record"]) if "record" in self.has else {}
-
-    def caption(self) -> str:
-        if "words" in self.has:
-            return read_text(self.has["words"])
-        return text_field(self.record(), "caption", self.has["record"].name)
-
-    def instruction(self) -> str:
-        if "record" in self.has:
-            return text_field(self.record(), "instruction", self.has["record"].name)
-        return read_text(self.has["instruction" if "instruction" in self.has else "words"])
-
-    def turns(self) -> list[tuple[str, str]]:
-        return turns(self.record(), self.has["record"].name, "image" in self.has)
-
-    def turns_and_caption(self) -> list[tuple[str, str]]:
-        """All questions and answers about the picture; the last one asks for the caption, where there is one."""
-        record = self.record()
-        pairs = turns(record, self.has["record"].name, "image" in self.has) if "conversations" in record else []
-        if "words" in self.has:
-            return [*pairs, (DESCRIBE, read_text(self.has["words"]))]
-        if "caption" in record:
-            return [*pairs, (DESCRIBE, text_field(record, "caption", self.has["record"].name))]
-        return pairs
+# ---------------------------------------------------------------- names
 
 
-@dataclass
-class DataFolder:
-    """What `scan` makes of a folder. `kinds`: what a sample is good for -> the samples; a sample may serve several."""
-
-    root: Path
-    kinds: dict[str, list[Sample]] = field(default_factory=lambda: {
-        "captions": [], "talks": [], "edits": [], "texts": [], "pictures": []})
-    faults: list[tuple[str, str, str]] = field(default_factory=list)  # file, key, what is wrong and the mend
-    layouts: dict[str, int] = field(default_factory=dict)  # layout -> samples
-    left_alone: int = 0  # files of kinds that are not data
-
-    def samples(self, split: str = "train") -> list[Sample]:
-        once = {id(sample): sample for samples in self.kinds.values() for sample in samples
-                if sample.is_test == (split == "test")}
-        return list(once.values())
-
-    def texts(self) -> Iterator[str]:
-        """Every text of training's samples, for a vocabulary; what cannot be read is passed over."""
-        for sample in self.samples():
-            has = sample.has
-            if "source" in has:
-                ways = [sample.instruction]
-            else:
-                ways = [sample.caption] * ("words" in has or "record" in has) + [sample.turns] * ("record" in has)
-            for way in ways:
-                try:
-                    words = way()
-                except BadFile:
-                    continue
-                yield from [words] if isinstance(words, str) else [text for pair in words for text in pair]
-        yield from (DESCRIBE, "caption")
-
-    def fault(self, file: str, key: str, what: BadFile | str) -> None:
-        self.faults.append((printable(file), printable(key), str(what)))
-
-    def add(self, sample: Sample, layout: str) -> None:
-        """A sound sample, under all that it is good for."""
-        kinds, has = self.kinds, sample.has
-        self.layouts[layout] = self.layouts.get(layout, 0) + 1
-        record = sample.record() if "record" in has and "source" not in has else {}
-        if "source" in has:
-            kinds["edits"].append(sample)
-        if "image" in has and ("words" in has or "caption" in record):
-            kinds["captions"].append(sample)
-        if "conversations" in record:
-            kinds["talks" if "image" in has else "texts"].append(sample)
-        if has.keys() & {"image", "target"}:
-            kinds["pictures"].append(sample)
+def readings(name: str) -> list[tuple[str, str]]:
+    """(key, role) in which a file's name can be read, the likeliest first: by its last two parts, as those of an edit;
+    by its last; by all behind its first dot, as WebDataset does. Only the last part of a path has an ending."""
+    parent, slash, base = name.rpartition("/")
+    *parts, last = base.split(".")
+    role, of_two = ROLES.get(last.lower()), ROLES.get(".".join([*parts[1:], last][-2:]).lower())
+    ways = [(parts[:-1], of_two)] if of_two not in (None, role) else []
+    ways += [(parts, role), (parts[:1], role)] if role else []
+    return list(dict.fromkeys((parent + slash + ".".join(stem), way) for stem, way in ways if "".join(stem)))
 
 
-# ---------------------------------------------------------------- scanning a folder
+def left_behind(name: str) -> str:
+    """Of what a file or folder is that is no data, "" for data."""
+    return next((what for pattern, what in LEFT_BEHIND.items() if re.search(pattern, name, re.IGNORECASE)), "")
+
+
+def place(unit: Unit, samples: dict[str, Sample], name: str, blob: Blob) -> None:
+    """One file into its key's sample; `samples`: those of a folder or of a shard, by key."""
+    last = name.rpartition(".")[2].lower()
+    if what := left_behind(name):
+        return unit.pass_over(name, what)
+    if last in OTHER_PICTURES or PACKED.search(name.lower()):
+        mend = "is packed: unpack it, or store it as a plain .tar" if last not in OTHER_PICTURES else \
+            f"is a {last}: save it as png, jpg or webp"
+        return unit.faults.append((name, mend))
+    ways = readings(name)
+    if not ways:
+        return unit.pass_over(name, "of other kinds")
+    key, role = ways[0]
+    sample = samples.setdefault(key, Sample(unit.name, key))
+    if role in sample.has:
+        unit.faults.append((name, f"its key {printable(key)} has its {role} twice: give each sample a key of its own"))
+    else:
+        sample.has[role] = blob
+
+
+def join(samples: dict[str, Sample]) -> None:
+    """A file that stands alone goes to the sample that lacks it, where another reading of its name finds one."""
+    for key, sample in list(samples.items()):
+        if len(sample.has) == 1:
+            (_, blob), = sample.has.items()
+            for other, role in readings(blob.name)[1:]:
+                has = samples[other].has if other in samples else {}
+                pictures = has.keys() & {"image", "source", "target"}
+                if has and (not pictures if role == "image" else pictures and role not in has):
+                    samples[other].has[role] = blob
+                    del samples[key]
+                    break
+
+
+# ---------------------------------------------------------------- a path and what is there
+
+
+def files_of(path: Path) -> list[Path] | None:
+    """Where a path names shards, `x.tar` or `{000..012}.tar`, these; None for a folder. Raises BadFile for all else."""
+    pattern = re.search(r"\{(\d+)\.\.(\d+)\}", path.name)
+    if path.is_dir():
+        return None
+    if pattern:
+        first, last = pattern.groups()
+        if int(last) - int(first) > MOST_SHARDS:
+            raise BadFile(f"--data {path}: more than {MOST_SHARDS} shards: give their folder")
+        names = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+        paths = [path.with_name(path.name[:pattern.start()] + name + path.name[pattern.end():]) for name in names]
+    else:
+        paths = [path]
+    missing = [one for one in paths if not one.is_file()]
+    if missing and not pattern:
+        raise BadFile(f"--data {path}: no such folder")
+    if missing or not paths:
+        raise BadFile(f"--data {path}: {missing[0] if missing else 'not one shard'} is not there")
+    if any(one.suffix.lower() != ".tar" for one in paths):
+        raise BadFile(f"--data {path} is a file: give the folder that it is in, or a shard, x.tar or {{000..012}}.tar")
+    return paths
+
+
+def data_path(text: str) -> str:
+    """What a run keeps of --data: absolute, so that one folder is one folder however it is spelled. Raises BadFile."""
+    if not text.strip():
+        raise BadFile("--data is empty: give a folder, or a shard, x.tar or {000..012}.tar")
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    files_of(path)
+    return str(path)
+
+
+def look(root: Path) -> tuple[DataFolder, list[tuple[Path, str]]]:
+    """-> (what a path holds beside its shards, these: path, name). Raises BadFile where there is nothing to look at."""
+    shards, units, lists, samples = files_of(root), [Unit("")], [], {}
+    folder = DataFolder(root if shards is None else root.parent, units)
+    if shards is not None:
+        return folder, [(path, path.name) for path in shards]
+    shards = []
+    for path in plain_files(root, units[0]):
+        name, ending = path.relative_to(root).as_posix(), path.suffix.lower()
+        is_list = ending in (".json", ".jsonl") or path.name.lower() == "metadata.csv"
+        if ending == ".tar" and not left_behind(name):
+            shards.append((path, name))
+        elif is_list and not left_behind(name):
+            lists.append((path, name))
+        else:
+            place(units[0], samples, name, whole_file(path, name))
+    for path, name in lists:  # last: only now is it known which pictures there are
+        is_own = path.suffix.lower() == ".json" and any(key in samples for key, _ in readings(name))  # a picture's
+        if is_own:
+            place(units[0], samples, name, whole_file(path, name))
+        else:
+            units.append(scan_list(root, samples, path, name))
+    add_sound(units[0], samples, "folder")
+    return folder, shards
 
 
 def scan(root: Path) -> DataFolder:
-    """Finds the samples under `root`. Reads names, headers and records, no pictures. Raises BadFile where there is no
-    folder; any other fault is listed in the result."""
-    if not root.is_dir():
-        raise BadFile(f"--data {root}: no such folder")
-    folder, samples, lists = DataFolder(root), {}, []
-    for unit, path in enumerate(plain_files(folder)):
-        name = path.relative_to(root).as_posix()
-        ending = name.rpartition(".")[2].lower()
-        if ending == "tar":
-            scan_tar(folder, path, name, unit)
-        elif PACKED.search(name.lower()):
-            folder.fault(name, "", "is packed: unpack it, or store it as a plain .tar")
-        elif path.name == "vocabulary.json":
-            continue
-        elif ending in ("json", "jsonl"):
-            lists.append((path, name, unit))
-        else:
-            place(folder, samples, name, whole_file(path, name), unit)
-    for path, name, unit in lists:  # last: only now is it known which pictures there are
-        if name.endswith(".json") and name.partition(".")[0] in samples:  # a picture's own record, not a list
-            place(folder, samples, name, whole_file(path, name), unit)
-        else:
-            scan_list(folder, samples, path, name, unit)
-    add_sound(folder, samples, "folder")
-    choose_test(folder)
+    """Finds the samples of a path. Reads names, headers, records and the beginnings of pictures, which tell what is
+    held out. Raises BadFile where there is nothing to look at; any other fault is listed in the result."""
+    folder, shards = look(root)
+    folder.units += [scan_tar(*shard) for shard in shards]
+    hold_out(folder)
+    if not any(unit.samples for unit in folder.units):
+        passed = ", ".join(f"{count} {what} ({first})" for what, (count, first) in folder.counted("passed").items())
+        folder.units[0].faults.append(("", f"holds no sample that can be read{passed and '; passed over: '}{passed}"))
     return folder
 
 
-def plain_files(folder: DataFolder) -> list[Path]:
-    """Sorted by name; links, no plain files, names not in UTF-8 are faults; a leading dot is passed over."""
+def plain_files(root: Path, unit: Unit) -> list[Path]:
+    """Sorted by name; links, no plain files, names not in UTF-8 and what may not be read are faults of `unit`; folders
+    of runs, hidden ones and what programs leave behind are passed over."""
     files = []
-    for parent, folders, names in os.walk(folder.root):
+
+    def unreadable(error: OSError) -> None:
+        name = Path(error.filename).relative_to(root).as_posix()
+        unit.faults.append((name, f"cannot be read ({error.strerror}): give the right to read it, or remove it"))
+
+    for parent, folders, names in os.walk(root, onerror=unreadable):
+        folders[:] = [name for name in folders if name != INDEX]
         for name in sorted(folders + names):
             path = Path(parent) / name
-            full = path.relative_to(folder.root).as_posix()
-            mode = path.lstat().st_mode
-            if name.startswith("."):
-                folders[:] = [other for other in folders if other != name]
-                continue
+            full, mode = path.relative_to(root).as_posix(), path.lstat().st_mode
             try:
                 check_name(full)
                 if stat.S_ISLNK(mode):
                     raise BadFile("is a link: put the file itself there")
                 if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                     raise BadFile("is no plain file: remove it")
+                if stat.S_ISDIR(mode):
+                    if what := left_behind(full) or is_run(path) * "runs":
+                        unit.pass_over(full + "/", what)
+                        folders.remove(name)
+                else:
+                    files.append(path)
             except BadFile as bad:
-                folder.fault(full, "", bad)
+                unit.faults.append((full, str(bad)))
                 folders[:] = [other for other in folders if other != name]
-                continue
-            files += [path] if stat.S_ISREG(mode) else []
-        folders.sort()
     return sorted(files)
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run's (plumbing/run_folder.py), whose pictures are no data."""
+    return all((path / name).is_file() for name in ("config.json", "log.jsonl"))
+
+
 def whole_file(path: Path, name: str) -> Blob:
-    return Blob(str(path), 0, path.lstat().st_size, printable(name))
+    return Blob(str(path), 0, path.lstat().st_size, name)
 
 
-def place(folder: DataFolder, samples: dict[str, Sample], name: str, blob: Blob, unit: int) -> None:
-    """One file into its key's sample; `samples`: those of a folder or of a shard, by key."""
-    parent, _, base = name.rpartition("/")
-    stem, _, ending = base.partition(".")
-    ending, key = ending.lower(), f"{parent}/{stem}" if parent else stem
-    role = ROLES.get(ending)
-    if role is None:
-        last = ending.rpartition(".")[2]
-        if last in OTHER_PICTURES:
-            folder.fault(blob.name, key, f"is a {last}: save it as png, jpg or webp")
-        elif last in PICTURES or last in ("txt", "json"):
-            folder.fault(blob.name, key, f"'.{ending}' means nothing here: name it key.{last}, key.source.{last} or "
-                                         f"key.target.{last}")
-        else:
-            folder.left_alone += 1
-        return
-    sample = samples.setdefault(key, Sample(key, unit, name.startswith("test/")))
-    if role in sample.has:
-        folder.fault(blob.name, key, f"has its {role} twice: give each sample a key of its own")
-    else:
-        sample.has[role] = blob
-
-
-def scan_tar(folder: DataFolder, path: Path, name: str, unit: int) -> None:
+def scan_tar(path: Path, name: str) -> Unit:
     """The samples of a shard; of one that stops being a tar those before the break."""
-    samples, prefix = {}, "test/" if name.startswith("test/") else ""
+    unit, samples = Unit(name), {}
     try:
-        for member in members(path, name):
+        for inner, member in members(path, name):
             if isinstance(member, Blob):
-                inner = member.name.split(":", 1)[1].removeprefix("./")
-                place(folder, samples, prefix + inner, member, unit)
+                inner = inner.removeprefix("./")
+                place(unit, samples, inner, member._replace(name=inner))
             else:
-                folder.fault(name, *member)
+                unit.faults.append((inner, str(member)))
     except BadFile as bad:
-        folder.fault(name, "", bad)
-    add_sound(folder, samples, "shards")
+        unit.faults.append(("", str(bad)))
+    add_sound(unit, samples, "shards")
+    return unit
 
 
-def scan_list(folder: DataFolder, samples: dict[str, Sample], path: Path, name: str, unit: int) -> None:
-    """The records of a JSON list or of JSON lines. A picture that a record names leaves the folder's own `samples`."""
+def scan_list(root: Path, samples: dict[str, Sample], path: Path, name: str) -> Unit:
+    """The records of a JSON list, of JSON lines or of a table. A picture that a record names leaves the folder's own
+    `samples`."""
+    unit, blobs = Unit(name), []
     try:
-        blobs = list(records(path, printable(name)))
+        for blob in records(path, name):
+            blobs.append(blob)
         if not blobs:
-            raise BadFile(f"{printable(name)} has no records: a list of objects is wanted, [{{…}}, {{…}}]")
-    except BadFile as bad:
-        folder.fault(name, "", bad)
-        return
+            raise BadFile("has no records: a list of objects is wanted, [{…}, {…}]")
+    except BadFile as bad:  # what came before is read
+        unit.faults.append(("", str(bad)))
+    except OSError as error:
+        unit.faults.append(("", f"cannot be read ({error.strerror}): give the right to read it, or remove it"))
     for number, blob in enumerate(blobs):
-        sample = Sample(f"{name}#{number}", unit, name.startswith("test/"), {"record": blob})
+        sample = Sample(name, str(number), {"record": blob})
         try:
-            layout = find_pictures(folder, samples, path.parent, sample)
+            unit.add(sample, find_pictures(root, samples, path.parent, sample))
         except BadFile as bad:
-            folder.fault(name, str(number), bad)
-        else:
-            folder.add(sample, layout)
+            unit.faults.append((str(number), str(bad)))
+    return unit
 
 
-def find_pictures(folder: DataFolder, samples: dict[str, Sample], parent: Path, sample: Sample) -> str:
+def find_pictures(root: Path, samples: dict[str, Sample], parent: Path, sample: Sample) -> str:
     """Gives a record's sample the pictures that it names, by their paths from the list's own folder `parent` on, and
     reads its words once; -> which layout it has. Raises BadFile."""
     blob = sample.has["record"]
     record = read_record(blob)
-    is_edit = "instruction" in record
-    for role in ("source", "target") if is_edit else ("image",) if "image" in record else ():
+    for role in ("source", "target") if "instruction" in record else ("image", "images", "file_name"):
         name = record.get(role)
+        name = name[0] if isinstance(name, list) and len(name) == 1 else name
+        if isinstance(name, list) and name:
+            raise BadFile(f"{blob.shown}: {role!r} names {len(name)} pictures: one is read, so make a record of each")
+        if not name and role not in ("source", "target"):  # missing, null, "" or []: words alone
+            continue
         if not isinstance(name, str):
-            raise BadFile(f"{blob.name}: {role!r} is {'missing' if name is None else 'a ' + type(name).__name__}, "
+            raise BadFile(f"{blob.shown}: {role!r} is {'missing' if name is None else 'a ' + type(name).__name__}, "
                           "where a picture's name is wanted")
-        sample.has[role] = inside(parent, name)
-        key = os.path.relpath(parent / name, folder.root).partition(".")[0]
-        if key in samples and set(samples[key].has) == {"image"}:  # it stands in the folder: no sample of its own
-            del samples[key]
-    sample.instruction() if is_edit else sample.turns()
-    return "instruction triples" if is_edit else "LLaVA records"
+        name = name if (parent / name).exists() else name.replace("\\", "/")  # a list from Windows
+        sample.has[role if "instruction" in record else "image"] = inside(parent, name)
+        for key, _ in readings(Path(os.path.relpath(parent / name, root)).as_posix()):
+            if key in samples and set(samples[key].has) == {"image"}:  # it stands in the folder: no sample of its own
+                del samples[key]
+                break
+    if "instruction" in record:
+        sample.instruction()
+        return "instruction triples"
+    if "conversations" in record:
+        sample.turns()
+        return "LLaVA records"
+    if "image" not in sample.has:
+        raise BadFile(f"{blob.shown} names no picture and has no 'conversations': remove it, or fill it in")
+    sample.caption()
+    return "captions in a list"
 
 
-def add_sound(folder: DataFolder, samples: dict[str, Sample], layout: str) -> None:
+def add_sound(unit: Unit, samples: dict[str, Sample], layout: str) -> None:
     """What each key of a folder or shard is good for; what lacks a part is a fault."""
+    join(samples)
     for sample in samples.values():
-        file = next(iter(sample.has.values())).name.partition(":")[0]
         try:
             check_parts(sample)
+            unit.add(sample, layout)
         except BadFile as bad:
-            folder.fault(file, sample.key, bad)
-        else:
-            folder.add(sample, layout)
+            unit.faults.append((sample.key, str(bad)))
 
 
 def check_parts(sample: Sample) -> None:
@@ -275,20 +289,13 @@ def check_parts(sample: Sample) -> None:
             raise BadFile("an edit needs key.source.png, key.target.png and key.instruction.txt; this has "
                           f"{', '.join(has)}")
     elif "image" not in has:
-        raise BadFile(f"{next(iter(has.values())).name} has no picture: add key.png (or jpg, webp) or remove it")
+        raise BadFile(f"{next(iter(has.values())).shown} has no picture: add key.png (or jpg, webp) or remove it")
     for part in has.values():
         if part.size == 0:
-            raise BadFile(f"{part.name} has 0 bytes: write it again or remove it")
+            raise BadFile(f"{part.shown} has 0 bytes: write it again or remove it")
     if "record" in has and "source" not in has:
         record = sample.record()
         if "conversations" in record:
             sample.turns()
-        elif "caption" in record and "words" not in has:
+        elif {"caption", "text"} & record.keys() and "words" not in has:
             sample.caption()
-
-
-def choose_test(folder: DataFolder) -> None:
-    """Where no folder is called test, one key in twenty is for the test, whatever else is in the folder."""
-    if folder.kinds["pictures"] and not any(sample.is_test for sample in folder.kinds["pictures"]):
-        for sample in folder.samples():
-            sample.is_test = int(hashlib.sha256(sample.key.encode()).hexdigest(), 16) % 20 == 0

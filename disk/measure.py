@@ -6,6 +6,7 @@ same as P1 left it; `how` is an evaluate.Protocol. A table is figure -> value, a
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from disk.files import BadFile, read_picture
-from disk.layouts import DESCRIBE, DataFolder, Sample
+from disk.samples import DESCRIBE, DataFolder, Sample, Samples
 from disk.reading import DiskData, as_tensor
 from parts.metrics import frechet_distance, psnr, share, ssim
 from parts.words import Turns, dialogue
 
+USUAL = 20_000  # of training's samples, whose answers tell what is usual
 Table = dict[str, float]
 Cell = tuple[list[Tensor], str, bool | None]  # pictures side by side, the words under them, whether it is right
 Section = tuple[str, list[Cell]]  # its heading, its cells
@@ -27,10 +29,9 @@ def measure(model, before, folder: DataFolder, how, figures: bool = True) -> tup
     """-> (a table of all that the finished stages allow for each use, sections of pictures). Without `figures` only
     what the sections need is computed: a report while training goes on reads no training sample but eight."""
     config, stages = model.config, set(model.finished_stages)
-    test, train = (DiskData(folder, config.side, config.seed, 0, split, flip=False) for split in ("test", "train"))
+    test, train = (DiskData(folder, config.side, config.seed, 0, split, mirror="none") for split in ("test", "train"))
     kind = "described" if test.kinds["described"] else "pictures"
-    samples = [sample for sample in test.kinds[kind] if "image" in sample.has]
-    samples, pictures = readable(samples, "image", config.side, how.count)
+    samples, pictures = readable(test.kinds[kind], "image", config.side, how.count)
     pictures, tables, sections = pictures.to(model.device), {}, []
     if stages & {"T1", "T2"}:
         if figures:
@@ -56,18 +57,23 @@ def measure(model, before, folder: DataFolder, how, figures: bool = True) -> tup
     return {name: {key: round(value, 4) for key, value in table.items()} for name, table in tables.items()}, sections
 
 
-def readable(samples: list[Sample], role: str, side: int, count: int) -> tuple[list[Sample], Tensor]:
-    """`count` samples, spread over the keys, whose pictures can be read, and these. Raises BadFile for none."""
+def readable(samples: Samples, role: str, side: int, count: int) -> tuple[list[Sample], Tensor]:
+    """`count` samples, spread over all, whose pictures can be read, and these. Raises BadFile for none."""
     sound, pictures = [], []
-    for sample in sorted(samples, key=lambda sample: sample.key)[::max(1, len(samples) // count)]:
+    for sample in spread(samples, count):
         try:
             pictures.append(as_tensor(read_picture(sample.has[role]), side, None))
             sound.append(sample)
-        except BadFile:
+        except (BadFile, KeyError):  # a sample may have no such picture
             pass
     if not sound:
         raise BadFile("no sample is held out to be measured on: put some into a folder named test")
     return sound[:count], torch.stack(pictures[:count])
+
+
+def spread(samples: Samples, count: int) -> Iterator[Sample]:
+    """At least `count` of the samples, in equal steps, where there are as many."""
+    return (samples[i] for i in range(0, len(samples), max(1, len(samples) // count)))
 
 
 def evenly_spread(items, count: int = 8) -> list:
@@ -105,7 +111,7 @@ def understanding(model, samples: list[Sample], pictures: Tensor, train: DiskDat
     """Exact match of the greedy answer, question by question; of captions also the share of their words that are said.
     Baseline: training's most frequent answer to that question."""
     usual, scores = defaultdict(Counter), defaultdict(list)
-    for sample in train.kinds["described"]:
+    for sample in spread(train.kinds["described"], USUAL):
         for question, answer in sample.turns_and_caption():
             usual[question][answer] += 1
     rows = [(i, *pair) for i, sample in enumerate(samples) for pair in sample.turns_and_caption()]

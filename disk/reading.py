@@ -1,10 +1,14 @@
 """The order in which training reads data on disk, and a sample as tensors.
 
-Sample `number` of a stage is a pure function of (seed, stage, number), a broken one's substitute included.
+Sample `number` of a stage is a pure function of (seed, stage, number), a broken one's substitute included. A pass is a
+permutation of the units (shards, lists, loose files), cut into windows of `WINDOW` units, and a permutation inside each
+window: with no more units than that it is a permutation of all samples, the exact shuffle.
 """
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -12,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from disk.files import BadFile, Blob, read_picture
-from disk.layouts import DESCRIBE, SIDES, DataFolder, scan
+from disk.index import open_data
+from disk.samples import DESCRIBE, KINDS, DataFolder, Samples
 
-WINDOW = 1024  # shards are read forward, and mixed inside windows of so many samples
+WINDOW = 16  # units whose samples are mixed
 SUBSTITUTES = 20  # tried in a bad sample's place
 
 # ---------------------------------------------------------------- order and reading
@@ -32,7 +37,7 @@ def check_kinds(folder: DataFolder, stages: list[str], edits: dict[str, float]) 
     """Raises BadFile where a stage lacks its kind of data, with an example."""
     for stage in stages:
         needs = [kind for kind in NEEDS[stage] if kind != "edits" or edits[stage] > 0]
-        have = [kind for kind in needs if any(not sample.is_test for sample in folder.kinds[kind])]
+        have = [kind for kind in needs if len(folder.of(kind))]
         lacking = needs[:1] if not have else [kind for kind in needs if kind not in have and stage != "P1"]
         if lacking:
             faults = len(folder.faults)
@@ -43,7 +48,7 @@ def check_kinds(folder: DataFolder, stages: list[str], edits: dict[str, float]) 
 def open_folders(paths: dict[str, str], trained: set[str], edits: dict[str, float]) -> dict[str, DataFolder | None]:
     """Stage -> what its folder holds, None: the drawn world. `paths`: stage -> folder, `edits`: stage -> share of
     editing. Raises BadFile where one of the stages `trained` lacks its kind of data."""
-    folders = {path: scan(Path(path)) for path in dict.fromkeys(paths.values()) if path}
+    folders = {path: open_data(Path(path)) for path in dict.fromkeys(paths.values()) if path}
     for path, folder in folders.items():
         check_kinds(folder, [stage for stage in paths if paths[stage] == path and stage in trained], edits)
     return {stage: folders.get(path) for stage, path in paths.items()}
@@ -54,17 +59,16 @@ class DiskData:
 
     `batch`, `edits`: of each `batch` numbers the last `edits` ask for edits, so that the numbers of each kind, counted
     alone, have no gaps.
-    `bad`: (key, what is wrong) of the samples that were replaced since it was last emptied.
+    `mirror`: which pictures are mirrored half of the time: none, those that no words go with (alone), or all.
+    `bad`: (file, key, what is wrong) of the samples that were replaced since it was last emptied.
     """
 
-    def __init__(self, folder: DataFolder, side: int, seed: int, epoch: int, split: str = "train", flip: bool = True,
-                 batch: int = 1, edits: int = 0, fit: str = "middle"):
-        self.side, self.key, self.flip, self.fit = side, f"{seed}/{split}/{epoch}", flip, fit
+    def __init__(self, folder: DataFolder, side: int, seed: int, epoch: int, split: str = "train",
+                 mirror: str = "alone", batch: int = 1, edits: int = 0, fit: str = "middle"):
+        self.side, self.key, self.mirror, self.fit = side, f"{seed}/{split}/{epoch}", mirror, fit
         self.batch, self.n_edits = batch, edits
-        self.kinds = {kind: [sample for sample in samples if sample.is_test == (split == "test")]
-                      for kind, samples in folder.kinds.items()}
-        by_key = {sample.key: sample for kind in ("captions", "talks") for sample in self.kinds[kind]}
-        self.kinds["described"], self.orders, self.bad = list(by_key.values()), {}, []  # pictures with words about them
+        self.kinds = {kind: folder.of(kind, split) for kind in KINDS}
+        self.orders, self.bad = {}, []
 
     def rng(self, what: str, index: int) -> random.Random:
         """`what` is part of the seed, not a name: another word there makes another order."""
@@ -73,21 +77,10 @@ class DiskData:
     def generator(self, what: str, index: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.rng(what, index).getrandbits(60))
 
-    def order(self, kind: str, epoch: int) -> list[int]:
-        """A pass over all samples of a kind: shards in any order, their samples mixed inside windows."""
-        if self.orders.get(kind, (None,))[0] != epoch:
-            rng, units = self.rng(f"order {kind}", epoch), {}
-            for i, sample in enumerate(self.kinds[kind]):
-                units.setdefault(sample.unit, []).append(i)
-            shards = list(units.values())
-            rng.shuffle(shards)
-            line, order = [i for shard in shards for i in shard], []
-            for start in range(0, len(line), WINDOW):
-                window = line[start:start + WINDOW]
-                rng.shuffle(window)
-                order += window
-            self.orders[kind] = epoch, order
-        return self.orders[kind][1]
+    def order(self, kind: str) -> "Order":
+        if kind not in self.orders:
+            self.orders[kind] = Order(self.kinds[kind], f"{self.key}/order {kind}")
+        return self.orders[kind]
 
     def read(self, kind: str, number: int, make: Callable):
         """make(sample, rng) for the sample whose turn it is; where that is bad, for one that stands in, always the
@@ -95,15 +88,15 @@ class DiskData:
         samples = self.kinds[kind]
         if not samples:
             raise BadFile(f"needs {EXAMPLES[kind]}; there are none")
-        epoch, place = divmod(number, len(samples))
-        index = self.order(kind, epoch)[place]
+        index = self.order(kind)[number]
         for attempt in range(SUBSTITUTES):
+            sample = samples[index]
             try:
-                return make(samples[index], self.rng(f"crop {kind}", number))
+                return make(sample, self.rng(f"crop {kind}", number))
             except BadFile as bad:
-                self.bad.append((samples[index].key, str(bad)))
+                self.bad.append((sample.file, sample.key, str(bad)))
                 index = self.rng(f"instead {kind} {number}", attempt).randrange(len(samples))
-        raise BadFile(f"{SUBSTITUTES} samples in a row are bad, the last one: {self.bad[-1][1]}")
+        raise BadFile(f"{SUBSTITUTES} samples in a row are bad, the last one: {self.bad[-1][-1]}")
 
     def number_of_request(self, number: int) -> int:
         """Requests counted alone, without the edits between them."""
@@ -122,14 +115,14 @@ class DiskData:
         def make(sample, rng):
             has = sample.has
             role = "image" if "image" in has else rng.choice(("source", "target"))
-            return as_tensor(read_picture(has[role]), self.side, rng, self.flip, "random")
+            return as_tensor(read_picture(has[role]), self.side, rng, self.mirror != "none", "random")
         return torch.stack([self.read("pictures", i, make) for i in indices])
 
     def dialogue_samples(self, indices) -> tuple[Tensor, list[list[tuple[str, str]]], list[tuple[str, str] | None]]:
         """(pictures, questions and answers about each, and each one's caption where it has one), for P1."""
         def make(sample, rng):
             pairs = sample.turns_and_caption()
-            picture = self.upright(sample.has["image"], " ".join(text for pair in pairs for text in pair), rng)
+            picture = self.with_words(sample.has["image"], rng)
             has_caption = bool(pairs) and pairs[-1][0] == DESCRIBE
             return picture, pairs[:-1] if has_caption else pairs, pairs[-1] if has_caption else None
         pictures, talks, captions = zip(*(self.read("described", i, make) for i in indices))
@@ -153,7 +146,7 @@ class DiskData:
 
         def make(sample, rng):
             words = sample.caption()
-            return words, self.upright(sample.has["image"], words, rng)
+            return words, self.with_words(sample.has["image"], rng)
         words, pictures = zip(*(self.read("captions", self.number_of_request(i), make) for i in indices))
         return list(words), torch.stack(pictures)
 
@@ -162,16 +155,53 @@ class DiskData:
         if not len(indices):
             return [], *torch.empty(2, 0, 3, self.side, self.side)
 
-        def make(sample, rng):  # never mirrored: both pictures and the words belong together
-            pair = (as_tensor(read_picture(sample.has[x]), self.side, None, fit=self.fit) for x in ("source", "target"))
+        def make(sample, rng):  # both mirrored or none
+            turn = rng.getrandbits(60)
+            pair = (self.with_words(sample.has[x], random.Random(turn)) for x in ("source", "target"))
             return sample.instruction(), *pair
         words, before, after = zip(*(self.read("edits", self.number_of_edit(i), make) for i in indices))
         return list(words), torch.stack(before), torch.stack(after)
 
-    def upright(self, blob: Blob, words: str, rng: random.Random) -> Tensor:
-        """The middle of a picture that words belong to, mirrored half of the time unless they name a side."""
-        may_flip = self.flip and not SIDES.search(words)
-        return as_tensor(read_picture(blob), self.side, rng if may_flip else None, fit=self.fit)
+    def with_words(self, blob: Blob, rng: random.Random) -> Tensor:
+        """The middle of a picture that words belong to. They may name a side, in any language."""
+        return as_tensor(read_picture(blob), self.side, rng if self.mirror == "all" else None, fit=self.fit)
+
+
+class Order:
+    """number -> which of the samples it is; pass after pass. All that is kept is the order of the units of one pass and
+    one window of their samples."""
+
+    def __init__(self, samples: Samples, key: str, window: int = WINDOW):
+        self.samples, self.key, self.window = samples, key, window
+        self.pass_, self.now = (None,), (None,)  # the last results of `units` and of `mixed`, behind what was asked
+
+    def permutation(self, count: int, what: str) -> list[int]:
+        seed = random.Random(f"{self.key}/{what}").getrandbits(60)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def units(self, epoch: int) -> tuple[list[int], list[int]]:
+        """-> (the units in their order, where each window ends)"""
+        if self.pass_[0] != epoch:
+            units = self.permutation(len(self.samples.units), f"{epoch}")
+            ends = list(accumulate(len(self.samples.units[unit]) for unit in units))
+            self.pass_ = epoch, units, ends[self.window - 1::self.window] + ends[-1:] * (len(ends) % self.window > 0)
+        return self.pass_[1:]
+
+    def mixed(self, epoch: int, window: int) -> list[int]:
+        """The samples of a window, mixed."""
+        if self.now[0] != (epoch, window):
+            units, samples = self.units(epoch)[0][window * self.window:(window + 1) * self.window], self.samples
+            starts = [samples.ends[unit] - len(samples.units[unit]) for unit in units]
+            line = [i for start, unit in zip(starts, units) for i in range(start, samples.ends[unit])]
+            order = self.permutation(len(line), f"{epoch}/{window}")
+            self.now = (epoch, window), [line[i] for i in order]
+        return self.now[1]
+
+    def __getitem__(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.samples))
+        ends = self.units(epoch)[1]
+        window = bisect_right(ends, place)
+        return self.mixed(epoch, window)[place - (ends[window - 1] if window else 0)]
 
 
 def as_tensor(image: Image.Image, side: int, rng: random.Random | None, flip: bool = True,

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # How many turns OpenMP's threads wait awake for one another before they sleep; read when torch is loaded. Asleep they
@@ -34,11 +36,18 @@ class Parser(argparse.ArgumentParser):
             flags = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0)[0]
             raise UserError(f"unknown option {unknown[0]}: did you mean {near}?")
+        for key, value in vars(given).items():
+            for one in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,):
+                if isinstance(one, float) and not math.isfinite(one):
+                    raise UserError(f"--{key.replace('_', '-')} {one}: a finite number is wanted")
         return given
 
 
 def run_command(command) -> None:
     """Runs a script's main; a mistake of the user ends in one line and exit code 2, without traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console that cannot show a name shows escapes
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except (UserError, ValueError, OSError) as error:
@@ -67,8 +76,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """After a rename: the new name itself is on the disk."""
-    if os.name == "posix":  # Windows opens no folders
+    """After a rename: the new name itself is on the disk. Where folders cannot be opened (Windows) that is left out."""
+    try:
         handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return say_once("new names of files are not forced onto the disk: this system opens no folders")
+    try:
         os.fsync(handle)
+    finally:
         os.close(handle)
+
+
+@cache
+def say_once(what: str) -> None:
+    print(what, file=sys.stderr)

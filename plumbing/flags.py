@@ -7,6 +7,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+from disk.layouts import data_path
 from public import openmoji
 from public.folders import SIZES, sizes_of
 from plumbing.command import Parser, UserError
@@ -40,6 +41,8 @@ def parser_of_train(description: str, every_field: bool) -> Parser:
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's steps")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto",
                         help="auto: go on with what --out holds; never: train the named stages anew")
+    parser.add_argument("--changed-data", action="store_true", default=False,
+                        help="go on although what --data holds has changed since the run began")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: cuda or cpu")
     parser.add_argument("--only", default=None, help="tables that the evaluation measures (evaluate.py --help)")
     parser.add_argument("--replay", type=Path, default=None,
@@ -82,7 +85,7 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
         parser_of_train(description, every_field=True).print_help()
         raise SystemExit
     scale = given.pop("steps_scale")
-    rest = ("stages", "out", "source", "device", "plan", "bench", "resume", "replay", "only")
+    rest = ("stages", "out", "source", "device", "plan", "bench", "resume", "replay", "only", "changed_data")
     rest = argparse.Namespace(**{key: given.pop(key) for key in rest})
     rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
     for name in rest.stages:
@@ -122,6 +125,7 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
     if config.shard and (config.optimizer == "muon" or config.precision == "fp16"):
         raise UserError("--shard goes with --optimizer adamw (Muon turns whole matrices) and --precision bf16 or fp32")
     config.steps = tuple(max(1, round(steps * scale)) for steps in config.steps)
-    if config.data == "openmoji":
-        config.data = str(openmoji.folder(config.side))
+    for key in {"data", "data_u3"} & given.keys():
+        openmojis = key == "data" and given[key] == "openmoji"
+        setattr(config, key, str(openmoji.folder(config.side).absolute()) if openmojis else data_path(given[key]))
     return config, rest

@@ -13,7 +13,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from disk.layouts import DataFolder, scan
+from disk.index import open_data
+from disk.samples import DataFolder
 from disk.measure import Cell, measure
 from disk.reading import DiskData
 from plumbing.run_folder import load_run
@@ -184,10 +185,10 @@ def report_so_far(run: Path, device: str, stage: str, data_folder: DataFolder | 
 
 def on_disk(run: Path, model: SPAR, device: str, data_folder: DataFolder | None) -> tuple[list, Tensor]:
     """-> (sections, some held-out pictures)"""
-    data_folder = data_folder or scan(Path(model.config.data))
+    data_folder = data_folder or open_data(Path(model.config.data))
     before = load_run(run, device, upto="P1")
     sections = measure(model, before, data_folder, Protocol(count=8), figures=False)[1]
-    test = DiskData(data_folder, model.config.side, model.config.seed, 0, "test", flip=False)
+    test = DiskData(data_folder, model.config.side, model.config.seed, 0, "test", mirror="none")
     return sections, test.pictures(range(8))
 
 

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,12 @@ def process_rank() -> tuple[int, int]:
 def wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def wait_for_first() -> None:
+    """While it does alone what may take hours, and what no other barrier's limit of time should end."""
+    if dist.is_initialized():
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
 def mean_of_metrics(metrics: dict[str, Tensor | float]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from disk.layouts import scan
+from disk.index import open_data
 from plumbing.checkpoints import load_training, save, save_progress
 from plumbing.command import UserError
 from plumbing.processes import process_rank, wait_for_all
@@ -58,7 +58,7 @@ def replay(folder: Path, device: str, stages: list, training_of: Callable, one_s
     names = stage_names(config)
     model = build(config, device, text_tokenizer(config, run), run, names[:names.index(name)])
     torch.manual_seed(1000 * config.training_seed + NAMES.index(name))
-    data_folder = scan(Path(config.data_of(name))) if config.data else None
+    data_folder = open_data(Path(config.data_of(name))) if config.data else None
     now = training_of(model, stages[NAMES.index(name)], data_folder)
     load_training(now, steps[-1])
     lines = [f"{name} step {int(step)}, {len(paths)} process(es)"]

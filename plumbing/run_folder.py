@@ -7,6 +7,7 @@
     resume/          the stage in progress, as PyTorch's distributed checkpoints: two, until the next stage ends
     replay/          a step whose loss was not finite
     bad.jsonl, vocabulary.json     with data on disk: samples that others stood in for; its byte pairs
+    data.json        and what it held when the run began
     tokenizer.json   of a run from a folder of InternVL3: that model's text tokenizer
     results.json, report/        written by the evaluation
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from disk.bytepair import load_vocabulary, write_vocabulary
-from disk.layouts import DataFolder
+from disk.samples import DataFolder
 from parts.backend import use_backend
 from parts.words import TextTokenizer, WordTokenizer
 from plumbing.checkpoints import BrokenCheckpoint, load_stage, read_stage
@@ -156,15 +157,20 @@ def finished_stages(run: Path, config: Config) -> set[str]:
     return set(gather(sound))
 
 
+def has_begun(run: Path) -> bool:
+    return any(run.glob("*.pt")) or any(run.glob("resume/*"))
+
+
 def check_same_run(config: Config, run: Path) -> None:
     """Writes config.json, or finds the same one there; only how it is computed (`HOW`) may have changed since. A run
     that has computed nothing yet may become another."""
     path = run / "config.json"
-    if path.exists() and (any(run.glob("*.pt")) or any(run.glob("resume/*"))):
+    if path.exists() and has_begun(run):
         before = asdict(load_config(run))
         config.public = config.public or before["public"]
         now = asdict(config)
-        differing = [key for key in now if before[key] != now[key] and key not in HOW]
+        same_data = lambda key: key in ("data", "data_u3") and before[key] and now[key]  # by content: `check_data`
+        differing = [key for key in now if before[key] != now[key] and key not in HOW and not same_data(key)]
         if differing:
             key = differing[0]
             raise UserError(f"{run} was begun with {key} = {before[key]!r}, not {now[key]!r}: choose another --out")
@@ -192,11 +198,29 @@ NEEDED = {"P1": "", "P2": "", "P3": "P1 P2", "T1": "P1 P2", "T2": "T1", "T3": "T
           "U1": "P3 T3", "U2": "U1", "U3": "U2"}  # stage -> those that it builds on
 
 
-def take_over(config: Config, run: Path, source: Path) -> None:
-    """Copies from `source` the stages that no differing field touches, nor a stage that they need (`NEEDED`)."""
-    before, now = asdict(load_config(source)), asdict(config)
-    touched = set()
-    for key in (x for x in set(now) - {"preset", "skip_stage", "public", "reseed", *HOW} if before[x] != now[x]):
+def changed_data(run: Path, held: dict[str, dict]) -> dict[str, str]:
+    """"" or U3, if that has data of its own -> what is not as data.json of `run` has it. `held`: what there is now."""
+    path = run / "data.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    found = {}
+    for stages in known.keys() | held.keys():
+        before, now = known.get(stages, {}), held.get(stages, {})
+        parts = [f"{name}: {(now.get(name) or ['no'])[0]} samples, were {(before.get(name) or ['no'])[0]}"
+                 for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+        if parts:
+            found[stages] = "; ".join(parts[:3]) + (f"; {len(parts) - 3} more" if len(parts) > 3 else "")
+    return found
+
+
+def take_over(config: Config, run: Path, source: Path, held: dict[str, dict] = {}) -> None:
+    """Copies from `source` the stages that no differing field touches, nor a stage that they need (`NEEDED`), and the
+    vocabulary that they learned with."""
+    before, now, touched = asdict(load_config(source)), asdict(config), set()
+    for stages, what in changed_data(source, held).items():
+        print(f"{source} was trained on other data ({what}): nothing that reads it is taken over")
+        touched |= {"U3"} if stages == "U3" else {"P1", "P2"}
+    for key in (x for x in set(now) - {"preset", "skip_stage", "public", "reseed", "data", "data_u3", *HOW}
+                if before[x] != now[x]):
         if key in PER_STAGE:
             touched |= {name for name, old, new in zip(NAMES, before[key], now[key]) if old != new}
         else:
@@ -209,11 +233,21 @@ def take_over(config: Config, run: Path, source: Path) -> None:
     for name in (name for name in NAMES if name not in touched):
         if name != config.skip_stage and (source / f"{name}.pt").exists() and not (run / f"{name}.pt").exists():
             write_beside(run / f"{name}.pt", partial(shutil.copyfile, source / f"{name}.pt"))
+    if (source / "vocabulary.json").exists() and "P1" not in touched:
+        write_beside(run / "vocabulary.json", partial(shutil.copyfile, source / "vocabulary.json"))
 
 
 def open_run(config: Config, run: Path, stages: list[str], source: Path | None, resume: bool,
-             data_folder: DataFolder | None) -> None:
-    """Makes the folder, or finds the same run there. Prints a warning where the layers to choose from are uneven."""
+             data: dict[str, DataFolder | None], changed: bool = False) -> None:
+    """Makes the folder, or finds the same run there. `data`: stage -> what its folder holds; `changed`: it may be other
+    than when the run began. Prints a warning where the layers to choose from are uneven."""
+    held = {"": data.get("P1"), "U3": data.get("U3") if config.data_u3 else None}
+    for folder in filter(None, held.values()):
+        faults = [f"not read: {file}{f' [{key}]' if key else ''}: {why}" for file, key, why in folder.faults]
+        more = [f"not read: {len(faults) - 5} more; `python data.py --check {folder.root}` lists them"]
+        for line in [*folder.notes, *faults[:5], *more * (len(faults) > 5)]:
+            print(line)
+    held = {key: folder.summary() for key, folder in held.items() if folder}
     if is_uneven(choice := layer_choice(config.llm_layers, config.k)):
         print(f"--k {config.k} of {config.llm_layers} layers: the router chooses from layers {choice}, an uneven menu")
     if source:  # a wrong folder is told before anything is written
@@ -221,17 +255,23 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
         same = all(getattr(before, model) == getattr(config, model) for model in ("internvl", "dc_ae", "sana"))
         config.public = before.public if same else ""
     run.mkdir(parents=True, exist_ok=True)
+    if has_begun(run) and not changed and (changes := changed_data(run, held)):
+        raise UserError(f"{run} was begun on other data ({next(iter(changes.values()))}): put it back, choose another "
+                        "--out, or go on with --changed-data")
     check_same_run(config, run)
+    if held:
+        write_text(run / "data.json", json.dumps(held) + "\n")
     if source:
-        take_over(config, run, source)
+        take_over(config, run, source, held)
     if not resume:
         shutil.rmtree(run / "resume", ignore_errors=True)
         for name in stages:
             (run / f"{name}.pt").unlink(missing_ok=True)
     if config.internvl and not all((run / name).exists() for name in ("P1.pt", "tokenizer.json")):
         keep_tokenizer(Path(config.internvl), run)
-    if data_folder and not config.internvl and not (run / "vocabulary.json").exists():
-        write_vocabulary(data_folder.root, data_folder.texts(), config.tokens, config.longest, run / "vocabulary.json")
+    if held and not config.internvl and not (run / "vocabulary.json").exists():
+        folder = data["P1"]
+        write_vocabulary(folder.root, folder.texts(), config.tokens, config.longest, run / "vocabulary.json")
 
 
 # ---------------------------------------------------------------- logs
@@ -257,20 +297,24 @@ def cut_logs(run: Path, stage: str, first: int) -> None:
 
 
 def bad_samples(run: Path, data_folder: DataFolder | None, max_bad: float):
-    """-> a function of the bad samples of a step: writes them to bad.jsonl, stops the run above `max_bad`."""
-    path, allowed = run / "bad.jsonl", max_bad * len(data_folder.samples()) if data_folder else 0
-    known = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
+    """-> a function of the bad samples of a step: writes them to bad.jsonl, stops the run above `max_bad`; faults that
+    were found while looking count. Raises UserError where they are too many already."""
+    path, faults = run / "bad.jsonl", data_folder.faults if data_folder else []
+    sound = sum(len(data_folder.of("any", split)) for split in ("train", "test")) if data_folder else 0
+    allowed = max_bad * (sound + len(faults))
+    known = {(line["file"], line["key"]) for line in read_lines(path)} | {fault[:2] for fault in faults}
+    if len(known) > allowed:
+        raise UserError(f"{len(known)} bad samples are more than --max-bad {max_bad} of the data ({allowed:.1f}): mend "
+                        f"them, `python data.py --check {data_folder.root}`")
 
-    def count(stage: str, step: int, bad: list[tuple[str, str]]) -> None:
+    def count(stage: str, step: int, bad: list[tuple[str, str, str]]) -> None:
         if first_process():
             with path.open("a") as file:
-                for key, why in bad:
-                    file.write(json.dumps({"stage": stage, "step": step, "key": key, "why": why}) + "\n")
-        known.update(key for key, _ in bad)
+                for name, key, why in bad:
+                    file.write(json.dumps({"stage": stage, "step": step, "file": name, "key": key, "why": why}) + "\n")
+        known.update((name, key) for name, key, _ in bad)
         if len(known) > allowed:
             raise UserError(f"{stage} step {step}: {len(known)} bad samples are more than --max-bad {max_bad} of the "
-                            f"data ({allowed:.1f}): mend those that {path} lists, the last one: {bad[-1][1]}")
+                            f"data ({allowed:.1f}): mend those that {path} lists, the last one: {bad[-1][-1]}")
 
     return count
-
-

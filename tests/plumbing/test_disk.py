@@ -2,6 +2,7 @@
 
 import json
 import re
+from bisect import bisect_right
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from data import Batches
 from disk.check import check
 from disk.files import BadFile, Blob, read_picture, records
 from disk.layouts import scan
-from disk.reading import DiskData, as_tensor, check_kinds
+from disk.reading import DiskData, Order, as_tensor, check_kinds
+from disk.samples import KINDS, Samples
 from evaluate import Protocol, evaluate
 from plumbing.command import UserError
 from plumbing.run_folder import build
@@ -38,22 +40,26 @@ def blob(path: Path) -> Blob:
     (llava, "LLaVA records", {"talks", "texts", "pictures"}), (triples, "instruction triples", {"edits", "pictures"})])
 def test_each_layout_is_found_out_by_looking(make, layout, kinds, tmp_path):
     found = scan(make(tmp_path / "data"))
-    assert not found.faults and set(found.layouts) == {layout} and found.layouts[layout] >= 24
-    assert {kind for kind, samples in found.kinds.items() if samples} == kinds
-    assert 0 < sum(sample.is_test for sample in found.kinds["pictures"]) < 8 or len(found.kinds["pictures"]) < 30
+    counts = found.counted("layouts")
+    assert not found.faults and set(counts) == {layout} and counts[layout] >= 24
+    assert {kind for kind in KINDS[:-1] if len(found.of(kind))} == kinds
+    for kind in kinds - {"texts"}:  # there is one of these
+        assert 0 < len(found.of(kind, "test")) < counts[layout] / 2 < len(found.of(kind))
 
 
 def test_the_same_samples_in_a_folder_and_in_shards_are_the_same(tmp_path):
     a, b = scan(folder_of_captions(tmp_path / "a")), scan(shards(tmp_path / "b"))
-    for one, other in zip(a.kinds["captions"], b.kinds["captions"]):
+    for one, other in zip(a.of("captions"), b.of("captions")):
         assert one.key == other.key and one.caption() == other.caption() and one.is_test == other.is_test
         assert read_picture(one.has["image"]).tobytes() == read_picture(other.has["image"]).tobytes()
 
 
 def test_a_folder_named_test_is_held_out_and_nothing_else(tmp_path):
     folder_of_captions(tmp_path / "data"), folder_of_captions(tmp_path / "data" / "test", 3)
-    samples = scan(tmp_path / "data").kinds["captions"]
-    assert [sample.key for sample in samples if sample.is_test] == ["test/000", "test/001", "test/002"]
+    found = scan(tmp_path / "data")
+    twins = ["000", "001", "002"]  # the same pictures: held out as well
+    assert [sample.key for sample in found.of("captions", "test")] == [*twins, *(f"test/{key}" for key in twins)]
+    assert found.notes == ["3 samples outside test/ have a picture that is in it: held out as well"]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -61,7 +67,8 @@ def test_every_planted_fault_is_told_in_one_line_and_the_rest_is_read(name, tmp_
     words = plant(name, tmp_path / "data")
     report, sound = check(tmp_path / "data")
     faults = [line for line in report.splitlines() if line.startswith("fault")]
-    assert not sound and len(faults) == 1 and words in faults[0] and "Traceback" not in report, report
+    assert not sound and words in faults[0] and "Traceback" not in report, report
+    assert len({re.split(r": | \[", line)[0] for line in faults}) == 1  # of one file, which may be in two ways wrong
     train_on, held = map(int, re.search(r"captions +(\d+) to train on, (\d+) held out", report).groups())
     assert train_on + held >= 24  # the sound ones
 
@@ -114,18 +121,34 @@ def test_the_shorter_side_is_resized_and_the_middle_cut_out():
     assert tensor.shape == (3, 10, 10) and tensor[0].min() > 0.8 and tensor[2].max() < -0.8
 
 
-def test_pictures_are_mirrored_unless_words_name_a_side(tmp_path):
+def test_what_words_go_with_is_mirrored_only_where_that_is_asked_for_and_pictures_alone_are(tmp_path):
+    words = ["links ein Kreis", "à gauche", "左边", "слева", "half bright"]
     for i in range(40):
         image = Image.new("RGB", (16, 16), "black")
         image.paste("white", (0, 0, 8, 16))  # bright on the left
+        image.putpixel((12, 12), (i, 0, 0))
         image.save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text("bright on the left" if i % 2 else "half bright")
-    words, pictures = DiskData(scan(tmp_path), 16, 0, 0).text_to_image_samples(range(38))
-    mirrored = [bool(p[0, 8, 2] < 0) for p in pictures]
-    assert not any(m for text, m in zip(words, mirrored) if "left" in text)
-    assert 0.2 < sum(mirrored) / sum("half" in text for text in words) < 0.8
-    still = DiskData(scan(tmp_path), 16, 0, 0, flip=False).text_to_image_samples(range(38))[1]
-    assert all(p[0, 8, 2] > 0 for p in still)
+        (tmp_path / f"{i}.txt").write_text(words[i % 5])
+    for mirror, with_words, alone in (("alone", 0, 1), ("all", 1, 1), ("none", 0, 0)):
+        data = DiskData(scan(tmp_path), 16, 0, 0, mirror=mirror)
+        for pictures, often in ((data.text_to_image_samples(range(60))[1], with_words),
+                                (data.dialogue_samples(range(60))[0], with_words), (data.pictures(range(60)), alone)):
+            share = (pictures[:, 0, 8, 2] < 0).double().mean()
+            assert share == 0 if not often else 0.2 < share < 0.8
+
+
+def test_both_pictures_of_an_edit_are_mirrored_or_none(tmp_path):
+    for i in range(40):
+        for role, colour in (("source", "white"), ("target", "grey")):
+            image = Image.new("RGB", (16, 16), "black")
+            image.paste(colour, (0, 0, 8, 16))
+            image.putpixel((12, 12), (i, 0, 0))
+            image.save(tmp_path / f"{i}.{role}.png")
+        (tmp_path / f"{i}.instruction.txt").write_text("darker")
+    for mirror, wanted in (("alone", {False}), ("all", {False, True})):
+        _, before, after = DiskData(scan(tmp_path), 16, 0, 0, mirror=mirror, edits=1).edit_samples(range(40))
+        turned = [(bool(a[0, 8, 2] < -0.9), bool(b[0, 8, 2] < -0.9)) for a, b in zip(before, after)]
+        assert {a for a, _ in turned} == wanted and all(a == b for a, b in turned)
 
 
 # ---------------------------------------------------------------- order
@@ -155,25 +178,56 @@ def test_a_pass_reads_every_sample_once_and_the_next_in_another_order(tmp_path):
     found = scan(shards(tmp_path / "data", 60))
     data = DiskData(found, 16, 0, 0, batch=4, edits=2)
     count = len(data.kinds["captions"])
-    first, second = ([data.kinds["captions"][i].key for i in data.order("captions", epoch)] for epoch in (0, 1))
-    assert sorted(first) == sorted(second) and first != second and len(set(first)) == count
+    first, second = ([data.order("captions")[i] for i in range(start, start + count)] for start in (0, count))
+    assert sorted(first) == sorted(second) == list(range(count)) and first != second
     numbers = [i for i in range(4 * count) if i % 4 < 2]  # the half of each batch that draws
     words = data.text_to_image_samples(numbers)[0]
     assert sorted(words[:count]) == sorted(words[count:]) and len(set(words[:count])) == count
     other = DiskData(found, 16, 1, 0)
-    assert [other.kinds["captions"][i].key for i in other.order("captions", 0)] != first
+    assert [other.order("captions")[i] for i in range(count)] != first
+
+
+@pytest.mark.parametrize("sizes, window", [([7, 1, 12, 5, 9], 2), ([3] * 10, 4), ([5, 5], 1), ([4, 8, 2], 3),
+                                           ([6], 16)])
+def test_an_order_goes_through_windows_of_units_and_starts_anywhere(sizes, window):
+    found = Samples([range(size) for size in sizes])
+    order, total = Order(found, "0/train/3/order x", window), sum(sizes)
+    passes = [[order[epoch * total + i] for i in range(total)] for epoch in range(3)]
+    for line in passes:
+        assert sorted(line) == list(range(total))
+        units = [bisect_right(found.ends, i) for i in line]
+        parts = order.units(passes.index(line))[0]
+        for first in range(0, len(sizes), window):  # units come window by window
+            group, start = parts[first:first + window], sum(sizes[unit] for unit in parts[:first])
+            assert set(units[start:start + sum(sizes[unit] for unit in group)]) == set(group)
+    anew = Order(found, "0/train/3/order x", window)
+    for epoch, place in ((2, 3), (0, 5), (0, total - 1), (0, 5)):
+        assert anew[epoch * total + place] == passes[epoch][place]
+
+
+def test_with_no_more_units_than_a_window_the_order_is_one_shuffle_of_all(tmp_path):
+    """How far apart two neighbours of a shard end up: as in a random permutation, a third of all on average; in small
+    windows less."""
+    found = Samples([range(50)] * 20)
+
+    def apart(window: int) -> float:
+        order = Order(found, "0", window)
+        places = {order[i]: i for i in range(1000)}
+        return sum(abs(places[i] - places[i + 1]) for i in range(999)) / 999 / 1000
+
+    assert apart(20) == apart(64) and abs(apart(20) - 1 / 3) < 0.03 and apart(2) < 0.06
 
 
 def test_a_bad_sample_is_replaced_by_always_the_same_one_and_told(tmp_path):
     root = folder_of_captions(tmp_path / "data")
-    key = next(sample.key for sample in scan(root).kinds["captions"] if not sample.is_test)
-    (root / f"{key}.png").write_bytes(noise(5)[:200])
+    key = scan(root).of("captions")[0].key
+    (root / f"{key}.png").write_bytes(noise(6)[:200])
     readings = []
     for _ in range(2):
         data = DiskData(scan(root), 16, 0, 0)
         readings.append((data.text_to_image_samples(range(40)), data.bad))
     (words, pictures), bad = readings[0]
-    assert bad and {name for name, _ in bad} == {key} and all("is broken" in why for _, why in bad)
+    assert bad and {name[:2] for name in bad} == {("", key)} and all("is broken" in why for *_, why in bad)
     assert readings[1][1] == bad and readings[1][0][0] == words and torch.equal(readings[1][0][1], pictures)
 
 
@@ -213,9 +267,13 @@ def test_all_nine_stages_train_on_disk_twice_to_the_same_bits(workers, tiny, tmp
     assert {"L_lm", "L_caption", "L_text"} <= symbols and "L_name" not in symbols
 
 
-def test_where_nothing_is_held_out_training_goes_on_and_says_that_there_is_nothing_to_measure(tiny, tmp_path, capsys):
-    root = folder_of_captions(tmp_path / "data", 6)
-    assert not scan(root).samples("test")
+def test_a_handful_of_samples_is_split_all_the_same_and_one_alone_is_trained_on(tiny, tmp_path, capsys):
+    few = [scan(folder_of_captions(tmp_path / str(count), count)) for count in range(2, 9)]
+    assert all(len(found.of(kind, split)) for found in few for kind in ("captions", "pictures")
+               for split in ("train", "test")) and all("one is" in note for found in few for note in found.notes)
+    assert any(found.notes for found in few)
+    root = folder_of_captions(tmp_path / "one", 1)
+    assert not len(scan(root).of("any", "test"))
     train.train(tiny(data=str(root), edits=(0.0,) * 9), tmp_path / "run", ["P1", "P2"], "cpu")
     assert (tmp_path / "run" / "P2.pt").exists()
     assert "no pictures after P1: no sample is held out" in capsys.readouterr().out
@@ -225,7 +283,7 @@ def test_where_nothing_is_held_out_training_goes_on_and_says_that_there_is_nothi
 
 def test_one_percent_of_bad_samples_trains_to_the_end_twice_with_the_same_logs(tiny, tmp_path, without_pictures):
     root = folder_of_captions(tmp_path / "data", 100)
-    keys = [sample.key for sample in scan(root).kinds["captions"] if not sample.is_test]
+    keys = [sample.key for sample in scan(root).of("captions")]
     (root / f"{keys[77]}.png").write_bytes(noise(7)[:250])
     ends, logs = [], []
     for i in range(2):
@@ -271,9 +329,9 @@ def test_edits_of_blip3os_shards_are_read_as_they_are(tmp_path):
     shard(tmp_path / "0.tar", [("a.input.jpg", picture(kind="jpeg")), ("a.output.jpg", picture((0, 0, 9), kind="jpeg")),
                                ("a.txt", b"make it dark"), ("b.jpg", picture(kind="jpeg")), ("b.txt", b"a red wall")])
     found = scan(tmp_path)
-    assert not found.faults and [sample.instruction() for sample in found.kinds["edits"]] == ["make it dark"]
-    assert [sample.caption() for sample in found.kinds["captions"]] == ["a red wall"]
-    before, after = (read_picture(found.kinds["edits"][0].has[role]) for role in ("source", "target"))
+    assert not found.faults and [sample.instruction() for sample in found.of("edits")] == ["make it dark"]
+    assert [sample.caption() for sample in found.of("captions")] == ["a red wall"]
+    before, after = (read_picture(found.of("edits")[0].has[role]) for role in ("source", "target"))
     assert before.getpixel((3, 3))[0] > 150 > 30 > after.getpixel((3, 3))[0]
 
 
@@ -285,10 +343,11 @@ def test_openmoji_is_a_data_set_like_any_other(tmp_path, monkeypatch):
     monkeypatch.setattr(openmoji, "glyphs", lambda: chosen)
     monkeypatch.chdir(tmp_path)
     found = scan(openmoji.write(16))
-    assert not found.faults and found.kinds["edits"]
-    assert {sample.is_test for sample in found.kinds["captions"]} == {True, False}
-    owl = next(sample for sample in found.kinds["captions"] if sample.caption() == "owl")
+    assert not found.faults and found.of("edits")
+    assert len(found.of("captions")) and len(found.of("captions", "test"))
+    every = [*found.of("captions"), *found.of("captions", "test")]
+    owl = next(sample for sample in every if sample.caption() == "owl")
     assert owl.turns()[0] == ("which group is it ?", "animals & nature")
     assert len(read_picture(owl.has["image"]).getcolors(256)) > 3
-    by_words = {sample.instruction() for sample in found.kinds["edits"]}
+    by_words = {sample.instruction() for split in ("train", "test") for sample in found.of("edits", split)}
     assert {"with dark skin tone", "as a woman"} <= by_words

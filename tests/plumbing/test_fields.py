@@ -259,12 +259,12 @@ def longest(end, tmp_path, monkeypatch):
     assert lengths == [4, 48]
 
 
-def flip(end, tmp_path, monkeypatch):
+def mirror(end, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     for i in range(40):
         (tmp_path / "data" / f"{i}.png").write_bytes(noise(i))
-    pair = [samples(tmp_path, "P2", flip=value)["images"] for value in (True, False)]
-    assert not torch.equal(*pair)
+    alone, all_of_them, none = (samples(tmp_path, "P2", mirror=value)["images"] for value in ("alone", "all", "none"))
+    assert torch.equal(alone, all_of_them) and not torch.equal(alone, none)  # with words: test_disk.py
 
 
 def early(end, tmp_path, monkeypatch):
@@ -290,7 +290,7 @@ def fit(end, tmp_path, monkeypatch):
         wide.paste("black", (0, 0, 4, 16))
         wide.save(tmp_path / "data" / f"{i}.png")
         (tmp_path / "data" / f"{i}.txt").write_text("a red circle")
-    cut, squeezed = (samples(tmp_path, "P3", fit=value, flip=False)["images"] for value in ("middle", "squash"))
+    cut, squeezed = (samples(tmp_path, "P3", fit=value, mirror="none")["images"] for value in ("middle", "squash"))
     assert (cut == 1).all()
     assert (squeezed[:, :, :, :1] < 0).all() and (squeezed[:, :, :, 3:] > 0.9).all()
     assert torch.equal(*(samples(tmp_path, "P2", fit=value)["images"] for value in ("middle", "squash")))
@@ -385,7 +385,7 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 ELSEWHERE = {test.__name__: test for test in (
     preset, per_device, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data,
     data_u3, reseed, tokens,
-    longest, flip, early, fit, look_minutes, max_bad, compile, checkpointing, workers, shard, save_minutes,
+    longest, mirror, early, fit, look_minutes, max_bad, compile, checkpointing, workers, shard, save_minutes,
     sampling_steps, guidance, sampler,
     sampling_shift)}
 

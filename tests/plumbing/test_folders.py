@@ -454,7 +454,7 @@ def test_plan_counts_the_passes_and_the_longest_prompts_of_data_on_disk(tmp_path
     data = folder_of_captions(tmp_path / "data")
     config = make_config(**TINY | {"data": str(data), "edits": (0.0,) * 9, "longest": 100})
     told = cost.plan(config, [train.stage_named("U1")], train.one_batch, train.step_module, tmp_path / "run")
-    captions = sum(not sample.is_test for sample in scan(data).kinds["captions"])
+    captions = len(scan(data).of("captions"))
     assert f"{2 * 8 / captions:.3g} passes over {captions} captions" in told and "over" not in told.splitlines()[-1]
     short, long = (cost.forecast(make_config(**TINY | {"data": where, "longest": 100}), train.stage_named("U2"),
                                  train.one_batch, train.step_module)["activations"] for where in ("", str(data)))
