@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ class Inventory:
     faults: list[tuple[str, str, str]]  # file, key, what is wrong and the mend
     sizes: list[tuple[int, int]] = field(default_factory=list)  # of the pictures, width and height
     texts: list[str] = field(default_factory=list)
+    uneven: list[str] = field(default_factory=list)  # edits whose two pictures differ in shape
     seconds: float = 0.0  # spent on pictures
 
     def read_picture(self, blob: Blob, side: int) -> None:
@@ -56,7 +58,8 @@ class Inventory:
 def read_all(folder: DataFolder, side: int) -> Inventory:
     """Every sample, training's and the test's, as training reads it."""
     inventory = Inventory(list(folder.faults))
-    for sample in tqdm([*folder.of("any"), *folder.of("any", "test")], desc="reading"):
+    sides = [folder.of("any", split) for split in ("train", "test")]
+    for sample in tqdm(chain(*sides), desc="reading", total=sum(map(len, sides))):
         roles = [role for role in ("image", "source", "target") if role in sample.has]
         for job in [*(partial(inventory.read_picture, sample.has[role], side) for role in roles),
                     partial(inventory.read_texts, sample.texts)]:
@@ -64,6 +67,11 @@ def read_all(folder: DataFolder, side: int) -> Inventory:
                 job()
             except BadFile as bad:
                 inventory.faults.append((printable(sample.file), printable(sample.key), str(bad)))
+                break
+        else:
+            if len(roles) == 2 and inventory.sizes[-1] != inventory.sizes[-2]:
+                shapes = ", ".join(f"{w}×{h}" for w, h in inventory.sizes[-2:])
+                inventory.uneven.append(f"{printable(sample.key)} ({shapes})")
     return inventory
 
 
@@ -109,6 +117,9 @@ def report(folder: DataFolder, inventory: Inventory, side: int, tokens: int, lon
     if alone and len(alone) < len(folder.of("captions")):
         names = ", ".join(printable(sample.key) for sample in alone[:3])
         lines.append(f"alone     {len(alone)} pictures have no caption, where most have one: {names}")
+    if inventory.uneven:
+        lines.append(f"uneven    {len(inventory.uneven)} edits have two pictures of different shapes: "
+                     f"{'; '.join(inventory.uneven[:3])}")
     passed = folder.counted("passed").items()
     lines += [f"passed    over: {count} {what}, the first {first}" for what, (count, first) in passed]
     lines += [f"note      {note}" for note in folder.notes]

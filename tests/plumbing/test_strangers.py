@@ -215,6 +215,15 @@ def test_pictures_without_words_where_most_have_some_and_texts_that_are_cut_are_
     assert "1 of 24 texts are longer than 20 tokens" in report
 
 
+def test_edits_whose_pictures_differ_in_shape_are_told(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.source.png").write_bytes(picture((i, 0, 0), size=(20, 16)))
+        (tmp_path / f"{i}.target.png").write_bytes(picture((i, 9, 0), size=(16, 20) if i == 2 else (20, 16)))
+        (tmp_path / f"{i}.instruction.txt").write_text("turn it")
+    report, sound = check(tmp_path)
+    assert sound and "1 edits have two pictures of different shapes: 2 (20×16, 16×20)" in report
+
+
 def test_several_tars_one_behind_the_other_are_read_and_what_is_none_is_a_fault(tmp_path):
     whole = [shard(tmp_path / f"{i}.part", [(f"{i}.png", noise(i)), (f"{i}.txt", b"words")]).read_bytes()
              for i in range(3)]
