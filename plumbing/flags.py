@@ -127,5 +127,5 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
     config.steps = tuple(max(1, round(steps * scale)) for steps in config.steps)
     for key in {"data", "data_u3"} & given.keys():
         openmojis = key == "data" and given[key] == "openmoji"
-        setattr(config, key, str(openmoji.folder(config.side).absolute()) if openmojis else data_path(given[key]))
+        setattr(config, key, str(openmoji.folder(config.side)) if openmojis else data_path(given[key]))
     return config, rest

@@ -27,7 +27,7 @@ EM = 165 / 128  # width of a glyph of this font ÷ size of the font
 
 
 def folder(side: int) -> Path:
-    return Path("pictures") / f"openmoji-{side}"
+    return Path("pictures").absolute() / f"openmoji-{side}"
 
 
 def glyphs() -> list[dict]:

@@ -24,6 +24,7 @@ from parts.words import UnknownWords, WordTokenizer, dialogue
 from plumbing import command
 from plumbing.command import UserError, run_command
 from plumbing.flags import parse
+from public import openmoji
 from public.qwen import load_qwen
 from spar import SPAR
 from tests.tools.commands import call
@@ -348,6 +349,8 @@ def test_one_folder_is_one_folder_and_what_is_no_folder_is_told_with_the_mend(tm
     spellings = "data", "data/", "./data", str(tmp_path / "data"), "~/data", "data/../data"
     assert {data_path(text) for text in spellings} == {str(tmp_path / "data")}
     assert parse(arguments=["--data", "./data"])[0].data == str(tmp_path / "data")
+    config = parse(arguments=["--data", "openmoji"])[0]  # which train.py knows again, and makes
+    assert Path(config.data) == openmoji.folder(config.side) == tmp_path / "pictures" / "openmoji-32"
     for number in range(3):
         shard(tmp_path / "tars" / f"{number:03}.tar", [("a.png", noise(number)), ("a.txt", b"x")])
     assert len(both(scan(Path(data_path("tars/001.tar"))))) == 1
