@@ -32,8 +32,8 @@ from torch import Tensor
 
 from diffusion import Noise, logit_normal_times
 from disk.files import BadFile
-from disk.samples import DataFolder
 from disk.reading import DiskData
+from disk.samples import DataFolder
 from parts.words import TextTokenizer, Turns, WordTokenizer, dialogue
 from spar import NAMES, Config
 from world.drawing import FACT_WORDS

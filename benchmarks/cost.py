@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.yardstick import processor
-from disk.samples import DataFolder
 from disk.reading import NEEDS, open_folders
+from disk.samples import DataFolder
 from parts.layer import layers
 from plumbing.command import write_text
 from plumbing.run_folder import build, stage_names, text_tokenizer

@@ -1,6 +1,7 @@
 """What a folder of data holds and what is wrong with it: what `python data.py --check` and `--build-vocab` do.
 
     python data.py --check PATH                           what is there, and for every fault the file, the key, the mend
+    python data.py --index PATH                           where the samples of its shards lie (index.py)
     python data.py --build-vocab PATH [--tokens 1024]     its byte-pair vocabulary, written to PATH/vocabulary.json
 """
 
@@ -8,9 +9,7 @@ import statistics
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from disk.bytepair import FIRST, BytePairTokenizer, learn_merges, load_vocabular
 from disk.files import BadFile, Blob, printable, read_picture
 from disk.index import open_data, write_index
 from disk.layouts import data_path
-from disk.samples import KINDS, DataFolder
 from disk.reading import Order, as_tensor
+from disk.samples import KINDS, DataFolder
 from plumbing.command import Parser, UserError
 
 
@@ -51,9 +50,6 @@ class Inventory:
         self.seconds += time.perf_counter() - start
         self.sizes.append(image.size)
 
-    def read_texts(self, read: Callable[[], list[str]]) -> None:
-        self.texts += read()
-
 
 def read_all(folder: DataFolder, side: int) -> Inventory:
     """Every sample, training's and the test's, as training reads it."""
@@ -61,22 +57,20 @@ def read_all(folder: DataFolder, side: int) -> Inventory:
     sides = [folder.of("any", split) for split in ("train", "test")]
     for sample in tqdm(chain(*sides), desc="reading", total=sum(map(len, sides))):
         roles = [role for role in ("image", "source", "target") if role in sample.has]
-        for job in [*(partial(inventory.read_picture, sample.has[role], side) for role in roles),
-                    partial(inventory.read_texts, sample.texts)]:
-            try:
-                job()
-            except BadFile as bad:
-                inventory.faults.append((printable(sample.file), printable(sample.key), str(bad)))
-                break
-        else:
-            if len(roles) == 2 and inventory.sizes[-1] != inventory.sizes[-2]:
-                shapes = ", ".join(f"{w}×{h}" for w, h in inventory.sizes[-2:])
-                inventory.uneven.append(f"{printable(sample.key)} ({shapes})")
+        try:
+            for role in roles:
+                inventory.read_picture(sample.has[role], side)
+            inventory.texts += sample.texts()
+        except BadFile as bad:
+            inventory.faults.append((printable(sample.file), printable(sample.key), str(bad)))
+            continue
+        if len(roles) == 2 and inventory.sizes[-1] != inventory.sizes[-2]:
+            shapes = ", ".join(f"{w}×{h}" for w, h in inventory.sizes[-2:])
+            inventory.uneven.append(f"{printable(sample.key)} ({shapes})")
     return inventory
 
 
-def check(path: Path, side: int = 32, tokens: int = 1024,
-          longest: int = 48) -> tuple[str, bool]:
+def check(path: Path, side: int = 32, tokens: int = 1024, longest: int = 48) -> tuple[str, bool]:
     """(report, sound): every sample is read as training reads it. Raises BadFile where there is no folder."""
     torch.set_num_threads(1)
     folder = open_data(path)

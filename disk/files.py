@@ -17,6 +17,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ MAX_PICTURE = 100 << 20  # bytes of its file
 MAX_TEXT = 1 << 20  # bytes of one text or record
 MAX_HEADER = 1 << 16  # bytes of a name in a tar
 CONTENT = 1 << 16  # bytes that tell one picture from another
+BEHIND = "; it and what is behind it are not read"  # of a list or table
 LONGEST_SHAPE = 20  # long side ÷ short side of a picture
 
 
@@ -229,14 +231,11 @@ def turns(record: dict, name: str, has_image: bool) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- files that hold many
 
 
-BEHIND = "; it and what is behind it are not read"
-
-
 def records(path: Path, name: str) -> Iterator[Blob]:
     """The objects of a JSON list, of JSON lines, or the rows of a table (csv), one after the other; the file is never
     in memory as a whole. Raises BadFile where it is none of these; what came before has been given."""
     if path.suffix.lower() == ".csv":
-        yield from list(rows(path, name))[1:]
+        yield from islice(rows(path, name), 1, None)
         return
     decoder, between = json.JSONDecoder(), re.compile(r"[ \t\r\n,\[\]]*")
     with open(path, "rb") as file:
@@ -262,7 +261,8 @@ def records(path: Path, name: str) -> Iterator[Blob]:
 
 
 def rows(path: Path, name: str) -> Iterator[Blob]:
-    """The rows of a table, the one with the columns' names first. A row goes on while a quote is open."""
+    """The rows of a table, the one with the columns' names first. A row goes on while a quote is open; raises BadFile
+    where one stays open."""
     with open(path, "rb") as file:
         start, quotes, number = 3 if file.read(3) == b"\xef\xbb\xbf" else 0, 0, 0
         file.seek(start)
@@ -273,6 +273,8 @@ def rows(path: Path, name: str) -> Iterator[Blob]:
                 number += 1
             if quotes % 2 == 0:
                 start = file.tell()
+        if quotes % 2:
+            raise BadFile(f"a quote stays open behind row {number - 1}{BEHIND}")
 
 
 @lru_cache(64)
@@ -294,8 +296,9 @@ class Header(tarfile.TarInfo):
 def members(path: Path, name: str) -> Iterator[tuple[str, Blob | BadFile]]:
     """A shard read as a stream, header by header, several tars written one behind the other too: (name, plain file or
     what is wrong with it). Raises BadFile where it stops being a tar."""
+    at = 0
     try:
-        size, at = os.path.getsize(path), 0
+        size = os.path.getsize(path)
         if size == 0:
             raise BadFile("has 0 bytes: write it again or remove it")
         with open(path, "rb") as file:
@@ -334,8 +337,8 @@ def a_file(member: tarfile.TarInfo, path: Path, name: str, size: int) -> Blob | 
 def next_block(file, at: int) -> int:
     """Where in a tar's file, from its end mark on, the next block that is not all zeros begins; else its length."""
     file.seek(at)
-    while block := file.read(512):
-        if block.strip(b"\0"):
-            return at
-        at += len(block)
+    while piece := file.read(1 << 20):
+        if rest := piece.lstrip(b"\0"):
+            return at + (len(piece) - len(rest)) // 512 * 512
+        at += len(piece)
     return at

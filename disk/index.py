@@ -70,7 +70,11 @@ class Rows(Sequence):
 @lru_cache(128)
 def mapped(path: str) -> tuple[np.ndarray, dict]:
     """-> (a table, what `Rows` keeps of it)"""
-    return np.load(path, mmap_mode="r", allow_pickle=False), {}
+    return table_at(path), {}
+
+
+def table_at(path: str | Path, mode: str = "r") -> np.ndarray:
+    return np.load(path, mmap_mode=mode, allow_pickle=False)
 
 
 def is_of(rows: np.ndarray, kind: str) -> np.ndarray:
@@ -133,7 +137,7 @@ def write_index(root: Path, jobs: int = os.cpu_count() or 1) -> DataFolder:
     if not root.is_dir():
         raise BadFile(f"--index {root}: an index is of a folder")
     folder, shards = look(root)
-    path, lines = folder.root / INDEX / "index.json", {}
+    path = folder.root / INDEX / "index.json"
     try:
         old = json.loads(path.read_text())["shards"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -152,8 +156,7 @@ def write_index(root: Path, jobs: int = os.cpu_count() or 1) -> DataFolder:
     along = len(own) + sum(line["counts"]["any"][1] for line in lines.values()) - sum(map(in_test, own)) - sum(
         line["totals"]["any"] for name, line in lines.items() if name.startswith("test/"))
     held = sorted({sample.content for sample in own})
-    known = {"shards": lines, "held": held, "loose": digest_of(folder), "notes": split.notes(along)}
-    write_text(path, json.dumps(known))
+    write_text(path, json.dumps(dict(shards=lines, held=held, loose=digest_of(folder), notes=split.notes(along))))
     for table in path.parent.glob("*.npy"):
         table.unlink() if table not in tables else None
     mapped.cache_clear()
@@ -182,7 +185,7 @@ def index_shard(root: Path, path: Path, name: str) -> dict:
 def split_of(folder: DataFolder, lines: dict[str, dict]) -> Split:
     """The same as `hold_out` decides. Kinds with many samples need no looking after."""
     def contents(name: str, kind: str = "any") -> set[int]:
-        rows = np.load(folder.root / INDEX / lines[name]["table"], mmap_mode="r", allow_pickle=False)
+        rows = table_at(folder.root / INDEX / lines[name]["table"])
         return set(rows["content"][is_of(rows, kind)].tolist())
 
     own = loose(folder)
@@ -198,7 +201,7 @@ def split_of(folder: DataFolder, lines: dict[str, dict]) -> Split:
 
 def mark(of_test: np.ndarray, released: list[int], added: list[int], table: Path) -> dict[str, list[int]]:
     """Writes into a table what is held out; -> kind -> how many samples are trained on and held out."""
-    rows = np.load(table, mmap_mode="r+", allow_pickle=False) if os.path.getsize(table) > 128 else np.load(table)
+    rows = table_at(table, "r+")
     content = rows["content"]
     test = np.isin(content, of_test) if len(of_test) else (content % 20 == 0) & ~np.isin(content, released)
     test |= np.isin(content, added)

@@ -137,8 +137,7 @@ def look(root: Path) -> tuple[DataFolder, list[tuple[Path, str]]]:
         else:
             place(units[0], samples, name, whole_file(path, name))
     for path, name in lists:  # last: only now is it known which pictures there are
-        is_own = path.suffix.lower() == ".json" and any(key in samples for key, _ in readings(name))  # a picture's
-        if is_own:
+        if path.suffix.lower() == ".json" and any(key in samples for key, _ in readings(name)):  # a picture's own
             place(units[0], samples, name, whole_file(path, name))
         else:
             units.append(scan_list(root, samples, path, name))

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from disk.files import BadFile, read_picture
-from disk.samples import DESCRIBE, DataFolder, Sample, Samples
 from disk.reading import DiskData, as_tensor
+from disk.samples import DESCRIBE, DataFolder, Sample, Samples
 from parts.metrics import frechet_distance, psnr, share, ssim
 from parts.words import Turns, dialogue
 

@@ -34,10 +34,11 @@ class Sample:
     def record(self) -> dict:
         return read_record(self.has["record"]) if "record" in self.has else {}
 
-    def caption(self) -> str:
+    def caption(self, record: dict | None = None) -> str:
+        """`record`: its own, where it has been read already."""
         if "words" in self.has:
             return read_text(self.has["words"])
-        record = self.record()
+        record = record or self.record()
         return text_field(record, "text" if "text" in record else "caption", self.has["record"].shown)
 
     def instruction(self) -> str:
@@ -45,20 +46,22 @@ class Sample:
             return text_field(self.record(), "instruction", self.has["record"].shown)
         return read_text(self.has["instruction" if "instruction" in self.has else "words"])
 
-    def turns(self) -> list[tuple[str, str]]:
-        return turns(self.record(), self.has["record"].shown, "image" in self.has)
+    def turns(self, record: dict | None = None) -> list[tuple[str, str]]:
+        return turns(record or self.record(), self.has["record"].shown, "image" in self.has)
 
     def turns_and_caption(self) -> list[tuple[str, str]]:
         """All questions and answers about the picture; the last one asks for the caption, where there is one."""
-        pairs = self.turns() if "conversations" in self.record() else []
-        return [*pairs, (DESCRIBE, self.caption())] if "captions" in self.kinds else pairs
+        record = self.record()
+        pairs = self.turns(record) if "conversations" in record else []
+        return [*pairs, (DESCRIBE, self.caption(record))] if "captions" in self.kinds else pairs
 
     def texts(self) -> list[str]:
         """Every text that it has. Raises BadFile."""
         if "edits" in self.kinds:
             return [self.instruction()]
-        found = [text for pair in self.turns() for text in pair] if "conversations" in self.record() else []
-        return [*found, self.caption()] if "captions" in self.kinds else found
+        record = self.record()
+        found = [text for pair in self.turns(record) for text in pair] if "conversations" in record else []
+        return [*found, self.caption(record)] if "captions" in self.kinds else found
 
 
 class Samples(Sequence):
@@ -139,7 +142,7 @@ class DataFolder:
         return [(printable(unit.name or key), printable(key) if unit.name else "", why)
                 for unit in self.units for key, why in unit.faults]
 
-    def counted(self, what: str) -> dict[str, int]:
+    def counted(self, what: str) -> dict[str, int] | dict[str, list]:
         """layout -> samples, or what was passed over -> [files, the first one]"""
         total = {}
         for unit in self.units:

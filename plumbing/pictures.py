@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from disk.index import open_data
-from disk.samples import DataFolder
 from disk.measure import Cell, measure
 from disk.reading import DiskData
+from disk.samples import DataFolder
 from plumbing.run_folder import load_run
 from spar import NAMES, SPAR, Protocol
 from world.drawing import draw

@@ -169,8 +169,8 @@ def check_same_run(config: Config, run: Path) -> None:
         before = asdict(load_config(run))
         config.public = config.public or before["public"]
         now = asdict(config)
-        same_data = lambda key: key in ("data", "data_u3") and before[key] and now[key]  # by content: `check_data`
-        differing = [key for key in now if before[key] != now[key] and key not in HOW and not same_data(key)]
+        moved = [key for key in ("data", "data_u3") if before[key] and now[key]]  # compared by content, `changed_data`
+        differing = [key for key in now if before[key] != now[key] and key not in (*HOW, *moved)]
         if differing:
             key = differing[0]
             raise UserError(f"{run} was begun with {key} = {before[key]!r}, not {now[key]!r}: choose another --out")

@@ -277,6 +277,16 @@ def test_metadata_are_captions_as_lines_and_as_a_table(tmp_path):
         assert sorted(captions) == sorted(" ".join(text.split()) for text in texts)
 
 
+def test_a_table_whose_quote_stays_open_is_read_up_to_there_and_told(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(noise(i))
+    (tmp_path / "metadata.csv").write_text('file_name,text\n0.png,red\n1.png,"blue\n2.png,green\n')
+    found = scan(tmp_path)
+    assert [sample.caption() for sample in both(found, "captions")] == ["red"]
+    assert found.faults == [("metadata.csv", "",
+                             "a quote stays open behind row 1; it and what is behind it are not read")]
+
+
 # ---------------------------------------------------------------- pictures whose metadata are broken
 
 
