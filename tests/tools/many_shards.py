@@ -38,13 +38,11 @@ def write(root: Path, shards: int, each: int) -> None:
     """All are really there. Pictures differ inside a shard, and in their last bytes, behind the picture's end, between
     shards."""
     pictures = [png(number) for number in range(1000)]
+    heads = [header(f"{i:06}.png", len(pictures[i % 1000]) + 12) + pictures[i % 1000] for i in range(each)]
     root.mkdir(parents=True)
     for shard in tqdm(range(shards), desc="shards"):
-        blocks = []
-        for i in range(each):
-            body = pictures[i % 1000] + b"%d %d" % (shard, i)
-            blocks += [header(f"{i:06}.png", len(body)), body.ljust(BLOCK, b"\0")]
-        (root / f"{shard:05}.tar").write_bytes(b"".join(blocks) + b"\0" * 2 * BLOCK)
+        files = ((head + b"%05d %06d" % (shard, i)).ljust(2 * BLOCK, b"\0") for i, head in enumerate(heads))
+        (root / f"{shard:05}.tar").write_bytes(b"".join(files) + b"\0" * 2 * BLOCK)
 
 
 def start(root: Path, stage: str) -> None:
