@@ -90,7 +90,7 @@ def check_name(name: str) -> None:
         raise BadFile("its name is an absolute path: name it relative to the data's folder")
     if ".." in name.replace("\\", "/").split("/"):
         raise BadFile("its name leads out of the data's folder: remove the '..'")
-    if not name or any(unicodedata.category(c) == "Cc" for c in name):
+    if not name or not name.isprintable() and any(unicodedata.category(c) == "Cc" for c in name):
         raise BadFile("its name is empty or has control characters: rename it")
 
 

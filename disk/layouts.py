@@ -27,9 +27,9 @@ OTHER_PICTURES = ("gif", "bmp", "tif", "tiff", "heic", "avif", "svg", "jp2", "ic
 MOST_SHARDS = 1_000_000  # of a pattern
 INDEX = ".index"  # where index.py keeps its own
 PACKED = re.compile(r"\.(tar\.\w+|tgz|zip|7z|rar|arrow)$")
-LEFT_BEHIND = {  # what programs leave beside the data, and what it is of
-    r"(^|/)(\._[^/]*|__MACOSX|\.DS_Store)(/|$)": "of a Mac", r"(^|/)(thumbs\.db|desktop\.ini)$": "of Windows",
-    r"(\.parquet|_stats\.json)$": "of a downloader", r"(^|/)\.": "hidden", r"(^|/)vocabulary\.json$": "vocabularies"}
+LEFT_BEHIND = {re.compile(pattern, re.I): what for pattern, what in {r"(^|/)(thumbs\.db|desktop\.ini)$": "of Windows",
+    r"(^|/)(\._[^/]*|__MACOSX|\.DS_Store)(/|$)": "of a Mac", r"(\.parquet|_stats\.json)$": "of a downloader",
+    r"(^|/)\.": "hidden", r"(^|/)vocabulary\.json$": "vocabularies"}.items()}  # what stands beside the data
 
 
 # ---------------------------------------------------------------- names
@@ -48,7 +48,7 @@ def readings(name: str) -> list[tuple[str, str]]:
 
 def left_behind(name: str) -> str:
     """Of what a file or folder is that is no data, "" for data."""
-    return next((what for pattern, what in LEFT_BEHIND.items() if re.search(pattern, name, re.IGNORECASE)), "")
+    return next((what for pattern, what in LEFT_BEHIND.items() if pattern.search(name)), "")
 
 
 def place(unit: Unit, samples: dict[str, Sample], name: str, blob: Blob) -> None:

@@ -12,6 +12,7 @@ from public import openmoji
 from public.folders import SIZES, sizes_of
 from plumbing.command import Parser, UserError
 from plumbing.devices import best_device, default_precision
+from plumbing.run_folder import check_numbers
 from spar import CHOICES, NAMES, PER_STAGE, PRESETS, Config, make_config
 
 FIRST_DAY = ("seed", "steps", "batch", "lr", "router", "tokenizer", "align", "teacher", "anchor", "skip_stage", "data",
@@ -79,7 +80,7 @@ def numbers(kind: type, text: str) -> tuple | dict:
 
 
 def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """-> (configuration, the rest). Raises UserError; a wrong flag names the nearest."""
+    """-> (configuration, the rest). Raises UserError, ValueError; a wrong flag names the nearest."""
     given = vars(parser_of_train(description, every_field=False).read(arguments))
     if given.pop("help_all"):
         parser_of_train(description, every_field=True).print_help()
@@ -87,6 +88,8 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
     scale = given.pop("steps_scale")
     rest = ("stages", "out", "source", "device", "plan", "bench", "resume", "replay", "only", "changed_data")
     rest = argparse.Namespace(**{key: given.pop(key) for key in rest})
+    if scale <= 0:
+        raise UserError(f"--steps-scale {scale}: above 0 is wanted")
     rest.out, rest.stages = rest.out or Path("runs") / given["preset"], rest.stages.split(",")
     for name in rest.stages:
         if name not in NAMES:
@@ -111,9 +114,8 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
         setattr(config, key, getattr(config, key) * (len(NAMES) if len(getattr(config, key)) == 1 else 1))
         if len(getattr(config, key)) != len(NAMES):
             raise UserError(f"--{key} takes one number, or {len(NAMES)}, one for each of {','.join(NAMES)}")
+    check_numbers(config)
     config.edits = (0.0,) * 7 + config.edits[7:]
-    if len(config.betas) != 2:
-        raise UserError("--betas takes two numbers")
     if wrong := [side for side in config.sides if side % (2 * config.patch)]:
         raise UserError(f"--sides {wrong[0]} is no multiple of a token's {2 * config.patch} pixels")
     if config.data_u3 and not config.data:

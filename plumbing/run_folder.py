@@ -64,28 +64,34 @@ def load_config(run: Path) -> Config:
 
 
 def check_numbers(config: Config) -> None:
-    """Raises TypeError for values of another kind, or of a size that no model has."""
+    """Raises ValueError for values of another kind, or of a size that no model has or that would be refused late."""
     for key, value in asdict(config).items():
         usual = getattr(Config, key)
         if isinstance(value, tuple) != isinstance(usual, tuple):
-            raise TypeError(f"{key} is a {type(value).__name__}")
-        if key in PER_STAGE and len(value) != len(NAMES):
-            raise TypeError(f"{key} has {len(value)} numbers, not one for each stage")
-        like = usual[0] if isinstance(usual, tuple) else usual
-        largest = 512 if any(word in key for word in MANY_MAKE_MODULES) else 1e9
+            raise ValueError(f"{key} is a {type(value).__name__}")
+        if key in PER_STAGE and len(value) != len(NAMES) or key == "betas" and len(value) != 2:
+            raise ValueError(f"{key} has {len(value)} numbers, {len(usual)} are wanted")
+        usual = usual if isinstance(usual, tuple) else (usual,)
+        least = int(type(usual[0]) is int and 0 not in usual and key not in MAY_BE_0)
+        largest = 1 if key in SHARES else 512 if any(word in key for word in MANY_MAKE_MODULES) else 10**9
         for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(like, (bool, str)):
-                fits = type(one) is type(like)
+            if isinstance(usual[0], (bool, str)):
+                fits = type(one) is type(usual[0])
             else:
-                whole = isinstance(like, float) or one == int(one)
-                fits = type(one) in (int, float) and 0 <= one <= largest and whole
+                fits = type(one) in (int, float) and least <= one <= largest and (one or key not in ABOVE_0) and \
+                    (isinstance(usual[0], float) or one == int(one))
             if not fits:
-                raise TypeError(f"{key} is {one!r}"[:100])
+                raise ValueError(f"{key} is {one!r}"[:100] + f": {'above' if key in ABOVE_0 else 'at least'} {least}, "
+                                f"at most {largest}" * isinstance(one, (int, float)))
     if len(config.ae_widths) > 10 or config.side > 4096:
-        raise TypeError(f"side is {config.side}, ae_widths {config.ae_widths}"[:100])
+        raise ValueError(f"side is {config.side}, ae_widths {config.ae_widths}"[:100])
 
 
 MANY_MAKE_MODULES = ("layers", "blocks", "depths", "stages", "noises", "heads")  # fields that count what is built
+SHARES = ("early", "connector_share", "gan_start", "betas", "warmup", "final_lr", "ema", "drop_words", "edits",
+          "max_bad")
+MAY_BE_0 = ("pixel_layers", "stream_blocks", "ae_vit_stages", "connector_layers")  # and counts whose default is 0
+ABOVE_0 = ("shift", "sampling_shift", "clip")
 
 
 def text_tokenizer(config: Config, run: Path | None = None) -> TextTokenizer:
@@ -181,19 +187,12 @@ def write_config(config: Config, run: Path) -> None:
     write_text(run / "config.json", json.dumps(asdict(config), indent=1) + "\n")
 
 
-FIRST_TOUCHED = {  # field -> the first stage that it touches; any other: P1
-    "dc_ae": "P2", "sana": "P3",
-    "k": "P3", "router": "P3", "connector_layers": "P3", "shift": "P3", "noises_per_picture": "P3",
-    "lambda_mse": "T1", "lambda_lpips": "T1", "vgg": "T1", "lpips": "T1", "convnext": "T1", "lambda_p": "T1",
-    "lambda_f": "T1",
-    "tokenizer": "T1", "symmetric": "T1", "pixel_layers": "T1", "pixel_heads": "T1", "stream_blocks": "T1",
-    "lambda_s": "T3", "lambda_gan": "T3", "gan_start": "T3", "gan_width": "T3", "lecam": "T3", "encoder_rate": "T3",
-    "early": "T3", "gan_as_stage": "T3",
-    "anchor": "T3", "freeze_encoder": "T3",
-    "queries": "U1",
-    "data_u3": "U3", "lambda_a": "U2", "align": "U2", "teacher": "U2", "align_hidden": "U2"}
-
-
+FIRST_TOUCHED = {key: stage for stage, keys in {  # field -> the first stage that it touches; any other: P1
+    "P2": "dc_ae", "P3": "sana k router connector_layers shift noises_per_picture",
+    "T1": "lambda_mse lambda_lpips vgg lpips convnext lambda_p lambda_f tokenizer symmetric pixel_layers pixel_heads "
+          "stream_blocks",
+    "T3": "lambda_s lambda_gan gan_start gan_width lecam encoder_rate early gan_as_stage anchor freeze_encoder",
+    "U1": "queries", "U2": "lambda_a align teacher align_hidden", "U3": "data_u3"}.items() for key in keys.split()}
 NEEDED = {"P1": "", "P2": "", "P3": "P1 P2", "T1": "P1 P2", "T2": "T1", "T3": "T2",
           "U1": "P3 T3", "U2": "U1", "U3": "U2"}  # stage -> those that it builds on
 
@@ -247,6 +246,7 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
         more = [f"not read: {len(faults) - 5} more; `python data.py --check {folder.root}` lists them"]
         for line in [*folder.notes, *faults[:5], *more * (len(faults) > 5)]:
             print(line)
+        bad_samples(run, folder, config.max_bad)  # before anything is learned from it
     held = {key: folder.summary() for key, folder in held.items() if folder}
     if is_uneven(choice := layer_choice(config.llm_layers, config.k)):
         print(f"--k {config.k} of {config.llm_layers} layers: the router chooses from layers {choice}, an uneven menu")

@@ -15,7 +15,8 @@ PREDICT = ["8, 64, 512 steps: by which factor does the error of euler fall each 
            "What becomes of a picture at guidance 0, 1, 1.5 and 8?"]
 ANSWERS = ["Euler's by 8 each time (order 1), dpm's by 64 (order 2), until rounding ends it.",
            "The mean of all pictures that fit the words: at σ = 1 x_t tells nothing of z.",
-           "0: drawn without the words. 1: as the model learned. 1.5: a little beyond. 8: far beyond what it has seen."]
+           "0: drawn without the words. 1: as the model learned. 1.5: a little beyond. 8: far beyond what it has seen. "
+           "A trained run's path, by your sampler: python exercises/run.py 5 sample.py page --run RUN"]
 SAMPLERS = ("euler", "dpm", "renoise")
 MARGIN = 6  # standard errors
 

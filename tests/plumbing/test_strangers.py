@@ -135,6 +135,7 @@ def test_faults_found_while_looking_are_listed_before_the_first_step_and_count(t
     with pytest.raises(UserError, match=r"20 bad samples are more than --max-bad 0.02 of the data .*--check"):
         train.train(tiny(data=str(root), edits=(0.0,) * 9), tmp_path / "run", ["P1"], "cpu")
     assert "not read: list.json [0]: none0.png is not in the data's folder" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()  # told before anything is learned from it
     train.train(tiny(data=str(root), edits=(0.0,) * 9, max_bad=0.6), tmp_path / "other", ["P1"], "cpu")
 
 

@@ -177,6 +177,11 @@ def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path, monkeypatch):
     ("train.py --from {tmp}/none --out {tmp}/new", "no run in"),
     ("train.py --steps 1,2 --out {tmp}/new", "takes one number, or 9"),
     ("train.py --align external --out {tmp}/new", "--teacher RUN"),
+    ("train.py --sampling-steps 0 --out {tmp}/new", "sampling_steps is 0: at least 1"),
+    ("train.py --drop-words 2 --out {tmp}/new", "drop_words is 2.0: at least 0, at most 1"),
+    ("train.py --steps T3=0 --out {tmp}/new", "steps is 0"), ("train.py --clip 0 --out {tmp}/new", "clip is 0.0: above 0"),
+    ("train.py --lr nan --out {tmp}/new", "a finite number"), ("train.py --betas 0.9 --out {tmp}/new", "2 are wanted"),
+    ("train.py --steps-scale 0 --out {tmp}/new", "above 0"),
     ("sample.py generate two green circles", "in quotes"), ("evaluate.py {tmp}/none --count 1", "at least 2"),
     ("train.py --plan --queries 15", "square grid"), ("sample.py generate circle --image x.png", "edit --image")])
 def test_bad_input_ends_in_one_line_and_exit_code_2(arguments, words, tmp_path):
