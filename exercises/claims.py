@@ -141,7 +141,7 @@ def run(folder: Path, command: str, threads: int) -> None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_suffix(".log")
-    print(f"python {command}", flush=True)
+    print(by_hand(command, threads), flush=True)
     with log.open("a") as file:
         done = subprocess.run([sys.executable, *shlex.split(command)], stdout=file, stderr=file, cwd=Path.cwd(),
                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
@@ -149,6 +149,11 @@ def run(folder: Path, command: str, threads: int) -> None:
         raise UserError(f"{log} says why this ended with {done.returncode}: python {command}")
     if folder.name == "base" and "--stages" in command:  # its next evaluation writes its own file
         (folder / "results.json").replace(folder / "results-T3.json")
+
+
+def by_hand(command: str, threads: int) -> str:
+    """For a shell. Another number of threads adds in another order, and rounds otherwise."""
+    return f"OMP_NUM_THREADS={threads} python {command}"
 
 
 def machine_of(threads: int) -> dict:
@@ -373,13 +378,13 @@ def main() -> None:
     seeds, known, lock = [int(seed) for seed in given.seeds.split(",")], load(), threading.Lock()
     if given.report:
         return report()
+    threads = max(1, torch.get_num_threads() // given.jobs)
     missing = {seed: [row for row in rows if not is_known(known, row, seed)] for seed in seeds}
     if given.commands:
         for seed in seeds:
             for command in dict.fromkeys(command for row in missing[seed] for _, command in commands(seed, row)):
-                print("python", command)
+                print(by_hand(command, threads))
         return
-    threads = max(1, torch.get_num_threads() // given.jobs)
 
     def one_seed(seed: int) -> None:
         for row in missing[seed]:

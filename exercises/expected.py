@@ -23,7 +23,7 @@ import plumbing.command  # before torch, whose threads wait as it says
 import torch
 from PIL import Image
 
-from exercises.claims import PSNR, UNDERSTANDING, figure, machine_of, measured, run
+from exercises.claims import PSNR, UNDERSTANDING, by_hand, figure, machine_of, measured, run
 from exercises.pool import Arm, dot_plot, verdict
 from plumbing.command import Parser, UserError, run_command, write_text
 
@@ -112,9 +112,9 @@ def main() -> None:
         raise UserError("which run do they share? python exercises/expected.py runs/class, with --pupils, --jobs >= 1")
     done = {(name, one["reseed"]) for name, arm in known["arms"].items() for one in arm["pupils"]}
     missing = [(name, k + 1) for name in names for k in range(given.pupils) if (name, k + 1) not in done]
-    if given.commands:
-        return print("\n".join("python " + command(*one, given.run)[1] for one in missing))
     threads = max(1, torch.get_num_threads() // given.jobs)
+    if given.commands:
+        return print("\n".join(by_hand(command(*one, given.run)[1], threads) for one in missing))
 
     def train(name: str, pupil: int) -> None:
         out, line = command(name, pupil, given.run)

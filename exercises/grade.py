@@ -12,6 +12,7 @@ code 0: all claims hold; 1: some do not; 2: there is nothing to grade.
 import difflib
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -56,7 +57,10 @@ def grade(number: int, seed: int, paths: dict[str, Path], seconds: float = SECON
                                        env=environment, **start)
             ended = wait(process, seconds, out, len(claims))
         lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        last = (said.read_text(errors="replace").strip().splitlines() or [""])[-1][:200]
+        said = said.read_text(errors="replace").strip()
+        last = (said.splitlines() or [""])[-1][:200]
+        if "Error: " in last and (places_said := re.findall(r'File "(.*)", line (\d+)', said)):
+            last += f" ({Path(places_said[-1][0]).name}:{places_said[-1][1]})"
     rows = [line for line in lines if "claim" in line]
     if len(rows) < len(claims):  # the one at which it ended, and those that it did not come to
         why = ended or "it ended early"

@@ -3,6 +3,7 @@
     python exercises/judge.py N SEED OUT FILE=PATH …     a line of JSON in OUT for each claim, as it is decided
 """
 
+import ast
 import difflib
 import importlib
 import json
@@ -35,6 +36,8 @@ def cut_of(number: int) -> dict[str, list[str]]:
 
 def learners(number: int, paths: dict[str, Path]) -> dict[str, tuple[str, str]]:
     """What `Version` takes: the learner's files, with what other exercises take out of them put in."""
+    for path in paths.values():
+        ast.parse(Path(path).read_text(encoding="utf-8"), str(path))  # what cannot be read is told with its place
     others = {file: [name for other in NUMBERS if other != number for name in cut_of(other).get(file, ())
                      if name not in cut_of(number)[file]] for file in paths}
     return {file[:-3]: (str(path), stand_alone(file, Path(path).read_text(encoding="utf-8"), others[file]))
@@ -60,8 +63,8 @@ def seeded(seed: int) -> None:
     random.seed(seed)
 
 
-def decide(claim, own: Version, seed: int) -> str:
-    """What is wrong with `own`, in one line; empty: nothing."""
+def decide(number: int, claim, own: Version, seed: int) -> str:
+    """What is wrong with `own`, in one line; empty: nothing. Of an error it names the line that the learner wrote."""
     seeded(seed)
     try:
         claim(own, real())
@@ -74,7 +77,8 @@ def decide(claim, own: Version, seed: int) -> str:
         frames = [f for f in traceback.extract_tb(error.__traceback__)]
         theirs = [f for f in frames for at in [Path(f.filename)]
                   if at.name in FILES and at.parent not in NOT_THEIRS]
-        at = theirs[-1] if theirs else frames[-1]
+        cut = {name.rpartition(".")[2] for names in cut_of(number).values() for name in names}
+        at = next((f for f in theirs[::-1] if f.name in cut), theirs[-1] if theirs else frames[-1])
         said = str(error).splitlines()[0] if str(error) else ""
         if "used in the graph" in said or "does not require grad" in said:  # torch's words for it
             return "no gradient comes through: something is detached, or computed without gradient, that must not be"
@@ -122,7 +126,7 @@ def verdicts(number: int, own: Version, seed: int, tell=lambda row: None, until_
     """A row for each claim: {"claim", "ok", "why"}; `tell` gets each as it is decided."""
     rows = []
     for place, claim in enumerate(exercise(number).CLAIMS):
-        why = decide(claim, own, 1000 * seed + place)
+        why = decide(number, claim, own, 1000 * seed + place)
         rows.append({"claim": claim.__doc__.splitlines()[0], "ok": not why, "why": why})
         tell(rows[-1])
         if why and until_wrong:

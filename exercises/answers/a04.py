@@ -52,6 +52,10 @@ WRONG = {
     "a number in place of a tensor": loss("return (velocity - (noise - z)).square().mean().item()"),
     "the loss writes over the noise": loss("return (velocity - noise.sub_(z)).square().mean()"),
     "uniform times": times("return torch.rand(b, generator=generator)"),
+    "quantiles whose ends are cut off": times("u = (torch.randperm(b, generator=generator) + torch.rand("
+                                              "b, generator=generator)) / b\n"
+                                              "x = torch.special.ndtri(u.clamp(0.01, 0.99)) + math.log(shift)\n"
+                                              "return torch.sigmoid(x)"),
     "uniform times, shifted":
         times("s = torch.rand(b, generator=generator)\nreturn shift * s / (1 + (shift - 1) * s)"),
     "times without a sigmoid": times(NORMAL + "return x + math.log(shift)"),

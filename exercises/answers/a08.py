@@ -76,6 +76,9 @@ WRONG = {
     "L_gan of the pictures": losses((GAN, "losses[\"L_gan\"] = discriminator.generator_loss(images)")),
     "L_gan of a reconstruction without gradient":
         losses((GAN, "losses[\"L_gan\"] = discriminator.generator_loss(reconstruction.detach())")),
+    "the discriminator stays frozen": losses((GAN, "discriminator.requires_grad_(False)\n            " + GAN)),
+    "the discriminator stays in eval": losses((GAN, "discriminator.eval()\n            " + GAN)),
+    "the encoder goes to eval with its copy": copied(f"encoder.eval()\nreturn {COPY}"),
     "L_lpips has its pictures swapped":
         losses(("perceptual(reconstruction, images)", "perceptual(images, reconstruction)")),
     "L_p on z_f": losses(("squared(latents.pixel, z_target)", "squared(latents.fused, z_target)")),

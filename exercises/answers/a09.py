@@ -37,6 +37,8 @@ REFERENCE = "    with torch.no_grad():\n        f_v_reference = features(batch[\
 FLOW = "flow_losses(dit, z, tokens, mask, batch[\"noise\"])"
 
 WRONG = {
+    "L_align is weighed twice":
+        unified(("\"L_align\": alignment_loss(", "\"L_align\": weights[\"L_align\"] * alignment_loss(")),
     "mean square in place of cosine": loss("return (projected.float() - f_v.detach().float()).square().mean()"),
     "mean square of unit vectors: twice too much":
         loss("return (F.normalize(projected, dim=-1) - F.normalize(f_v.detach(), dim=-1)).square().sum(-1).mean()"),

@@ -120,7 +120,7 @@ def distance(sigma, shift=1.0):
 def times_of(own, b, *given, **named):
     sigma = own.diffusion.logit_normal_times(b, *given, **named)
     same_shape(sigma, (b,), f"logit_normal_times({b})")
-    demand(sigma.is_floating_point() and ((sigma >= 0) & (sigma <= 1)).all(), "some times are not in (0, 1)")
+    demand(sigma.is_floating_point() and ((sigma >= 0) & (sigma <= 1)).all(), "some times are not in [0, 1]")
     return sigma
 
 
@@ -133,6 +133,9 @@ def bell(own, real):
     width = sigma.double().logit().std().item()
     demand(abs(width - 1) < 6 / (2 * len(sigma)) ** 0.5, f"log(σ / (1 − σ)) has a standard deviation of {width:.3f}")
     demand(distance(sigma) < MARGIN, "the times σ are not distributed as the sigmoid of a standard normal")
+    low, high = sigma.double().logit().aminmax()
+    demand(low < -3.3 and high > 3.3, f"of 50,000 times none lies below {sigma.min():.3f}, or none above "
+           f"{sigma.max():.3f}: the ends are cut off")  # by chance once in 10¹⁰
 
 
 def shifted(own, real):

@@ -15,17 +15,18 @@ from world.language import WORDS
 
 TITLE, MINUTES = "Stay what you were", 40
 CUT = {"tokenizer.py": ["frozen_copy", "self_distillation", "tokenizer_losses"]}
-PREDICT = ["PSNR and understanding after T3 with λ_s = 0, 0.05 and 1: two numbers each, and why?",
+PREDICT = ["PSNR and understanding after T3 of 390 steps with λ_s = 0, 0.05 and 1: two numbers each, and why?",
            "L_s binds f_v. What would become of the pictures, what of the answers, if it bound z_s?",
            "What is L_s at the first step of T3? And what would it be ever after, if E_s' were no copy?"]
 ANSWERS = ["On this world, T3 of 390 steps, means of five --reseeds: with λ_s = 0 30.9 dB and 0.34 of the answers "
            "right, with 0.05 29.3 dB and 0.98, with 1 27.3 dB and 0.98: what the anchor costs and what it keeps.",
-           "Not measured. L_s would then hold a latent that the LLM does not read, and nothing what it does read, f_v.",
+           "Not measured. What the LLM reads is f_v: nothing would hold that, so expect answers as without L_s. The "
+           "pictures are drawn from z_s and z_p, and one of the two would be held where T2 left it.",
            "0. And 0 for ever: an alias moves along."]
-ABOUT = """`frozen_copy` gives E_s', which is asked as the encoder is. L_s, L_p, L_f and L_mse are means of squared
+ABOUT = """`frozen_copy` gives E_s', called like the encoder: E_s'(images). L_s, L_p, L_f and L_mse are means of squared
 differences; the targets, E_p'(I) and E_s'(I), get no gradient. L_p is left out where the tokenizer has no pixel stream,
-L_gan where there is no discriminator yet; L_gan, `discriminator.generator_loss`, is computed in float32, outside
-autocast."""
+L_gan, `discriminator.generator_loss`, where there is no discriminator yet; its own step comes later, so it is left as it
+was. Losses are not yet weighed. The source computes L_gan in float32, outside autocast; the checks do not ask for it."""
 
 SIZES = dict(side=16, patch=2, vision_width=16, vision_layers=2, vision_heads=2, d=24, llm_layers=3, llm_heads=2,
              llm_kv_heads=1, llm_mlp=20, k=2, p=8, pixel_layers=1, pixel_heads=2, stream_blocks=1,
@@ -69,6 +70,12 @@ def around(tokenizer) -> dict:
     target = torch.randn(3, 16, 4)
     return dict(target_latent=lambda: target, perceptual=OneWay(), discriminator=move(Discriminator(4, 2)),
                 encoder_before=move(copy.deepcopy(tokenizer.vision)).requires_grad_(False))
+
+
+def states(*modules: nn.Module) -> list[tuple[str, bool]]:
+    """Which modules are in training mode, which weights train."""
+    return [(name, module.training) for one in modules for name, module in one.named_modules()] + \
+        [(name, parameter.requires_grad) for one in modules for name, parameter in one.named_parameters()]
 
 
 def wanted(tokenizer, images, given: dict) -> dict:
@@ -160,7 +167,10 @@ def terms(own, real):
         given = around(tokenizer)
         seen = images.clone()
         weights = {name: 0.3 + i for i, name in enumerate(TERMS)}
+        before = states(tokenizer, given["discriminator"])
         losses, copies = own.tokenizer.tokenizer_losses(tokenizer, images, weights, **given)
+        demand(states(tokenizer, given["discriminator"]) == before, "tokenizer_losses leaves the tokenizer or the "
+               "discriminator frozen, or in another mode: what trains next finds it so")
         right = wanted(tokenizer, seen, given)
         for name in right:
             demand(name in losses, f"{name} is missing")
@@ -253,8 +263,9 @@ def no_gradient(own, real):
 def apart(own, real):
     """E_s' is no part of the model, and the encoder stays as it was: it still trains"""
     vision = tokenizer_of(own).vision
+    before = states(vision)
     own.tokenizer.frozen_copy(vision)
-    demand(all(parameter.requires_grad for parameter in vision.parameters()), "frozen_copy has frozen the encoder too")
+    demand(states(vision) == before, "frozen_copy has frozen the encoder too, or changed its mode")
     for frozen in (False, True):
         model = model_of(own, freeze_encoder=frozen)
         before = {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -20,7 +20,8 @@ ANSWERS = ["Blocks 1 to align_block (2 of the toy's 4), with what leads into the
 ABOUT = """`alignment_loss` gives the teacher no gradient, whoever calls it. φ_a is Linear, SiLU, Linear, SiLU,
 Linear, all but the last `hidden` wide. In `unified_losses` the teacher is the tokenizer's f'_v of the *clean* pictures
 wanted, or the external one's; the noises come in rounds of the whole batch, `(draws b)`; requests stand before edits;
-what the tokenizer says, of targets and references, gets no gradient."""
+what the tokenizer says, of targets and references, gets no gradient. The losses are not yet weighed: `weights` says which
+are asked for."""
 
 
 # ---------------------------------------------------------------- what is judged, in small
@@ -138,7 +139,8 @@ def case(own, real, words: int = 3, edits: int = 2, draws: int = 2, h: int = 2, 
 
 
 def losses_of(own, world, batch, weights=("L_fm", "L_align"), **more) -> dict:
-    out = own.diffusion.unified_losses(batch, dict.fromkeys(weights, 1.0), condition=world.condition,
+    weights = {name: 0.1 + 3 * torch.rand(()).item() for name in weights}  # that weigh nothing yet
+    out = own.diffusion.unified_losses(batch, weights, condition=world.condition,
                                        features=world.features, clean_latent=world.clean_latent, dit=world.dit,
                                        align_head=world.head, **more)
     demand(isinstance(out, dict), f"unified_losses returns a {type(out).__name__}, not losses by their symbols")
