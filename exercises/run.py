@@ -22,8 +22,8 @@ def main() -> None:
         raise UserError(f"python exercises/run.py N SCRIPT …, N from 1 to 10, SCRIPT one of {', '.join(scripts)}")
     number, script, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[2:]
     sources = whole() | learners(number, files_of(number))
-    for name in [name for name in sys.modules if is_ours(name) and name.partition(".")[0] != "plumbing"]:
-        del sys.modules[name]
+    for name in [name for name in sys.modules if is_ours(name) and name not in ("plumbing", "plumbing.command")]:
+        del sys.modules[name]  # but for the errors that are caught below
     sys.meta_path.insert(0, Finder(sources))
     path, text = sources.get(script[:-3], (str(ROOT / script), (ROOT / script).read_text(encoding="utf-8")))
     try:

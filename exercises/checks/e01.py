@@ -13,7 +13,7 @@ PREDICT = ["Token 5 of f_v changes: how many of the 16 tokens of z_s move, how m
            "z_p is set to 0: what is left in the picture, the colours, the places or the stripes?"]
 ANSWERS = ["One of z_s, all 16 of z_p: the semantic stream has no attention.",
            "The pixel stream, by its Transformer layers: 697,248 against 102,432 numbers, 6.8 times as many.",
-           "Look: python sample.py streams --image scene.png --run RUN draws each stream alone, beside both."]
+           "Look: python exercises/run.py 1 sample.py streams --image scene.png --run RUN draws each stream alone."]
 ABOUT = """`fold`: InternVL's pixel unshuffle, four patches of a square become one token. A stream is its
 Transformer layers, its residual blocks, and a projection: LayerNorm(d), Linear(d, p), GELU, Linear(p, p), as torch
 makes them; every Linear in it starts as `init_new_layer` says. `latents` gives z_s, z_p and z_f, None where the variant

@@ -138,6 +138,9 @@ def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
     make.pack(tmp_path, 3)
     student = tmp_path / "student"
     assert not (student / "exercises" / "answers").exists() and not (student / "tests" / "claims").exists()
+    done = subprocess.run([sys.executable, "exercises/run.py", "10", "train.py", "--k", "9", "--out", "runs/x"],
+                          cwd=student, capture_output=True, text=True)
+    assert "cannot route 9 of 6 layers" in done.stderr  # the source itself, not the file with holes beside it
     assert (tmp_path / "teacher" / "exercises" / "answers" / "a06.py").exists()
     text = (student / "diffusion.py").read_text()
     assert all(f"exercise {number}: " in text for number in (4, 5, 9))
