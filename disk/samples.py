@@ -9,6 +9,7 @@
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -158,12 +159,11 @@ class DataFolder:
     def texts(self) -> Iterator[str]:
         """The texts of training's samples, of many so many evenly, for a vocabulary; what cannot be read is passed
         over."""
-        samples = self.of("any")
-        for i in range(0, len(samples), max(1, len(samples) // TEXTS)):
-            try:
-                yield from samples[i].texts()
-            except BadFile:
-                continue
+        kinds = [self.of(kind) for kind in ("described", "edits", "texts")]  # pictures alone have no words
+        every = max(1, sum(map(len, kinds)) // TEXTS)
+        for sample in (samples[i] for samples in kinds for i in range(0, len(samples), every)):
+            with suppress(BadFile):
+                yield from sample.texts()
         yield from (DESCRIBE, "caption")
 
 

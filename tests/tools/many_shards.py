@@ -3,6 +3,7 @@
     python -m tests.tools.many_shards ROOT 3600 10000       writes 3600 shards of 10000 pictures each (1 KiB a picture)
     python data.py --index ROOT
     python -m tests.tools.many_shards ROOT                  starts on them, once for each of several stages
+    python -m tests.tools.many_shards ROOT speed            pictures a second of any data, without a model
 """
 
 import io
@@ -45,27 +46,47 @@ def write(root: Path, shards: int, each: int) -> None:
         (root / f"{shard:05}.tar").write_bytes(b"".join(files) + b"\0" * 2 * BLOCK)
 
 
-def start(root: Path, stage: str) -> None:
-    """What a training process does up to its first batch."""
-    began = time.time()
+def opened(root: Path, stage: str):
+    """-> (the folder, the stage's batches), as training opens them."""
     import train
     from disk.reading import open_folders
     from spar import make_config
     config = make_config(data=str(root), edits=(0.0,) * 9)
-    folder = open_folders({stage: config.data}, {stage}, {stage: 0.0})[stage]
-    looked = time.time() - began
-    one = train.stage_named(stage)
-    batch = train.Batches(config, stage, one.sample, one.shares(config), data_folder=folder)[0]
+    folder, one = open_folders({stage: config.data}, {stage}, {stage: 0.0})[stage], train.stage_named(stage)
+    return folder, train.Batches(config, stage, one.sample, one.shares(config), data_folder=folder)
+
+
+def start(root: Path, stage: str) -> None:
+    """What a training process does up to its first batch."""
+    began = time.time()
+    folder, batches = opened(root, stage)
+    looked, batch = time.time() - began, batches[0]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{stage}: {len(folder.of('pictures'))} samples, opened after {looked:.1f} s, first batch "
           f"{tuple(batch['images'].shape)} after {time.time() - began:.1f} s, {len(batch['bad'])} bad, "
           f"peak {memory:.2f} GiB")
 
 
+def speed(root: Path, count: int = 1500) -> None:
+    """A training process's way to its batches of pictures alone, by itself and with two workers, in turns."""
+    import torch
+    from torch.utils.data import DataLoader
+    torch.set_num_threads(1)
+    _, batches = opened(root, "T1")
+    for workers in (0, 2) * 3:
+        loader = iter(DataLoader(batches, batch_size=None, sampler=range(count), num_workers=workers))
+        next(loader)
+        began = time.time()
+        read = sum(len(batch["images"]) for batch in loader)
+        print(f"{workers} workers: {read / (time.time() - began):.0f} pictures a second")
+
+
 if __name__ == "__main__":
     home, *numbers = sys.argv[1:]
     if len(numbers) == 2:
         write(Path(home), *map(int, numbers))
+    elif numbers == ["speed"]:
+        speed(Path(home))
     elif numbers:
         start(Path(home), numbers[0])
     else:
