@@ -13,6 +13,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import train
+from disk import samples
 from disk.bytepair import BytePairTokenizer, learn_merges
 from disk.check import check
 from disk.files import BadFile, read_picture
@@ -118,6 +119,16 @@ def test_a_record_whose_folder_has_a_dot_keeps_its_picture(tmp_path):
         listed(tmp_path / name, {"image": "9.jpg", "conversations": TALK}, name="chat.json")
     found = scan(tmp_path)
     assert len(both(found, "talks")) == len(both(found, "pictures")) == 8 and not found.faults
+
+
+def test_a_vocabulary_is_learned_from_what_has_words_and_from_nothing_else(tmp_path, monkeypatch):
+    root = folder_of_captions(tmp_path, 40)
+    for i in range(500):
+        (root / f"alone{i}.png").write_bytes(noise(1000 + i))
+    monkeypatch.setattr(samples, "TEXTS", 10)  # so that it takes so many of them, evenly: pictures alone do not count
+    found = scan(root)
+    texts = [*found.texts()]
+    assert 10 <= len(texts) - 2 <= 20 and len(found.of("pictures")) > 400
 
 
 def test_a_sign_may_have_two_names_at_most():
