@@ -21,6 +21,16 @@ Z_P = "z_p = self.pixel_stream(f_v) if self.pixel_stream else None\n"
 END = "return Latents(z_s, z_p, self.fuse(z_s, z_p))"
 
 WRONG = {
+    "z_f of one stream teaches nothing": body("Tokenizer.fuse", """
+        alone = z_s is None or z_p is None
+        z = torch.cat([z for z in (z_s, z_p) if z is not None], -1)
+        return self.fusion(z.detach() if alone else z)"""),
+    "the encoder is asked once more": body("Tokenizer.latents", "f_v = self.features(f_v)\n" + Z_S + Z_P + END),
+    "the decoder is asked": body("Tokenizer.latents", Z_S + Z_P + "return Latents(z_s, z_p, self.decoder(self.fuse("
+                                                                  "z_s, z_p)))"),
+    "fold: in double precision":
+        fold("return rearrange(x.double(), 'b (h s1 w s2) v -> b (h w) (s1 s2 v)', s1=2, s2=2, h=side // 2)"),
+    "ResidualMLP: in double precision": body("ResidualMLP.forward", "x = x.double()\nreturn x + self.mlp(x)"),
     "fold: far patches come together, (s1 h) for (h s1)":
         fold("return rearrange(x, 'b (s1 h s2 w) v -> b (h w) (s1 s2 v)', s1=2, s2=2, h=side // 2)"),
     "fold: far columns come together":

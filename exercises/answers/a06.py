@@ -33,6 +33,24 @@ WRONG = {
     "α is left out of the mixture": mix("return super().mix(H, w)"),
     "α scales twice": mix("return super().mix(H, w * self.alpha ** 2)"),
     "the mixture is an average: divided by the number of layers": mix("return super().mix(H, w * self.alpha) / self.k"),
+    "the states without gradient": mix("return super().mix(H.detach(), w * self.alpha)"),
+    "the mixture asks for weights of its own": mix("return super().mix(H, self.weights(H) * self.alpha)"),
+    "the weights that are told are scaled by α": mix("w *= self.alpha\nreturn super().mix(H, w)"),
+    "H is scaled in its place": mix("with torch.no_grad():\n    H *= self.alpha[:, None]\nreturn super().mix(H, w)"),
+    "axes of one are lost": mix("return (w[:, :, None] @ (self.alpha[:, None] * H)).squeeze()"),
+    "softmax that overflows": weights("e = (self.gate(H[:, :, -1]) / self.temperature).exp()\n"
+                                      "return e / e.sum(-1, keepdim=True)"),
+    "Static: even shares kept from the first call": {"router.py": {"Static.weights":
+        "if not hasattr(self, 'kept'):\n    self.kept = self.logits.softmax(0)\n"
+        "return self.kept.expand(H.shape[:3])"}},
+    "Static: in double precision": {"router.py": {"Static.weights":
+        "return self.logits.softmax(0, dtype=torch.float64).expand(H.shape[:3])"}},
+    "layers that are no whole numbers": {"router.py": {"layer_choice":
+        "if not 1 <= k <= layers:\n    raise ValueError\ns = (layers - layers % k) / k\n"
+        "return [s * i for i in range(1, k)] + [layers]"}},
+    "layer_choice takes K below 0": {"router.py": {"layer_choice":
+        "if k == 0 or k > layers:\n    raise ValueError\n"
+        "return [layers // k * i for i in range(1, k)] + [layers]"}},
     "α without gradient": mix("return super().mix(H, w * self.alpha.detach())"),
     "the weights without gradient": mix("return super().mix(H, w.detach() * self.alpha)"),
     "Static: softmax is missing": {"router.py": {"Static.weights":

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from exercises.checks.tools import demand, same, same_shape, what_comes_out
+from exercises.checks.tools import Wrong, demand, same, same_shape, what_comes_out
 
 TITLE, MINUTES = "Two streams, one latent", 25
 CUT = {"tokenizer.py": ["fold", "ResidualMLP.forward", "Stream.__init__", "Tokenizer.latents", "Tokenizer.fuse"]}
@@ -16,7 +16,7 @@ ANSWERS = ["One of z_s, all 16 of z_p: the semantic stream has no attention.",
            "Look: python exercises/run.py 1 sample.py streams --image scene.png --run RUN draws each stream alone."]
 ABOUT = """`fold`: InternVL's pixel unshuffle, four patches of a square become one token. A stream is its
 Transformer layers, its residual blocks, and a projection: LayerNorm(d), Linear(d, p), GELU, Linear(p, p), as torch
-makes them; every Linear in it starts as `init_new_layer` says. `latents` gives z_s, z_p and z_f, None where the variant
+makes them; they are made in this order, and every Linear in it starts as `init_new_layer` says. `latents` gives z_s, z_p and z_f, None where the variant
 has no such stream; `fuse` reads [z_s ; z_p], along the channels."""
 FINGERS = [(2, 2, 2), (0, 3, 1), (0, 1, 1)]  # layers, heads, residual blocks
 
@@ -36,7 +36,10 @@ def same_parameters(ours: nn.Module, theirs: nn.Module, what: str) -> None:
     count, right = (sum(p.numel() for p in module.parameters()) for module in (ours, theirs))
     demand(count == right, f"{what} has {count} parameters, wanted {right}: one of its parts is missing, is too much, "
                            "or stands in it several times with the same weights")
-    demand(mine == wanted, f"{what}: its parameters, in their order, have the shapes {mine}, wanted {wanted}")
+    for i, (one, other) in enumerate(zip(mine, wanted)):
+        demand(one == other, f"{what}: in the order in which they are made, parameter {i} has the shape {one}, wanted "
+                             f"{other}: Transformer layers first, then residual blocks, then the projection")
+    demand(mine == wanted, f"{what} has {len(mine)} parameters that are tensors, wanted {len(wanted)}")
     demand(all(p.requires_grad for p in ours.parameters()), f"{what}: some of its parameters cannot learn")
 
 
@@ -48,9 +51,16 @@ def streams(own, real, d: int, p: int, layers: int, heads: int, blocks: int):
     return ours, theirs
 
 
+class Bystander(nn.Module):
+    """In the place of encoder and decoder."""
+
+    def forward(self, x):
+        raise Wrong("Tokenizer.latents and Tokenizer.fuse ask neither the encoder nor the decoder")
+
+
 def tokenizers(own, real, d=12, p=5, variant="dual", heads=3):
     """A Tokenizer of both versions, without encoder and decoder."""
-    ours, theirs = (version.tokenizer.Tokenizer(nn.Identity(), nn.Identity(), d, p, 2, heads, 2, variant).double()
+    ours, theirs = (version.tokenizer.Tokenizer(Bystander(), Bystander(), d, p, 2, heads, 2, variant).double()
                     for version in (own, real))
     same_parameters(ours, theirs, f"the tokenizer ({variant})")
     fill(theirs, ours)
@@ -78,7 +88,8 @@ def neighbours(own, real):
                "2·row and 2·row + 1 and of the columns 2·column and 2·column + 1")
         order = out.argsort(-1).gather(-1, places.argsort(-1).argsort(-1))  # where each number has gone to
         demand((order == order[:1, :1]).all(), "fold: the channels of one token have another order than another's")
-        demand(out.dtype == x.dtype, f"fold makes {out.dtype} of {x.dtype}")
+        for kind in (torch.float64, torch.float32):
+            demand(own.tokenizer.fold(x.to(kind)).dtype == kind, f"fold makes another kind of number of {kind}")
         x.requires_grad_()
         out = own.tokenizer.fold(x)
         demand(out.requires_grad, "fold hands on no gradient: the encoder could not learn")
@@ -152,6 +163,8 @@ def in_order(own, real):
         demand(given.equal(x), "a stream changes the f_v that it is given")
         same_shape(out, (b, n, p), "a stream's latent")
         same(out, theirs(x), f"a stream of {layers} Transformer layers with {heads} heads and {blocks} residual blocks")
+        out = ours.float()(x.float())
+        demand(out.dtype == torch.float32, f"a stream of float32 weights makes {out.dtype} of float32 tokens")
 
 
 def reach(own, real, p: int = 5, n: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,7 +202,8 @@ def equations(own, real):
         semantic, pixel = theirs.semantic_stream(f_v), theirs.pixel_stream(f_v)
         for name, wanted in (("semantic", semantic), ("pixel", pixel),
                              ("fused", theirs.fusion(torch.cat([semantic, pixel], -1)))):
-            demand(hasattr(latents, name), f"Tokenizer.latents returns no Latents: it lacks .{name}")
+            demand(isinstance(latents, tuple) and hasattr(latents, name), "Tokenizer.latents returns no Latents: a "
+                   f"{type(latents).__name__}")
             same(getattr(latents, name), wanted, f"the latent .{name}")
 
 
@@ -252,6 +266,12 @@ def alone(own, real):
         same(latents.fused, wanted.fused, f"{variant}: .fused")
         pair = (wanted.semantic, wanted.pixel)
         same(ours.fuse(*pair), theirs.fuse(*pair), f"{variant}: Tokenizer.fuse")
+        pair = [z if z is None else z.detach().requires_grad_() for z in pair]
+        z = next(z for z in pair if z is not None)
+        one, other = (torch.autograd.grad(version.fuse(*pair).square().sum(), z, allow_unused=True)[0]
+                      for version in (ours, theirs))
+        demand(one is not None, f"{variant}: a loss on z_f does not reach the stream")
+        same(one, other, f"{variant}: the gradient of Tokenizer.fuse", 1e-8)
 
 
 CLAIMS = [neighbours, residual, apart, start, in_order, joined, equations, local, learns, alone]

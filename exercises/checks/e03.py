@@ -178,14 +178,17 @@ class Alive(TorchDispatchMode):
 
 def memory(own, real):
     """memory grows with the number of tokens, not with its square"""
-    held = []
-    for n in (256, 512):
-        q, k, v = inputs(n, n, (2, 1), 1, 4)
-        with Alive() as alive:
-            own.attention.attention(q, k, v, causal=True, key_mask=torch.rand(1, n) < 0.9, backend="tiled")
-        held.append(alive.most)
-    demand(held[1] <= 2.6 * held[0], f"twice as many queries and keys take {held[1] / held[0]:.1f} times the memory: "
-           "somewhere all queries meet all keys at once")
+    for is_causal, share in ((True, 0.9), (False, None), (True, None), (False, 0.9)):
+        held = []
+        for n in (256, 512):
+            q, k, v = inputs(n, n, (2, 1), 1, 4)
+            with Alive() as alive:
+                own.attention.attention(q, k, v, causal=is_causal, backend="tiled",
+                                        key_mask=None if share is None else torch.rand(1, n) < share)
+            held.append(alive.most)
+        demand(held[1] <= 2.6 * held[0], f"twice as many queries and keys take {held[1] / held[0]:.1f} times the "
+               f"memory{', under a causal mask' * is_causal}{', with a key mask' * (share is not None)}: somewhere all "
+               "queries meet all keys at once")
 
 
 def half(own, real):

@@ -13,8 +13,9 @@ ANSWERS = ["1/K everywhere: a gate that gives zeros gives all layers the same.",
            "One layer takes all: softmax becomes the argmax.",
            "The method does not say. Look at a trained run: "
            "python exercises/run.py 6 sample.py route \"a red circle\" --run RUN"]
-ABOUT = """`layer_choice` raises ValueError for K below 1 and for K above L, in a line that says so. The checks
-compute in float64; what you compute in another precision is off."""
+ABOUT = """`layer_choice` raises ValueError for K below 1 and for K above L. `mix` mixes by the weights that it is
+given. The checks compute in float64, where what you compute in another precision is off, and once in float32: what comes
+out has the kind of numbers that went in."""
 
 
 def pair(own, real, name: str, d: int, k: int, temperature: float = 1.0):
@@ -44,10 +45,13 @@ def shares(own, real):
 
 def soft(own, real):
     """and are soft: τ sharpens them, a large τ makes them even"""
-    H = states()
-    for temperature in (0.03, 0.5, 1.0, 1e6):
-        ours, theirs = (router.weights(H) for router in pair(own, real, "DTR", 10, 4, temperature))
-        same(ours, theirs, f"DTR.weights with τ = {temperature:g}")
+    for b, l in ((3, 7), (1, 5), (4, 1), (1, 1)):
+        for temperature in (0.03, 0.5, 1.0, 1e6):
+            for size in (1, 1000):
+                H = size * states(b, l)
+                ours, theirs = (router.weights(H) for router in pair(own, real, "DTR", 10, 4, temperature))
+                same(ours, theirs, f"DTR.weights of {b} × {l} tokens{' with large states' * (size > 1)}, "
+                                   f"τ = {temperature:g}")
 
 
 def deepest(own, real):
@@ -75,24 +79,43 @@ def each_for_itself(own, real):
 
 def as_loops(own, real):
     """Ĥ_i = W_p Σ_k w_k α_k H_k, written as loops: values and gradients"""
-    for b, l, k, d in ((3, 7, 4, 10), (2, 2, 2, 2)):
-        router, H = pair(own, real, "DTR", d, k)[0], states(b, l, k, d)
+    for b, l, k, d in ((3, 7, 4, 10), (2, 2, 2, 2), (1, 5, 3, 6), (3, 1, 4, 6), (1, 1, 1, 4)):
+        router, H = pair(own, real, "DTR", d, k)[0], states(b, l, k, d).requires_grad_()
+        given = H.detach().clone()
         g, norm, W_p, alpha, tau = router.gate, router.norm, router.W_p, router.alpha, router.temperature
-        rows = []
+        rows, shares_of = [], []
         for i in range(b):
             for j in range(l):
                 w = torch.softmax(g(H[i, j, -1]) / tau, 0)
+                shares_of.append(w)
                 rows.append(W_p(norm(sum(w[n] * alpha[n] * H[i, j, n] for n in range(k)))))
         wanted = torch.stack(rows).view(b, l, d)
-        out = router(H)[0]
+        out, w = router(H)
+        demand(H.detach().equal(given), "H was written over: it is read again")
         same(out, wanted, "the router's output")
+        same(w, torch.stack(shares_of).view(b, l, k), "the weights that the router returns beside it")
         probe = torch.randn_like(wanted)
-        parameters = list(router.parameters())
+        parameters = [H, *router.parameters()]
         ours, loops = (torch.autograd.grad((value * probe).sum(), parameters, allow_unused=True)
                        for value in (out, wanted))
         for one, other in zip(ours, loops):
-            demand(one is not None or other is None, "a parameter of the router gets no gradient")
-            same(one, other, "the gradient of a parameter", 1e-8)
+            demand(one is not None or other is None, "H or a parameter of the router gets no gradient")
+            if other is not None and one is not None:
+                same(one, other, "the gradient of H or of a parameter", 1e-8)
+
+
+def given_weights(own, real):
+    """mix takes the weights that it is given, and leaves them as they are"""
+    for b, l, k, d in ((3, 7, 4, 10), (1, 1, 4, 10), (4, 4, 4, 4)):
+        ours, theirs = pair(own, real, "DTR", d, k)
+        H, w = states(b, l, k, d), torch.rand(b, l, k, dtype=torch.float64)
+        given = H.clone(), w.clone()
+        same(ours.mix(H, w), theirs.mix(*given), f"DTR.mix of {b} × {l} tokens")
+        demand(H.equal(given[0]) and w.equal(given[1]), "DTR.mix writes over H or over the weights")
+    for name in ("DTR", "Static"):
+        router = pair(own, real, name, 10, 4)[0].float()
+        for what, x in zip(("output", "weights"), router(states().float())):
+            demand(x.dtype == torch.float32, f"{name} makes {what} of {x.dtype} from float32")
 
 
 def alpha_scales(own, real):
@@ -118,6 +141,10 @@ def static(own, real):
     same(w, theirs.weights(H), "Static.weights")
     grad, = torch.autograd.grad((w * torch.randn(4, dtype=w.dtype)).sum(), router.logits)
     demand(grad.abs().max() > 0, "Static's logits get no gradient")
+    with torch.no_grad():
+        for one in (router, theirs):
+            one.logits.add_(torch.arange(4))
+    same(router.weights(H), theirs.weights(H), "Static.weights after its logits have moved")
 
 
 def choice(own, real):
@@ -125,7 +152,9 @@ def choice(own, real):
     for layers, k in ((24, 4), (28, 4), (26, 4), (6, 4), (5, 2), (6, 3), (7, 1), (4, 4)):
         got, right = own.router.layer_choice(layers, k), real.router.layer_choice(layers, k)
         demand(list(got) == right, f"layer_choice({layers}, {k}) is {got}, wanted {right}")
-    for layers, k in ((6, 0), (6, 7)):
+        demand(all(isinstance(one, int) for one in got), f"layer_choice({layers}, {k}) is {got}: whole numbers are "
+                                                         "wanted, which can count layers")
+    for layers, k in ((6, 0), (6, 7), (6, -1), (24, 25)):
         try:
             own.router.layer_choice(layers, k)
             found = "nothing"
@@ -136,7 +165,7 @@ def choice(own, real):
                                       "K above L cannot be")
 
 
-CLAIMS = [shares, soft, deepest, each_for_itself, as_loops, alpha_scales, static, choice]
+CLAIMS = [shares, soft, deepest, each_for_itself, as_loops, given_weights, alpha_scales, static, choice]
 
 
 def fingerprint(version) -> dict[str, torch.Tensor]:
