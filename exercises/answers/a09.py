@@ -37,7 +37,7 @@ REFERENCE = "    with torch.no_grad():\n        f_v_reference = features(batch[\
 FLOW = "flow_losses(dit, z, tokens, mask, batch[\"noise\"])"
 
 WRONG = {
-    "L_align is weighed twice":
+    "L_align is weighed already":
         unified(("\"L_align\": alignment_loss(", "\"L_align\": weights[\"L_align\"] * alignment_loss(")),
     "mean square in place of cosine": loss("return (projected.float() - f_v.detach().float()).square().mean()"),
     "mean square of unit vectors: twice too much":
@@ -129,8 +129,8 @@ WRONG = {
     "an external teacher is ignored": unified((TEACHER, "teacher = f_v")),
     "L_align whether it is asked for or not": unified(("if \"L_align\" not in weights:", "if False:")),
     "L_align is forgotten": unified(("if \"L_align\" not in weights:", "if True:")),
-    "L_align is weighed twice": unified(("alignment_loss(align_head(f_dit), teacher)",
-                                         "0.5 * alignment_loss(align_head(f_dit), teacher)")),
+    "L_align is weighed by a half": unified(("alignment_loss(align_head(f_dit), teacher)",
+                                             "0.5 * alignment_loss(align_head(f_dit), teacher)")),
     "L_fm holds L_align already": unified(
         ("return {\"L_fm\": L_fm, \"L_align\": alignment_loss(align_head(f_dit), teacher)}",
          "L_align = alignment_loss(align_head(f_dit), teacher)\n"
