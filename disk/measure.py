@@ -6,7 +6,6 @@ same as P1 left it; `how` is an evaluate.Protocol. A table is figure -> value, a
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from disk.files import BadFile, read_picture
 from disk.reading import DiskData, as_tensor
-from disk.samples import DESCRIBE, DataFolder, Sample, Samples
+from disk.samples import DESCRIBE, DataFolder, Sample, Samples, some_of
 from parts.metrics import frechet_distance, psnr, share, ssim
 from parts.words import Turns, dialogue
 
@@ -58,9 +57,9 @@ def measure(model, before, folder: DataFolder, how, figures: bool = True) -> tup
 
 
 def readable(samples: Samples, role: str, side: int, count: int) -> tuple[list[Sample], Tensor]:
-    """`count` samples, spread over all, whose pictures can be read, and these. Raises BadFile for none."""
+    """`count` samples, by chance, whose pictures can be read, and these. Raises BadFile for none."""
     sound, pictures = [], []
-    for sample in spread(samples, count):
+    for sample in (samples[i] for i in some_of(samples, 2 * count)):
         try:
             pictures.append(as_tensor(read_picture(sample.has[role]), side, None))
             sound.append(sample)
@@ -69,11 +68,6 @@ def readable(samples: Samples, role: str, side: int, count: int) -> tuple[list[S
     if not sound:
         raise BadFile("no sample is held out to be measured on: put some into a folder named test")
     return sound[:count], torch.stack(pictures[:count])
-
-
-def spread(samples: Samples, count: int) -> Iterator[Sample]:
-    """At least `count` of the samples, in equal steps, where there are as many."""
-    return (samples[i] for i in range(0, len(samples), max(1, len(samples) // count)))
 
 
 def evenly_spread(items, count: int = 8) -> list:
@@ -111,8 +105,8 @@ def understanding(model, samples: list[Sample], pictures: Tensor, train: DiskDat
     """Exact match of the greedy answer, question by question; of captions also the share of their words that are said.
     Baseline: training's most frequent answer to that question."""
     usual, scores = defaultdict(Counter), defaultdict(list)
-    for sample in spread(train.kinds["described"], USUAL):
-        for question, answer in sample.turns_and_caption():
+    for i in sorted(some_of(train.kinds["described"], USUAL)):
+        for question, answer in train.kinds["described"][i].turns_and_caption():
             usual[question][answer] += 1
     rows = [(i, *pair) for i, sample in enumerate(samples) for pair in sample.turns_and_caption()]
     replies = model.answer(pictures[[i for i, *_ in rows]], [question for _, question, _ in rows], max_new=48)

@@ -7,6 +7,7 @@
 """
 
 import hashlib
+import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -83,6 +84,12 @@ class Samples(Sequence):
         return self.units[unit][i - self.ends[unit] + len(self.units[unit])]
 
 
+def some_of(samples: Sequence, count: int) -> list[int]:
+    """At most `count` places, by a chance that is always the same: equal steps would see one kind alone of several that
+    stand in turns."""
+    return random.Random(0).sample(range(len(samples)), min(count, len(samples)))
+
+
 @dataclass
 class Unit:
     """What stands in one file that holds many, or in the loose files of the folder (name "")."""
@@ -157,11 +164,10 @@ class DataFolder:
         return {name: value for unit in self.units for name, value in unit.summary().items()}
 
     def texts(self) -> Iterator[str]:
-        """The texts of training's samples, of many so many evenly, for a vocabulary; what cannot be read is passed
-        over."""
+        """The texts of training's samples, of many some, for a vocabulary; what cannot be read is passed over."""
         kinds = [self.of(kind) for kind in ("described", "edits", "texts")]  # pictures alone have no words
-        every = max(1, sum(map(len, kinds)) // TEXTS)
-        for sample in (samples[i] for samples in kinds for i in range(0, len(samples), every)):
+        most = min(1.0, TEXTS / max(1, sum(map(len, kinds))))
+        for sample in (samples[i] for samples in kinds for i in sorted(some_of(samples, round(most * len(samples))))):
             with suppress(BadFile):
                 yield from sample.texts()
         yield from (DESCRIBE, "caption")

@@ -16,8 +16,8 @@ ANSWERS = ["One of z_s, all 16 of z_p: the semantic stream has no attention.",
            "Look: python exercises/run.py 1 sample.py streams --image scene.png --run RUN draws each stream alone."]
 ABOUT = """`fold`: InternVL's pixel unshuffle, four patches of a square become one token. A stream is its
 Transformer layers, its residual blocks, and a projection: LayerNorm(d), Linear(d, p), GELU, Linear(p, p), as torch
-makes them; they are made in this order, and every Linear in it starts as `init_new_layer` says. `latents` gives z_s, z_p and z_f, None where the variant
-has no such stream; `fuse` reads [z_s ; z_p], along the channels."""
+makes them; they are made in this order, and every Linear in it starts as `init_new_layer` says. `latents` gives z_s,
+z_p and z_f, None where the variant has no such stream; `fuse` reads [z_s ; z_p], along the channels."""
 FINGERS = [(2, 2, 2), (0, 3, 1), (0, 1, 1)]  # layers, heads, residual blocks
 
 

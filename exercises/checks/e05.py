@@ -13,14 +13,14 @@ CUT = {"diffusion.py": ["guided", "sample"]}
 PREDICT = ["8, 64, 512 steps: by which factor does the error of euler fall each time, by which that of dpm?",
            "What does one step of euler from pure noise draw, before any second one?",
            "What becomes of a picture at guidance 0, 1, 1.5 and 8?"]
-ANSWERS = ["Euler's by about 8 each time (order 1); dpm's by 30 to 50, and nearer to 64 the more steps (order 2), until "
+ANSWERS = ["Euler's by about 8 each time (order 1); dpm's by 30 to 50, nearer to 64 the more steps (order 2), until "
            "rounding ends it.",
            "The mean of all pictures that fit the words: at σ = 1 x_t tells nothing of z.",
            "0: drawn without the words. 1: as the model learned. 1.5: a little beyond. 8: far beyond what it has seen. "
            "A trained run's path, by your sampler: python exercises/run.py 5 sample.py page --run RUN"]
-ABOUT = """σ goes from 1 to 0 in equal steps, which `shift` then moves. A multistep sampler knows one estimate alone in its
-first step, and log-SNR is infinite at σ = 1 and at σ′ = 0: dpm's first and last steps are of first order. Any sampler of
-second order is right that asks for the velocity once a step."""
+ABOUT = """σ goes from 1 to 0 in equal steps, which `shift` then moves. A multistep sampler knows one estimate alone in
+its first step, and log-SNR is infinite at σ = 1 and at σ′ = 0: dpm's first and last steps are of first order. Any
+sampler of second order is right that asks for the velocity once a step."""
 SAMPLERS = ("euler", "dpm", "renoise")
 MARGIN = 6  # standard errors
 

@@ -14,8 +14,8 @@ ANSWERS = ["1/K everywhere: a gate that gives zeros gives all layers the same.",
            "The method does not say. Look at a trained run: "
            "python exercises/run.py 6 sample.py route \"a red circle\" --run RUN"]
 ABOUT = """`layer_choice` raises ValueError for K below 1 and for K above L. `mix` mixes by the weights that it is
-given. The checks compute in float64, where what you compute in another precision is off, and once in float32: what comes
-out has the kind of numbers that went in."""
+given. The checks compute in float64, where what you compute in another precision is off, and once in float32: what
+comes out has the kind of numbers that went in."""
 
 
 def pair(own, real, name: str, d: int, k: int, temperature: float = 1.0):

@@ -20,8 +20,8 @@ ANSWERS = ["Blocks 1 to align_block (2 of the toy's 4), with what leads into the
 ABOUT = """`alignment_loss` gives the teacher no gradient, whoever calls it. φ_a is Linear, SiLU, Linear, SiLU,
 Linear, all but the last `hidden` wide. In `unified_losses` the teacher is the tokenizer's f'_v of the *clean* pictures
 wanted, or the external one's; the noises come in rounds of the whole batch, `(draws b)`; requests stand before edits;
-what the tokenizer says, of targets and references, gets no gradient. The losses are not yet weighed: `weights` says which
-are asked for."""
+what the tokenizer says, of targets and references, gets no gradient. The losses are not weighed yet: `weights` says
+which are asked for."""
 
 
 # ---------------------------------------------------------------- what is judged, in small

@@ -18,6 +18,7 @@ from disk.bytepair import BytePairTokenizer, learn_merges
 from disk.check import check
 from disk.files import BadFile, read_picture
 from disk.layouts import data_path, readings, scan
+from disk.measure import readable
 from disk.reading import DiskData
 from disk.samples import KINDS
 from evaluate import Protocol, evaluate
@@ -119,6 +120,18 @@ def test_a_record_whose_folder_has_a_dot_keeps_its_picture(tmp_path):
         listed(tmp_path / name, {"image": "9.jpg", "conversations": TALK}, name="chat.json")
     found = scan(tmp_path)
     assert len(both(found, "talks")) == len(both(found, "pictures")) == 8 and not found.faults
+
+
+def test_what_is_measured_is_not_one_kind_of_those_that_stand_in_turns(tmp_path):
+    for i in range(30):
+        for part in ("source", "target"):
+            (tmp_path / f"{i:02}.{part}.png").write_bytes(noise(2 * i + (part == "target")))
+        (tmp_path / f"{i:02}.instruction.txt").write_text(("make it red", "turn it")[i % 2])
+    every = scan(tmp_path).of("edits")
+    sound, pictures = readable(every, "source", 16, len(every) // 2)
+    assert len(sound) == len(pictures) == len(every) // 2 and {sample.instruction() for sample in sound} == {
+        "make it red", "turn it"} and sorted(samples.some_of(every, 10**6)) == [*range(len(every))]
+    assert max(samples.some_of(range(1999), 1000)) > 1900  # and not of the beginning alone
 
 
 def test_a_vocabulary_is_learned_from_what_has_words_and_from_nothing_else(tmp_path, monkeypatch):
