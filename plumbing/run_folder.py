@@ -88,8 +88,7 @@ def check_numbers(config: Config) -> None:
 
 
 MANY_MAKE_MODULES = ("layers", "blocks", "depths", "stages", "noises", "heads")  # fields that count what is built
-SHARES = ("early", "connector_share", "gan_start", "betas", "warmup", "final_lr", "ema", "drop_words", "edits",
-          "max_bad")
+SHARES = "early connector_share gan_start betas warmup final_lr ema drop_words edits max_bad".split()
 MAY_BE_0 = ("pixel_layers", "stream_blocks", "ae_vit_stages", "connector_layers")  # and counts whose default is 0
 ABOVE_0 = ("shift", "sampling_shift", "clip")
 
@@ -245,7 +244,7 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
         more = [f"not read: {len(faults) - 5} more; `python data.py --check {folder.root}` lists them"]
         for line in [*folder.notes, *faults[:5], *more * (len(faults) > 5)]:
             print(line)
-        bad_samples(run, folder, config.max_bad)  # before anything is learned from it
+        bad_samples(None, folder, config.max_bad)  # before anything is learned from it
     held = {key: folder.summary() for key, folder in held.items() if folder}
     if is_uneven(choice := layer_choice(config.llm_layers, config.k)):
         print(f"--k {config.k} of {config.llm_layers} layers: the router chooses from layers {choice}, an uneven menu")
@@ -295,13 +294,14 @@ def cut_logs(run: Path, stage: str, first: int) -> None:
             write_text(run / name, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def bad_samples(run: Path, data_folder: DataFolder | None, max_bad: float):
+def bad_samples(run: Path | None, data_folder: DataFolder | None, max_bad: float):
     """-> a function of the bad samples of a step: writes them to bad.jsonl, stops the run above `max_bad`; faults that
-    were found while looking count. Raises UserError where they are too many already."""
-    path, faults = run / "bad.jsonl", data_folder.faults if data_folder else []
+    were found while looking count. Raises UserError where they are too many already; without `run`: they alone."""
+    path, faults = run and run / "bad.jsonl", data_folder.faults if data_folder else []
     sound = sum(len(data_folder.of("any", split)) for split in ("train", "test")) if data_folder else 0
     allowed = max_bad * (sound + len(faults))
-    known = {(line["file"], line["key"]) for line in read_lines(path)} | {fault[:2] for fault in faults}
+    lines = read_lines(path) if run else ()
+    known = {(line["file"], line["key"]) for line in lines} | {fault[:2] for fault in faults}
     if len(known) > allowed:
         raise UserError(f"{len(known)} bad samples are more than --max-bad {max_bad} of the data ({allowed:.1f}): mend "
                         f"them, `python data.py --check {data_folder.root}`")

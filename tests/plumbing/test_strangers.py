@@ -160,6 +160,9 @@ def test_faults_found_while_looking_are_listed_before_the_first_step_and_count(t
         train.train(tiny(data=str(root), edits=(0.0,) * 9), tmp_path / "run", ["P1"], "cpu")
     assert "not read: list.json [0]: none0.png is not in the data's folder" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()  # told before anything is learned from it
+    (tmp_path / "other").mkdir()  # what was bad in steps that are done again, and has been mended, is forgotten
+    (tmp_path / "other" / "bad.jsonl").write_text("".join(
+        json.dumps({"stage": "P1", "step": 0, "file": "", "key": str(i), "why": "broken"}) + "\n" for i in range(99)))
     train.train(tiny(data=str(root), edits=(0.0,) * 9, max_bad=0.6), tmp_path / "other", ["P1"], "cpu")
 
 
