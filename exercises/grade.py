@@ -57,10 +57,10 @@ def grade(number: int, seed: int, paths: dict[str, Path], seconds: float = SECON
                                        env=environment, **start)
             ended = wait(process, seconds, out, len(claims))
         lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        said = said.read_text(errors="replace").strip()
-        last = (said.splitlines() or [""])[-1][:200]
-        if "Error: " in last and (places_said := re.findall(r'File "(.*)", line (\d+)', said)):
-            last += f" ({Path(places_said[-1][0]).name}:{places_said[-1][1]})"
+        printed = said.read_text(errors="replace").strip()
+        last = (printed.splitlines() or [""])[-1][:200]
+        if "Error: " in last and (frames := re.findall(r'File "(.*)", line (\d+)', printed)):
+            last += f" ({Path(frames[-1][0]).name}:{frames[-1][1]})"
     rows = [line for line in lines if "claim" in line]
     if len(rows) < len(claims):  # the one at which it ended, and those that it did not come to
         why = ended or "it ended early"

@@ -138,7 +138,7 @@ def test_a_vocabulary_is_learned_from_what_has_words_and_from_nothing_else(tmp_p
     root = folder_of_captions(tmp_path, 40)
     for i in range(500):
         (root / f"alone{i}.png").write_bytes(noise(1000 + i))
-    monkeypatch.setattr(samples, "TEXTS", 10)  # so that it takes so many of them, evenly: pictures alone do not count
+    monkeypatch.setattr(samples, "TEXTS", 10)  # of which as many are taken: pictures alone do not count
     found = scan(root)
     texts = [*found.texts()]
     assert 10 <= len(texts) - 2 <= 20 and len(found.of("pictures")) > 400
