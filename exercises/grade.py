@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT)]
 from tqdm import tqdm
 
 from exercises.cut import bodies_of, places, source_of
-from exercises.judge import NUMBERS, cut_of, exercise
+from exercises.judge import NUMBERS, claims_of, cut_of, exercise
 from exercises.make import WORK, files_of
 from plumbing.command import Parser, UserError, run_command
 
@@ -45,7 +45,7 @@ def limited() -> None:
 
 def grade(number: int, seed: int, paths: dict[str, Path], seconds: float = SECONDS) -> dict:
     """-> what --json prints, and "mistakes" (names of known ones) and "picture" beside it."""
-    claims = [claim.__doc__.splitlines()[0] for claim in exercise(number).CLAIMS]
+    claims = [claim.__doc__.splitlines()[0] for claim in claims_of(number)]
     with tempfile.TemporaryDirectory() as folder:
         out, said = Path(folder) / "rows.jsonl", Path(folder) / "said"
         command = [sys.executable, str(ROOT / "exercises" / "judge.py"), str(number), str(seed), str(out),

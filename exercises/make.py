@@ -1,7 +1,7 @@
 """Writes a learner's copy of the source, with the bodies of an exercise taken out.
 
     python exercises/make.py 6                        exercises/work/router.py, with four holes, and what to predict
-    python exercises/make.py --class OUT --variant 3  a pack for a graded class: OUT/student and OUT/teacher
+    python exercises/make.py --class OUT --variant 3  a pack for a graded class, each exercise otherwise in one thing
 
 Signatures and docstrings stay: they say what is wanted. Fill the holes in any way, then `python exercises/grade.py 6`.
 """
@@ -12,12 +12,16 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from textwrap import indent
+
+import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from exercises.cut import PACKED, cut, source_of
-from exercises.judge import NUMBERS, cut_of, exercise
+from exercises.judge import NUMBERS, VARIANT, cut_of, exercise, variant, what_comes_out
 from plumbing.command import Parser, UserError, run_command, write_text
 
 WORK = ROOT / "exercises" / "work"
@@ -74,19 +78,20 @@ def make(number: int, work: Path = WORK) -> list[str]:
     sheet = work / "predictions.md"
     known = sheet.read_text(encoding="utf-8") if sheet.exists() else "# What I expect\n"
     if f"\n## {number} " not in known:
-        about = getattr(module, "ABOUT", "")
-        known += f"\n## {number} {module.TITLE}\n" + (f"\n{about}\n" if about else "")
+        about = module.ABOUT
+        if number in variant():
+            about += f"\n\n**Otherwise in your class**: {variant()[number]['task']}"
+        known += f"\n## {number} {module.TITLE}\n\n{about}\n"
         known += "".join(f"\n{question}\n\n> \n" for question in module.PREDICT)
         write_text(sheet, known)
-    wanted = "what is wanted, and three questions to answer first" if getattr(module, "ABOUT", "") else \
-        "three questions to answer first"
-    return [*lines, f"{sheet}: {wanted}", f"then: python exercises/grade.py {number}"]
+    return [*lines, f"{sheet}: what is wanted, and three questions to answer first",
+            f"then: python exercises/grade.py {number}"]
 
 
-def pack(out: Path, variant: int) -> list[str]:
+def pack(out: Path, k: int) -> list[str]:
     """OUT/student: the project with all bodies of all exercises taken out, without the tests that hold the checks in
     another form and without planted answers; what its own graders compare with lies in exercises/source.zip.
-    OUT/teacher: the whole. `variant` is the seed that grades are given by."""
+    OUT/teacher: the whole. `k`: which variant; 0 asks for what the source does. It also gives the seed of grades."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is there already: choose another folder")
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "work", ".ci")
@@ -107,17 +112,30 @@ def pack(out: Path, variant: int) -> list[str]:
     shutil.rmtree(student / "tests" / "claims")
     shutil.rmtree(student / "exercises" / "answers")
     (student / "exercises" / "teacher.md").unlink(missing_ok=True)
-    seed = random.Random(variant).getrandbits(31)
-    write_text(out / "teacher" / "variant.txt", f"python exercises/grade.py N --seed {seed} --root ../student\n")
+    chance = random.Random(k)
+    notes = [f"python exercises/grade.py N --seed {chance.getrandbits(31)} --root ../student"]
+    if k:
+        from exercises.answers.variants import VARIANTS, variant_of  # a pack has none
+        seeds, known = [chance.getrandbits(31) for _ in range(3)], {}
+        for number in tqdm(VARIANTS, desc="what comes out of the variant", leave=False, delay=1, disable=None):
+            one = variant_of(number, k)
+            known[number] = {"task": one.task, "dropped": one.dropped,
+                             "expected": what_comes_out(number, one.bodies, seeds)}
+            notes += [f"\n{number}  {one.task}", *(f"\n{name}\n{indent(body.strip(), '    ')}"
+                                                 for bodies in one.bodies.values() for name, body in bodies.items())]
+        torch.save(known, student / VARIANT.relative_to(ROOT))
+        torch.save(known | {"k": k}, out / "teacher" / VARIANT.relative_to(ROOT))
+    write_text(out / "teacher" / "variant.txt", "\n".join(notes) + "\n")
     return [f"{student}: {sum(map(len, holes.values()))} bodies taken out of {len(holes)} files",
-            f"{out / 'teacher'}: the whole, and in variant.txt how this class is graded"]
+            f"{out / 'teacher'}: the whole, and in variant.txt how this class is graded, and what is right in it"]
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("number", nargs="?", type=int, help="1 to 10")
     parser.add_argument("--class", dest="pack", type=Path, help="folder for a pack instead")
-    parser.add_argument("--variant", type=int, default=0, help="of the pack: another number, other random inputs")
+    parser.add_argument("--variant", type=int, default=0, help="of the pack: 0 asks for what the source does, another "
+                        "number for something else in each exercise")
     given = parser.read()
     if given.pack:
         return print("\n".join(pack(given.pack, given.variant)))

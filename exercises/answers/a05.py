@@ -101,6 +101,8 @@ WRONG = {
     "dpm's correction with the wrong sign": steps_but("estimate = clean + gap", "estimate = clean - gap"),
     "dpm's correction without the half": steps_but("(2 * gap_before)", "gap_before"),
     "dpm's correction halved once more": steps_but("(2 * gap_before)", "(4 * gap_before)"),
+    "dpm adds the log-SNR of both ends of a step": steps_but("log_snr(after) - log_snr(now)",
+                                                             "log_snr(after) + log_snr(now)"),
     "dpm without its correction": steps_but("previous is not None", "False"),
     "dpm never looks further back than the first step":
         steps_but("previous, gap_before = clean, gap",

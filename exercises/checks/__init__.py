@@ -2,7 +2,7 @@
 
     TITLE, MINUTES    what it is about, how long it takes
     CUT               file -> names of what is taken out (exercises/cut.py)
-    ABOUT             optional: what is to be filled in, where docstrings do not say it
+    ABOUT             what is to be filled in, where docstrings do not say it
     PREDICT           three questions, to be answered before any code runs
     ANSWERS           what is right, shown once all claims hold; exercise 10 has a SHEET in its place
     CLAIMS            functions (own, real): `own` is the project with the learner's files, `real` without; the first

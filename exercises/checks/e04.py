@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from exercises.checks.tools import demand, same, same_shape, what_comes_out
+from exercises.checks.tools import demand, gradients, same, same_shape
 
 TITLE, MINUTES = "The straight path", 25
 CUT = {"diffusion.py": ["logit_normal_times", "add_noise", "flow_matching_loss"]}
@@ -186,14 +186,18 @@ def light(own, real):
 CLAIMS = [ends, straight, squares, gradient, along, least, bell, shifted, any_place, drawn, light]
 
 
-def fingerprint(version) -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)
+def fingerprint(version) -> dict:
     (z, noise, sigma), velocity = latents((4, 3, 2, 4)), torch.randn(4, 3, 2, 4, dtype=torch.float64)
     module = version.diffusion
-    return what_comes_out({
-        "add_noise": lambda: module.add_noise(z.clone(), noise.clone(), sigma.clone()),
-        "flow_matching_loss": lambda: module.flow_matching_loss(velocity, z.clone(), noise.clone()),
-        "logit_normal_times": lambda: module.logit_normal_times(50, torch.Generator().manual_seed(1), 3.0)})
+
+    def loss():
+        given = velocity.clone().requires_grad_()
+        value = module.flow_matching_loss(given, z.clone(), noise.clone())
+        return torch.cat([value.flatten(), *(g.flatten() for g in gradients(value.sum(), [given]))])
+
+    return {"add_noise": lambda: module.add_noise(z.clone(), noise.clone(), sigma.clone()),
+            "flow_matching_loss": loss,
+            "logit_normal_times": lambda: module.logit_normal_times(50, torch.Generator().manual_seed(1), 3.0)}
 
 
 # ---------------------------------------------------------------- the picture: noise to eight dots

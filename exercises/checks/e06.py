@@ -2,7 +2,7 @@
 
 import torch
 
-from exercises.checks.tools import demand, same, same_shape, what_comes_out
+from exercises.checks.tools import demand, gradients, same, same_shape
 
 TITLE, MINUTES = "Each token picks its layers", 25
 CUT = {"router.py": ["layer_choice", "DTR.weights", "DTR.mix", "Static.weights"]}
@@ -168,12 +168,15 @@ def choice(own, real):
 CLAIMS = [shares, soft, deepest, each_for_itself, as_loops, given_weights, alpha_scales, static, choice]
 
 
-def fingerprint(version) -> dict[str, torch.Tensor]:
-    torch.manual_seed(1)
-    H = states()
-    router = pair(version, version, "DTR", 10, 4, 0.7)[0]
-    return what_comes_out({
-        "DTR.weights": lambda: router.weights(H),
-        "DTR.mix": lambda: router.mix(H, torch.ones(3, 7, 4, dtype=H.dtype)),
-        "Static.weights": lambda: pair(version, version, "Static", 10, 4)[0].weights(H),
-        "layer_choice": lambda: torch.tensor(version.router.layer_choice(26, 4))})
+def fingerprint(version) -> dict:
+    H, w = states().requires_grad_(), torch.rand(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    router, static = pair(version, version, "DTR", 10, 4, 0.7)[0], pair(version, version, "Static", 10, 4)[0]
+
+    def and_gradients(value, *given):
+        probe = torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape)
+        return torch.cat([x.flatten() for x in (value, *gradients((value * probe).sum(), given))])
+
+    return {"DTR.weights": lambda: and_gradients(router.weights(H), H, *router.gate.parameters()),
+            "DTR.mix": lambda: and_gradients(router.mix(H, w), H, w, router.alpha),
+            "Static.weights": lambda: and_gradients(static.weights(H), static.logits),
+            "layer_choice": lambda: torch.tensor(version.router.layer_choice(26, 4))}

@@ -1,7 +1,5 @@
 """What the checks share: comparisons that never broadcast, and the words of a refusal."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,19 +12,6 @@ def demand(holds, message: str) -> None:
     """Raises Wrong with `message` unless it holds."""
     if not bool(holds):
         raise Wrong(message)
-
-
-def what_comes_out(computations: dict[str, Callable[[], Tensor]], seed: int = 1) -> dict[str, Tensor]:
-    """name -> what its computation gives, torch seeded before each; those that raise are left out, since a hole or a
-    learner's error is told by the claims."""
-    found = {}
-    for name, compute in computations.items():
-        torch.manual_seed(seed)
-        try:
-            found[name] = compute().detach()
-        except Exception:
-            pass
-    return found
 
 
 def gradients(value: Tensor, parameters) -> list[Tensor]:

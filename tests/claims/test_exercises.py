@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from exercises import claims, expected, grade, make, pool
+from exercises.answers import variants
 from exercises.cut import NoSuchName, Version, bodies_of, cut, put_in, version_with
 from exercises.judge import NUMBERS, answers, cut_of, exercise, known_mistakes, learners, verdicts
 from plumbing.command import UserError
@@ -135,7 +136,7 @@ def test_a_script_runs_on_the_learners_file(tmp_path):
 
 
 def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
-    make.pack(tmp_path, 3)
+    make.pack(tmp_path, 0)
     student = tmp_path / "student"
     assert not (student / "exercises" / "answers").exists() and not (student / "tests" / "claims").exists()
     done = subprocess.run([sys.executable, "exercises/run.py", "10", "train.py", "--k", "9", "--out", "runs/x"],
@@ -160,7 +161,7 @@ def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
 
 
 def test_in_a_pack_no_exercise_rests_on_anothers_holes_and_lines_are_those_of_the_learners_file(tmp_path):
-    make.pack(tmp_path, 3)
+    make.pack(tmp_path, 0)
     path, real = tmp_path / "student" / "diffusion.py", (ROOT / "diffusion.py").read_text()
     names = cut_of(4)["diffusion.py"]
     path.write_text(put_in(path.read_text(), bodies_of(real, names)))
@@ -170,6 +171,42 @@ def test_in_a_pack_no_exercise_rests_on_anothers_holes_and_lines_are_those_of_th
     line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "1 / 0" in text)
     why = [row["why"] for row in verdicts(5, Version(learners(5, {"diffusion.py": path})), 0)]
     assert f"ZeroDivisionError: division by zero (diffusion.py:{line})" in why
+
+
+def test_a_class_is_asked_for_something_else_and_the_source_does_not_pass(tmp_path):
+    make.pack(tmp_path, 5)
+    student, teacher = tmp_path / "student", tmp_path / "teacher"
+    wanted = variants.variant_of(6, 5)
+    assert wanted.task in (teacher / "variant.txt").read_text()
+
+    def grades(folder, *more):
+        done = subprocess.run([sys.executable, "exercises/grade.py", "6", "--json", *more], cwd=folder, text=True,
+                              capture_output=True)
+        return [row["claim"][:23] for row in json.loads(done.stdout)["claims"] if not row["ok"]]
+
+    subprocess.run([sys.executable, "exercises/make.py", "6"], cwd=student, check=True, capture_output=True)
+    assert wanted.task in (student / "exercises" / "work" / "predictions.md").read_text()
+    mine, right = student / "exercises" / "work" / "router.py", bodies_of((ROOT / "router.py").read_text(),
+                                                                          cut_of(6)["router.py"])
+    for bodies, wrong in ((right, ["otherwise in your class"]), (right | wanted.bodies["router.py"], [])):
+        mine.write_text(put_in(mine.read_text(), bodies))
+        assert grades(student) == grades(teacher, "--root", "../student") == wrong
+    done = subprocess.run([sys.executable, "-m", "tests.tools.graders", "--seeds", "1", "6"], cwd=teacher, text=True,
+                          capture_output=True)
+    assert "19 of 19 | 3 of 3" in done.stdout and "misjudged" not in done.stdout
+
+
+def test_every_variant_differs_from_the_source_and_drops_claims_that_exist():
+    for number in TO_FILL_IN:
+        names, tasks = {claim.__name__ for claim in exercise(number).CLAIMS}, set()
+        for k in range(1, 21):
+            one = variants.variant_of(number, k)
+            tasks.add(one.task)
+            assert set(one.dropped) < names and one == variants.variant_of(number, k)
+            for file, bodies in one.bodies.items():
+                source = (ROOT / file).read_text()
+                assert bodies.keys() <= set(cut_of(number)[file]) and put_in(source, bodies) != source
+        assert len(tasks) >= 2 and variants.variant_of(number, 0) is None
 
 
 def test_the_sheet_of_exercise_10_comes_empty_and_an_empty_one_is_told_line_by_line(work):

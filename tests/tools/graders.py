@@ -1,16 +1,18 @@
 """How good the graders are, measured: the table of exercises/README.md.
 
-    python -m tests.tools.graders [--seeds 20] [N …]
+    python -m tests.tools.graders [--seeds 20] [--mutants] [N …]
 
 Every planted wrong answer must be rejected and every unusual right one accepted on all seeds; `tests.tools.mutants`
-changes the real bodies by itself.
+changes the real bodies by itself. In the teacher's half of a class's pack the answers are those of its variant: each
+right or wrong in what it was, and right in what is otherwise there.
 """
 
 import argparse
 import time
 
 from exercises.cut import ROOT, Version, cut, version_with
-from exercises.judge import answers, cut_of, exercise, verdicts
+from exercises.answers.variants import variant_of
+from exercises.judge import answers, cut_of, exercise, variant, verdicts
 from tests.tools.mutants import survivors
 
 
@@ -18,15 +20,28 @@ def accepts(number: int, own: Version, seed: int) -> bool:
     return all(row["ok"] for row in verdicts(number, own, seed, until_wrong=True))
 
 
+def planted(number: int, kind: str) -> dict[str, dict]:
+    """name -> {file: {function: body}}; of a variant without those that write what is otherwise there."""
+    otherwise, found = variant_of(number, variant().get("k", 0)), {}
+    for name, files in getattr(answers(number), kind).items():
+        bodies = otherwise.bodies if otherwise else {}
+        if not any(bodies.get(file, {}).keys() & own.keys() for file, own in files.items()):
+            found[name] = {file: bodies.get(file, {}) | files.get(file, {}) for file in bodies | files}
+    return found
+
+
 def misjudged(number: int, seeds, at_most: int = 10**6) -> list[str]:
     """Which answers get the wrong word, and on which seed. `at_most`: of each kind, spread over all there are."""
-    planted, found = answers(number), []
+    found, otherwise = [], variant_of(number, variant().get("k", 0))
     for kind, right in (("WRONG", False), ("RIGHT", True)):
-        every = list(getattr(planted, kind).items())
+        every = list(planted(number, kind).items())
         for name, files in every[::-(-len(every) // at_most)]:
             own = version_with(files, "planted")
             found += [f"{kind}: {name}, seed {seed}" for seed in seeds if accepts(number, own, seed) != right]
-    found += [f"the source itself, seed {seed}" for seed in seeds if not accepts(number, Version(), seed)]
+    found += [f"the source itself, seed {seed}" for seed in seeds if accepts(number, Version(), seed) == bool(otherwise)]
+    if otherwise:
+        own = version_with(otherwise.bodies, "variant")
+        found += [f"RIGHT: the variant, seed {seed}" for seed in seeds if not accepts(number, own, seed)]
     return found
 
 
@@ -39,20 +54,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", type=int, nargs="*", default=list(range(1, 10)))
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--mutants", action="store_true", help="count these, too")
     given = parser.parse_args()
     print("| | exercise | lines cut | minutes | seconds of its claims | wrong answers rejected | right ones accepted | "
           "mutants rejected |\n|" + "---|" * 8)
     for number in given.numbers:
-        module, planted = exercise(number), answers(number)
+        module, wrong_ones, right_ones = exercise(number), planted(number, "WRONG"), planted(number, "RIGHT")
         start = time.time()
         verdicts(number, Version(), 0)
         seconds = time.time() - start
         wrong = misjudged(number, range(given.seeds))
-        count, passed = survivors(number)
+        count, passed = survivors(number) if given.mutants else (0, [])
         ok = [sum(kind in line for line in {line.rpartition(",")[0] for line in wrong}) for kind in ("WRONG", "RIGHT")]
         print(f"| {number} | {module.TITLE} | {lines_cut(number)} | {module.MINUTES} | {seconds:.1f} | "
-              f"{len(planted.WRONG) - ok[0]} of {len(planted.WRONG)} | {len(planted.RIGHT) - ok[1]} of "
-              f"{len(planted.RIGHT)} | {count - len(passed)} of {count} |", flush=True)
+              f"{len(wrong_ones) - ok[0]} of {len(wrong_ones)} | {len(right_ones) - ok[1]} of "
+              f"{len(right_ones)} | {count - len(passed)} of {count} |", flush=True)
         for line in wrong:
             print("misjudged:", line)
 
