@@ -21,8 +21,8 @@ class Variant(NamedTuple):
 def two_streams(chance: random.Random) -> Variant:
     share = chance.choice((0.25, 0.5, 2.0, 3.0))
     return Variant(
-        f"The fusion reads the pixel stream first, and {share:g} times as strong: z_f = F([{share:g} z_p ; z_s]); of a tokenizer "
-        f"with one stream F(z_s), or F({share:g} z_p).",
+        f"The fusion reads the pixel stream first, and {share:g} times as strong: z_f = F([{share:g} z_p ; z_s]); of a "
+        f"tokenizer with one stream F(z_s), or F({share:g} z_p).",
         {"tokenizer.py": {"Tokenizer.fuse": dedent(f"""
             z_p = z_p if z_p is None else {share} * z_p
             return self.fusion(torch.cat([z for z in (z_p, z_s) if z is not None], -1))
@@ -54,8 +54,8 @@ def stages(chance: random.Random) -> Variant:
 def sink(chance: random.Random) -> Variant:
     score = chance.choice((-1.0, 0.5, 1.0, 2.0))
     return Variant(
-        f"Every query also sees a sink: a key whose score is {score:g} (a natural logarithm, as q·k / √e is) and whose value "
-        "is 0. It counts in the denominator, thus in lse; no mask hides it.",
+        f"Every query also sees a sink: a key whose score is {score:g} (a natural logarithm, as q·k / √e is) and whose "
+        "value is 0. It counts in the denominator, thus in lse; no mask hides it.",
         {"attention.py": {"Tiled.forward": dedent(f"""
             scale, shift = LOG2E / math.sqrt(q.shape[-1]), k.shape[2] - q.shape[2]
             out, lse = torch.empty_like(q), wide(q).new_empty(q.shape[:-1])
@@ -82,7 +82,7 @@ def sink(chance: random.Random) -> Variant:
 def louder_noise(chance: random.Random) -> Variant:
     size = chance.choice((0.5, 2.0, 3.0))
     return Variant(
-        f"The noise is {size:g} times as strong: the path is x_t = (1 − σ) z + {size:g} σ ε, and what the DiT learns is its "
+        f"The noise is {size:g} times as strong: the path is x_t = (1 − σ) z + {size:g} σ ε, and the DiT learns its "
         "velocity dx_t/dσ.",
         {"diffusion.py": {
             "add_noise": f"sigma = rearrange(sigma, 'b -> b 1 1 1')\nreturn (1 - sigma) * z + {size} * sigma * noise",
@@ -93,8 +93,8 @@ def louder_noise(chance: random.Random) -> Variant:
 def window(chance: random.Random) -> Variant:
     low, high = chance.choice((0.1, 0.2, 0.3)), chance.choice((0.7, 0.8, 0.9))
     return Variant(
-        f"Guidance is given only to latents whose σ lies from {low} to {high}, both included; the others of a batch get "
-        "the condition's own velocity. `sample` is the source's.",
+        f"Guidance is given only to latents whose σ lies from {low} to {high}, both included; the others of a batch "
+        "get the condition's own velocity. `sample` is the source's.",
         {"diffusion.py": {"guided": dedent(f"""
             if guidance == 1:
                 return lambda x, sigma: dit(x, sigma, *condition)
@@ -126,8 +126,8 @@ def fewer_layers(chance: random.Random) -> Variant:
 def two_sets(chance: random.Random) -> Variant:
     first = chance.choice((1, 2, 3))
     return Variant(
-        f"The queries are two sets that do not see each other: the first {first} of them, and the rest, as if the other were "
-        "not there, positions included. Each sees all the words.",
+        f"The queries are two sets that do not see each other: the first {first} of them, and the rest, as if the "
+        "other were not there, positions included. Each sees all the words.",
         {"mllm.py": {"MLLM.routed_states": dedent(f"""
             with torch.no_grad():
                 at_words, cache = self.llm(self.embed(ids, f_v), mask, keep=self.choice)

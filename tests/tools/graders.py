@@ -38,7 +38,8 @@ def misjudged(number: int, seeds, at_most: int = 10**6) -> list[str]:
         for name, files in every[::-(-len(every) // at_most)]:
             own = version_with(files, "planted")
             found += [f"{kind}: {name}, seed {seed}" for seed in seeds if accepts(number, own, seed) != right]
-    found += [f"the source itself, seed {seed}" for seed in seeds if accepts(number, Version(), seed) == bool(otherwise)]
+    found += [f"the source itself, seed {seed}" for seed in seeds
+              if accepts(number, Version(), seed) == bool(otherwise)]
     if otherwise:
         own = version_with(otherwise.bodies, "variant")
         found += [f"RIGHT: the variant, seed {seed}" for seed in seeds if not accepts(number, own, seed)]
