@@ -35,7 +35,7 @@ def misjudged(number: int, seeds, at_most: int = 10**6) -> list[str]:
     found, otherwise = [], variant_of(number, variant().get("k", 0))
     for kind, right in (("WRONG", False), ("RIGHT", True)):
         every = list(planted(number, kind).items())
-        for name, files in every[::-(-len(every) // at_most)]:
+        for name, files in every[::max(1, -(-len(every) // at_most))]:
             own = version_with(files, "planted")
             found += [f"{kind}: {name}, seed {seed}" for seed in seeds if accepts(number, own, seed) != right]
     found += [f"the source itself, seed {seed}" for seed in seeds
