@@ -346,11 +346,11 @@ def fingerprint(version) -> dict:
 
     def losses():
         tokenizer, images = tokenizer_of(version), pictures()
-        values, copies = version.tokenizer.tokenizer_losses(tokenizer, images, dict.fromkeys(TERMS, 1.0),
-                                                            **around(tokenizer))
+        weights = {name: 0.5 + i for i, name in enumerate(TERMS)}  # which are not to be multiplied yet
+        values, copies = version.tokenizer.tokenizer_losses(tokenizer, images, weights, **around(tokenizer))
         parameters = list(tokenizer.parameters())
-        return torch.stack([value for name in sorted(values) for value in (values[name].detach(), sum(
-            g.abs().sum() for g in gradients(values[name], parameters)))])
+        return torch.cat([copies.flatten(), *(value.flatten() for name in sorted(values) for value in (
+            values[name], sum(g.abs().sum() for g in gradients(values[name], parameters))))])
 
     def copied():
         vision, images = tokenizer_of(version).vision, pictures()
