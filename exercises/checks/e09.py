@@ -433,10 +433,13 @@ def fingerprint(version) -> dict:
 
     def unified():
         world, batch = case(version, version)
-        losses = losses_of(version, world, batch)
+        losses, other = losses_of(version, world, batch), nn.Linear(3, world.d)
+        teach = lambda images: other(images.flatten(2).transpose(1, 2))
         parameters = [p for part in world.trained().values() for p in part]
-        return torch.stack([value for name in sorted(losses) for value in (losses[name].detach(), sum(
-            g.abs().sum() for g in gradients(losses[name], parameters)))])
+        found = [losses_of(version, world, batch, external_teacher=teach)["L_align"]]
+        found += [value for name in sorted(losses) for value in (losses[name], sum(
+            g.abs().sum() for g in gradients(losses[name], parameters)))]
+        return torch.stack(found)
 
     return {"alignment_loss": loss, "AlignmentHead.__init__": head, "DiT.through_blocks": forward,
             "unified_losses": unified}
