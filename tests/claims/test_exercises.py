@@ -11,7 +11,7 @@ import pytest
 from exercises import claims, expected, grade, make, pool
 from exercises.answers import variants
 from exercises.cut import NoSuchName, Version, bodies_of, cut, put_in, version_with
-from exercises.judge import NUMBERS, answers, cut_of, exercise, known_mistakes, learners, verdicts
+from exercises.judge import NUMBERS, answers, cut_of, exercise, known_mistakes, learners, prints, verdicts
 from plumbing.command import UserError
 from tests.tools.commands import ROOT
 from tests.tools.graders import misjudged
@@ -43,6 +43,16 @@ def test_a_known_mistake_is_told_by_its_name():
     for name in ("softmax runs over the tokens, not over the layers", "one choice for the whole sentence"):
         assert known_mistakes(6, version_with(answers(6).WRONG[name], "x")) == [name]
     assert known_mistakes(6, Version()) == []
+
+
+@pytest.mark.parametrize("number", TO_FILL_IN)
+def test_what_comes_out_is_the_same_after_all_claims_were_judged(number):
+    """By it a mistake is told by its name, and a class's variant is judged."""
+    judged, fresh = Version(), Version()
+    verdicts(number, judged, 3)
+    one, other = (prints(exercise(number), version, 4) for version in (judged, fresh))
+    assert one.keys() == other.keys() == {name for names in cut_of(number).values() for name in names}
+    assert all(value.equal(other[name]) for name, value in one.items())
 
 
 def test_a_cut_leaves_all_other_lines_and_a_name_that_is_gone_is_one_line():
