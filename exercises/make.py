@@ -94,7 +94,9 @@ def pack(out: Path, k: int) -> list[str]:
     OUT/teacher: the whole. `k`: which variant; 0 asks for what the source does. It also gives the seed of grades."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is there already: choose another folder")
-    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "work", ".ci")
+    if PACKED.exists():
+        raise UserError("this is a class's pack itself: make another from the whole project")
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "pictures", "work", ".ci")
     for who in ("student", "teacher"):
         shutil.copytree(ROOT, out / who, ignore=ignored)
     student, holes = out / "student", {}

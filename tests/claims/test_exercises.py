@@ -161,6 +161,9 @@ def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
         assert "Traceback" not in done.stdout + done.stderr
         return done.stdout
 
+    done = subprocess.run([sys.executable, "exercises/make.py", "--class", "out"], cwd=student, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and "a class's pack itself" in done.stderr and not (student / "out").exists()
     in_the_pack("exercises/make.py", "6")
     mine = student / "exercises" / "work" / "router.py"
     mine.write_text(put_in(mine.read_text(), bodies_of((ROOT / "router.py").read_text(), cut_of(6)["router.py"])))
