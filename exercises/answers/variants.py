@@ -9,6 +9,8 @@ import random
 from textwrap import dedent
 from typing import NamedTuple
 
+from exercises.answers import changed
+
 
 class Variant(NamedTuple):
     """One exercise's change."""
@@ -56,26 +58,9 @@ def sink(chance: random.Random) -> Variant:
     return Variant(
         f"Every query also sees a sink: a key whose score is {score:g} (a natural logarithm, as q·k / √e is) and whose "
         "value is 0. It counts in the denominator, thus in lse; no mask hides it.",
-        {"attention.py": {"Tiled.forward": dedent(f"""
-            scale, shift = LOG2E / math.sqrt(q.shape[-1]), k.shape[2] - q.shape[2]
-            out, lse = torch.empty_like(q), wide(q).new_empty(q.shape[:-1])
-            for rows in torch.arange(q.shape[2], device=q.device).split(TILE):
-                q_tile = wide(q[:, :, rows])
-                top = q_tile.new_full(q_tile.shape[:-1], {score} * LOG2E)
-                total, values = torch.ones_like(top), torch.zeros_like(q_tile)
-                for columns in tiles_of_keys(k, rows, shift, causal):
-                    k_tile, v_tile = for_each_query_head(k, columns, q), for_each_query_head(v, columns, q)
-                    score = scale * hide(q_tile @ k_tile.mT, visible(rows, columns, shift, causal, key_mask))
-                    new_top = torch.maximum(top, score.amax(-1))
-                    shrink, weight = (top - new_top).exp2(), (score - new_top[..., None]).exp2()
-                    total, top = shrink * total + weight.sum(-1), new_top
-                    values = shrink[..., None] * values + weight @ v_tile
-                out[:, :, rows] = (values / total[..., None]).to(out.dtype)
-                lse[:, :, rows] = top + total.log2()
-            ctx.save_for_backward(q, k, v, key_mask, out, lse)
-            ctx.causal = causal
-            return out
-            """)}},
+        changed("attention.py", "Tiled.forward",
+                ("(q_tile.shape[:-1], -math.inf)", f"(q_tile.shape[:-1], {score} * LOG2E)"),
+                ("total = torch.zeros_like(top)", "total = torch.ones_like(top)")),
         ("values", "shared", "causal", "hidden", "maxima", "gradients", "half"))
 
 
@@ -95,17 +80,10 @@ def window(chance: random.Random) -> Variant:
     return Variant(
         f"Guidance is given only to latents whose σ lies from {low} to {high}, both included; the others of a batch "
         "get the condition's own velocity. `sample` is the source's.",
-        {"diffusion.py": {"guided": dedent(f"""
-            if guidance == 1:
-                return lambda x, sigma: dit(x, sigma, *condition)
-            tokens = torch.cat(equally_long(condition[0], nothing[0]))
-            mask = torch.cat(equally_long(condition[1], nothing[1]))
-            def velocity(x, sigma):
-                with_words, without = dit(torch.cat([x, x]), torch.cat([sigma, sigma]), tokens, mask).chunk(2)
-                inside = ((sigma >= {low}) & (sigma <= {high}))[:, None, None, None]
-                return torch.where(inside, without + guidance * (with_words - without), with_words)
-            return velocity
-            """)}},
+        changed("diffusion.py", "guided", (
+            "return without + guidance * (with_words - without)",
+            f"inside = ((sigma >= {low}) & (sigma <= {high}))[:, None, None, None]\n"
+            "    return torch.where(inside, without + guidance * (with_words - without), with_words)")),
         ("on_their_line", "padded"))
 
 

@@ -138,6 +138,12 @@ def case(own, real, words: int = 3, edits: int = 2, draws: int = 2, h: int = 2, 
     return world, batch
 
 
+def outsider(world):
+    """-> (a teacher from elsewhere, what it says of pictures)"""
+    other = shaken(nn.Linear(3, world.d))
+    return other, lambda images: other(images.flatten(2).transpose(1, 2))
+
+
 def losses_of(own, world, batch, weights=("L_fm", "L_align"), **more) -> dict:
     weights = {name: 0.1 + 3 * torch.rand(()).item() for name in weights}  # that weigh nothing yet
     out = own.diffusion.unified_losses(batch, weights, condition=world.condition,
@@ -325,8 +331,7 @@ def asked_for(own, real):
 def another_teacher(own, real):
     """an external teacher takes the tokenizer's place, on the pictures wanted"""
     world, batch = case(own, real)
-    other = shaken(nn.Linear(3, world.d))
-    teach = lambda images: other(images.flatten(2).transpose(1, 2))
+    other, teach = outsider(world)
     got = losses_of(own, world, batch, external_teacher=teach)
     same_up_to_1(got["L_align"], wanted(world, batch, teach)["L_align"], "L_align of an external teacher")
     given = gradients(got["L_align"], list(other.parameters()))
@@ -433,8 +438,7 @@ def fingerprint(version) -> dict:
 
     def unified():
         world, batch = case(version, version)
-        losses, other = losses_of(version, world, batch), nn.Linear(3, world.d)
-        teach = lambda images: other(images.flatten(2).transpose(1, 2))
+        losses, (_, teach) = losses_of(version, world, batch), outsider(world)
         parameters = [p for part in world.trained().values() for p in part]
         found = [losses_of(version, world, batch, external_teacher=teach)["L_align"]]
         found += [value for name in sorted(losses) for value in (losses[name], sum(

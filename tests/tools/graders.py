@@ -20,11 +20,16 @@ def accepts(number: int, own: Version, seed: int) -> bool:
     return all(row["ok"] for row in verdicts(number, own, seed, until_wrong=True))
 
 
+def otherwise(number: int) -> dict[str, dict]:
+    """{file: {function: body}} of what a class's variant asks for; empty: what the source does."""
+    asked = variant_of(number, variant().get("k", 0))
+    return asked.bodies if asked else {}
+
+
 def planted(number: int, kind: str) -> dict[str, dict]:
     """name -> {file: {function: body}}; of a variant without those that write what is otherwise there."""
-    otherwise, found = variant_of(number, variant().get("k", 0)), {}
+    bodies, found = otherwise(number), {}
     for name, files in getattr(answers(number), kind).items():
-        bodies = otherwise.bodies if otherwise else {}
         if not any(bodies.get(file, {}).keys() & own.keys() for file, own in files.items()):
             found[name] = {file: bodies.get(file, {}) | files.get(file, {}) for file in bodies | files}
     return found
@@ -32,16 +37,16 @@ def planted(number: int, kind: str) -> dict[str, dict]:
 
 def misjudged(number: int, seeds, at_most: int = 10**6) -> list[str]:
     """Which answers get the wrong word, and on which seed. `at_most`: of each kind, spread over all there are."""
-    found, otherwise = [], variant_of(number, variant().get("k", 0))
+    found, bodies = [], otherwise(number)
     for kind, right in (("WRONG", False), ("RIGHT", True)):
         every = list(planted(number, kind).items())
         for name, files in every[::max(1, -(-len(every) // at_most))]:
             own = version_with(files, "planted")
             found += [f"{kind}: {name}, seed {seed}" for seed in seeds if accepts(number, own, seed) != right]
     found += [f"the source itself, seed {seed}" for seed in seeds
-              if accepts(number, Version(), seed) == bool(otherwise)]
-    if otherwise:
-        own = version_with(otherwise.bodies, "variant")
+              if accepts(number, Version(), seed) == bool(bodies)]
+    if bodies:
+        own = version_with(bodies, "variant")
         found += [f"RIGHT: the variant, seed {seed}" for seed in seeds if not accepts(number, own, seed)]
     return found
 
