@@ -1,19 +1,20 @@
-"""What the short arms of exercises 8 and 10 come to, and how far five pupils lie apart: the figures of teacher.md.
+"""What the short arms of exercises 8 to 10 come to, and how far five pupils lie apart: the figures of teacher.md.
 
-    python exercises/expected.py runs/class                       trains what is missing: about two hours on two cores
+    python exercises/expected.py runs/class                       trains what is missing: about five hours on two cores
     python exercises/expected.py runs/class --arms control,lambda_s_0 --jobs 2        two pupils side by side
     python exercises/expected.py runs/class --commands            what would be run, and nothing is
     python exercises/expected.py --report                         the table and the picture from results/class.json
 
 Every arm goes on from one shared run, as a class does, and `--reseed` 1 to 5 are five pupils: the spread is that of the
-arm's own stages, not of whole runs (that is claims.py's). T3 is half as long as the toy's. What is finished is in
-results/class.json with its machine, and is not trained again.
+arm's own stages, not of whole runs (that is claims.py's). T3 is half as long as the toy's, U2 a seventh. What is finished
+is in results/class.json with its machine, and is not trained again.
 """
 
 import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,31 +24,50 @@ import plumbing.command  # before torch, whose threads wait as it says
 import torch
 from PIL import Image
 
-from exercises.claims import PSNR, UNDERSTANDING, by_hand, figure, machine_of, measured, run
+from exercises.claims import DRAWING, EDITING, PSNR, UNDERSTANDING, by_hand, figure, machine_of, measured, run
 from exercises.pool import Arm, dot_plot, verdict
 from plumbing.command import Parser, UserError, run_command, write_text
 
-RESULTS, RUNS, CONTROL = ROOT / "results" / "class.json", Path("runs") / "expected", "control"
-STEPS, FIGURES = "--steps T3=390", (PSNR, UNDERSTANDING)
-ARMS = {  # name -> (of which exercise, in words, flags and stages)
-    CONTROL: ("8, 10", "the whole method", "--stages T3"),
-    "lambda_s_0": ("8", "without the anchor", "--lambda-s 0 --stages T3"),
-    "lambda_s_1": ("8", "twenty times the anchor", "--lambda-s 1 --stages T3"),
-    "frozen_T3": ("10", "the encoder does not train", "--freeze-encoder --stages T3"),
-    "no_T2": ("10", "without T2", "--skip-stage T2 --stages T3"),
-    "no_T1": ("10", "without T1", "--skip-stage T1 --stages T2,T3"),
-    "semantic_only": ("10", "without the pixel stream", "--tokenizer semantic-only --stages T1,T2,T3"),
-    "pixel_only": ("10", "without the semantic stream", "--tokenizer pixel-only --stages T1,T2,T3"),
+RESULTS, RUNS = ROOT / "results" / "class.json", Path("runs") / "expected"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Arms that are compared with one control by the same figures."""
+    control: str
+    steps: str
+    figures: tuple[str, ...]
+
+    @property
+    def only(self) -> str:
+        return ",".join(figure.partition(".")[0] for figure in self.figures)
+
+
+T, U = Lesson("control", "T3=390", (PSNR, UNDERSTANDING)), Lesson("control_U", "U2=400", (DRAWING, EDITING))
+ARMS = {  # name -> (of which exercise, in words, flags and stages, its lesson)
+    T.control: ("8, 10", "the whole method", "--stages T3", T),
+    "lambda_s_0": ("8", "without the anchor", "--lambda-s 0 --stages T3", T),
+    "lambda_s_1": ("8", "twenty times the anchor", "--lambda-s 1 --stages T3", T),
+    "frozen_T3": ("10", "the encoder does not train", "--freeze-encoder --stages T3", T),
+    "no_T2": ("10", "without T2", "--skip-stage T2 --stages T3", T),
+    "no_T1": ("10", "without T1", "--skip-stage T1 --stages T2,T3", T),
+    "semantic_only": ("10", "without the pixel stream", "--tokenizer semantic-only --stages T1,T2,T3", T),
+    "pixel_only": ("10", "without the semantic stream", "--tokenizer pixel-only --stages T1,T2,T3", T),
     "pixel_only_no_anchor": ("10", "the same, without the anchor",
-                             "--tokenizer pixel-only --no-anchor --stages T1,T2,T3"),
+                             "--tokenizer pixel-only --no-anchor --stages T1,T2,T3", T),
+    U.control: ("9, 10", "the whole method", "--stages U1,U2", U),
+    "no_alignment": ("9, 10", "without L_align", "--align none --stages U1,U2", U),
+    "last_layer": ("10", "the last layer in place of DTR", "--router last --stages U1,U2", U),
+    "mean_of_layers": ("10", "the plain mean in place of DTR", "--router mean --stages U1,U2", U),
+    "static_weights": ("10", "one weight per layer in place of DTR", "--router static --stages U1,U2", U),
 }
 
 
 def command(arm: str, pupil: int, shared: Path) -> tuple[Path, str]:
     """-> (run folder, train.py's command)"""
-    out = RUNS / f"{arm}-{pupil}"
-    return out, (f"train.py --from {shared.as_posix()} --out {out.as_posix()} --reseed {pupil} {STEPS} {ARMS[arm][2]} "
-                 "--only reconstruction,understanding")
+    out, (*_, flags, lesson) = RUNS / f"{arm}-{pupil}", ARMS[arm]
+    return out, (f"train.py --from {shared.as_posix()} --out {out.as_posix()} --reseed {pupil} --steps {lesson.steps} "
+                 f"{flags} --only {lesson.only}")
 
 
 def load(path: Path = RESULTS) -> dict:
@@ -63,33 +83,44 @@ def keep(known: dict, arm: str, one: dict, path: Path = RESULTS) -> None:
     write_text(path, json.dumps(known, indent=1) + "\n")
 
 
-def arms_of(known: dict, measure: str) -> list[Arm]:
-    return [Arm(ARMS[name][1], [one[measure] for one in arm["pupils"]]) for name, arm in known["arms"].items()]
+def lessons(known: dict) -> list[tuple[Lesson, dict[str, list[Arm]]]]:
+    """Those whose control is there, each with its arms' values of each figure, the control's first."""
+    found = []
+    for lesson in (T, U):
+        names = [name for name in known["arms"] if ARMS[name][-1] is lesson]
+        if lesson.control in names:
+            found.append((lesson, {measure: [Arm(ARMS[name][1], [one[measure] for one in known["arms"][name]["pupils"]])
+                                             for name in names] for measure in lesson.figures}))
+    return found
 
 
 def table(known: dict) -> str:
-    """Markdown: mean ± spread (standard deviation) of each figure, and what the class's rule says of the means."""
-    lines = ["| exercise | arm | pupils | PSNR, dB | understanding |", "|" + "---|" * 5]
-    columns = [arms_of(known, measure) for measure in FIGURES]
-    for place, (name, arm) in enumerate(known["arms"].items()):
-        cells = []
-        for column in columns:
-            own, control = column[place], column[0]
-            told = "" if own is control or not control.spread else f": {verdict(own, control)}"
-            cells.append(f"{own.mean:.4g}" + (f" ± {own.spread:.2g}" if own.spread is not None else "") + told)
-        lines.append(f"| {ARMS[name][0]} | {ARMS[name][1]} (`{ARMS[name][2].rpartition(' --stages')[0] or '–'}`) | "
-                     f"{len(arm['pupils'])} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Markdown, one for each lesson: mean ± spread (standard deviation), and what the class's rule says of the means."""
+    tables = []
+    for lesson, columns in lessons(known):
+        lines = [f"| exercise | arm | pupils | {' | '.join(lesson.figures)} |", "|" + "---|" * (3 + len(columns))]
+        for place, name in enumerate(name for name in known["arms"] if ARMS[name][-1] is lesson):
+            exercise, about, flags, _ = ARMS[name]
+            cells = []
+            for column in columns.values():
+                own, control = column[place], column[0]
+                told = "" if own is control or not control.spread else f": {verdict(own, control)}"
+                cells.append(f"{own.mean:.4g}" + (f" ± {own.spread:.2g}" if own.spread is not None else "") + told)
+            changed = flags.rpartition("--stages")[0].strip() or "–"
+            lines.append(f"| {exercise} | {about} (`{changed}`) | {len(own.values)} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def report(path: Path = RESULTS) -> None:
     known = load(path)
-    if len(known["arms"].get(CONTROL, {"pupils": []})["pupils"]) > 1:
-        columns = [arms_of(known, measure) for measure in FIGURES]
-        plots = [dot_plot(measure, arms[0], arms[1:]) for measure, arms in zip(FIGURES, columns)]
-        image = Image.new("RGB", (plots[0].width, sum(plot.height for plot in plots)), "white")
-        for place, plot in enumerate(plots):
-            image.paste(plot, (0, place * plot.height))
+    plots = [dot_plot(measure, arms[0], arms[1:]) for _, columns in lessons(known) for measure, arms in columns.items()
+             if arms[0].spread is not None]
+    if plots:
+        image, top = Image.new("RGB", (plots[0].width, sum(plot.height for plot in plots)), "white"), 0
+        for plot in plots:
+            image.paste(plot, (0, top))
+            top += plot.height
         image.save(path.with_suffix(".png"), optimize=True)
     print(table(known))
 
@@ -119,9 +150,10 @@ def main() -> None:
     def train(name: str, pupil: int) -> None:
         out, line = command(name, pupil, given.run)
         run(out, line, threads)
-        results = measured(out, "understanding")
+        lesson = ARMS[name][-1]
+        results = measured(out, lesson.only.partition(",")[0])
         with lock:
-            keep(known, name, {"reseed": pupil, **{measure: figure(results, measure) for measure in FIGURES},
+            keep(known, name, {"reseed": pupil, **{measure: figure(results, measure) for measure in lesson.figures},
                                "eval_id": results["eval_id"], "machine": machine_of(threads)})
 
     with ThreadPoolExecutor(given.jobs) as lanes:

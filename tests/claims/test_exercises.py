@@ -323,16 +323,17 @@ def test_what_alignment_saves_to_draw_alike_lies_on_the_line_between_half_and_al
 # ---------------------------------------------------------------- what a class should expect
 
 
-def test_every_arm_of_a_class_goes_on_from_the_shared_run_and_pupils_differ_in_reseed_alone():
+def test_every_arm_of_a_class_goes_on_from_the_shared_run_and_differs_from_its_own_control():
     from plumbing.flags import parse
-    control, _ = parse(arguments=expected.command("control", 1, Path("runs/class"))[1].split()[1:])
-    for name in expected.ARMS:
+    for name, (*_, lesson) in expected.ARMS.items():
+        control, asked = parse(arguments=expected.command(lesson.control, 1, Path("runs/class"))[1].split()[1:])
         folder, command = expected.command(name, 2, Path("runs/class"))
         config, rest = parse(arguments=command.split()[1:])
         assert rest.out == folder and rest.source == Path("runs/class") and config.reseed == 2
-        assert config.of_stage("steps", "T3") == 390
+        assert rest.only == asked.only and config.steps == control.steps
         changed = {key for key, value in vars(config).items() if value != vars(control)[key]} - {"reseed"}
-        assert bool(changed) == (name != "control"), changed
+        assert bool(changed) == (name != lesson.control), changed
+    assert config.of_stage("steps", "U2") == 400 and control.of_stage("steps", "T3") == 780
 
 
 def test_a_class_is_summed_up_with_its_spread_and_nothing_twice(tmp_path):
@@ -344,5 +345,9 @@ def test_a_class_is_summed_up_with_its_spread_and_nothing_twice(tmp_path):
     assert [*found["arms"]] == ["control", "lambda_s_0"] and len(found["arms"]["control"]["pupils"]) == 2
     head, _, control, other = expected.table(found).splitlines()
     assert "| 2 | 30 ± 0.28 | 0.9 ± 0 |" in control and "33 ± 0.28: higher | 0.9 ± 0" in other
+    expected.keep(known, "last_layer", {"reseed": 1, expected.DRAWING: 0.5, expected.EDITING: 0.7}, path)
+    assert expected.table(expected.load(path)) == expected.table(found), "nothing to compare it with yet"
+    expected.keep(known, "control_U", {"reseed": 1, expected.DRAWING: 0.6, expected.EDITING: 0.8}, path)
+    assert "| 1 | 0.5 | 0.7 |" in expected.table(expected.load(path)).splitlines()[-1]
     expected.report(path)
     assert path.with_suffix(".png").exists()
