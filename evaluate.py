@@ -223,13 +223,13 @@ def main() -> None:
     data = "" if moved is None else data_path(moved)
     if given["count"] < 2 or given["steps"] is not None and given["steps"] < 1:
         raise UserError("--count must be at least 2 and --steps at least 1")
-    only = given.pop("only")
+    only, several = given.pop("only"), []
     if write:
         return write_for(write[0], load_run(runs[0], device), Path(write[1]), Path(write[2]), Protocol(**given))
-    several = []
     for run in runs:
         read = run.suffix == ".json"
-        several.append(json.loads(run.read_text()) if read else evaluate(run, Protocol(**given), device, only, data))
+        several.append(json.loads(run.read_text(encoding="utf-8")) if read else
+                       evaluate(run, Protocol(**given), device, only, data))
         print_tables(several[-1])
         print(run if read else draw_report(run, device, open_data(Path(data)) if data else None))
     if len(several) > 1:

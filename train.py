@@ -298,7 +298,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
                disable=not first_process())
     check, count_bad = partial(check_finite, run=run if keep else None), bad_samples(run, data_folder, config.max_bad)
     start, last_save, waited = time.time(), time.time(), 0.0
-    with Stop() as stop, (run / "log.jsonl").open("a", buffering=1) as log:
+    with Stop() as stop, (run / "log.jsonl").open("a", encoding="utf-8", buffering=1) as log:
         for step in bar:
             metrics = one_step(now, batches, step, check, stop.signal > 0)
             passed, waited = time.time() - start, waited + metrics["waiting"]

@@ -148,5 +148,5 @@ def main(attention: Callable, out: Path | None = None) -> None:
                   f"against flash: error {row['error']:.2f}, memory {row['memory']:.2f}")
     out = out or Path("runs/bench") / f"attention-{device.replace(' ', '-')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(versions | {"shapes": results, "summary": summary}, indent=1) + "\n")
+    out.write_text(json.dumps(versions | {"shapes": results, "summary": summary}, indent=1) + "\n", encoding="utf-8")
     print(out)

@@ -63,7 +63,7 @@ class Figures:
         self.path = folder / f"gpu-{re.sub('[^A-Za-z0-9.]+', '-', name).strip('-')}.json"
         self.device, self.peak = device, peak_of(name)
         self.end = time.monotonic() + 60 * minutes
-        self.figures = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.figures = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         self.figures |= {"device": name, "torch": torch.__version__, "triton": getattr(triton, "__version__", None)}
 
     def left(self) -> float:
@@ -146,7 +146,7 @@ def run_tests(tests: list[str], seconds: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(i) for i in range(share)]
         processes = [subprocess.Popen([*pytest, "-v", "--tb=short", *names[i::share]], cwd=ROOT, env=environment,
-                                      stdout=log.open("w"), stderr=subprocess.STDOUT) for i, log in enumerate(logs)]
+                                      stdout=log.open("wb"), stderr=subprocess.STDOUT) for i, log in enumerate(logs)]
         try:
             for process in processes:
                 process.wait(timeout=max(1.0, end - time.monotonic()))
@@ -156,7 +156,7 @@ def run_tests(tests: list[str], seconds: float) -> dict:
             for process in processes:
                 process.kill()
                 process.wait()
-        text = "\n".join(log.read_text() for log in logs)
+        text = "\n".join(log.read_text(encoding="utf-8") for log in logs)
     results = re.findall(r"^(\S*::.*) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
     wrong = [name for name, result in results if result in ("FAILED", "ERROR")]
     return {"passed": sum(result == "PASSED" for _, result in results), "failed": len(wrong),
@@ -242,7 +242,7 @@ def train_all_stages(config: Config, run: Path, device: str) -> dict:
     """The whole of `train.py` but for what comes after it; seconds and the last loss of each stage."""
     start = time.monotonic()
     train.train(config, run, list(NAMES), device)
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = {line["stage"]: line for line in lines}
     return {"seconds": time.monotonic() - start,
             "stages": {name: {key: line[key] for key in ("step", "loss", "seconds", "images_per_second")}

@@ -139,7 +139,7 @@ def main() -> None:
     about = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
              "transformers": transformers.__version__, "diffusers": diffusers.__version__}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(about | {"modules": rows}, indent=1) + "\n")
+    given.out.write_text(json.dumps(about | {"modules": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ CALIBRATION = 0.0123  # seconds: the reading of a quiet machine on which the fir
 def processor() -> str:
     """The processor's own name, as Linux tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return "CPU"
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
@@ -47,7 +47,7 @@ def take_reading(run: Path, device: str, after: str) -> None:
         return
     line = {"after": after, "yardstick": reading(), "threads": torch.get_num_threads(), "processor": processor(),
             "torch": torch.__version__}
-    with (run / "machine.jsonl").open("a") as file:
+    with (run / "machine.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 

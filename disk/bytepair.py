@@ -134,7 +134,7 @@ def load_vocabulary(path: Path, longest: int) -> BytePairTokenizer:
     try:
         if path.stat().st_size > 16 << 20:
             raise ValueError("it is larger than 16 MB")
-        merges = json.loads(path.read_text())["merges"]
+        merges = json.loads(path.read_text(encoding="utf-8"))["merges"]
         if not all(isinstance(i, int) for pair in merges for i in pair) or any(len(pair) != 2 for pair in merges):
             raise ValueError("merges are pairs of numbers")
         return BytePairTokenizer(merges, longest)

@@ -97,7 +97,7 @@ def open_data(root: Path) -> DataFolder:
     folder, shards = look(root)
     again = f": python data.py --index {root}"
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
         lines, held, digest = dict(known["shards"]), {*known["held"]}, known["loose"]
     except (ValueError, KeyError, TypeError):
         raise BadFile(f"{path} is broken{again}") from None
@@ -139,7 +139,7 @@ def write_index(root: Path, jobs: int = os.cpu_count() or 1) -> DataFolder:
     folder, shards = look(root)
     path = folder.root / INDEX / "index.json"
     try:
-        old = json.loads(path.read_text())["shards"]
+        old = json.loads(path.read_text(encoding="utf-8"))["shards"]
     except (OSError, ValueError, KeyError, TypeError):
         old = {}
     with ProcessPoolExecutor(jobs) as pool:

@@ -2,7 +2,7 @@
 
     make, run, grade      a learner's copy with bodies taken out; scripts that run on it; whether it is right
     share, pool           one run for a class; a class's figures as one picture and a verdict
-    expected              trains the short arms of exercises 8 and 10: what a class should expect, results/class.json
+    expected              trains the short arms of exercises 8 to 10: what a class should expect, results/class.json
     page                  `python sample.py page`: a run, to explore in a browser
     probes                facts read off f_v, z_s and z_p by ridge regression
     claims                trains what is missing of the claims study, measures, writes results/claims.json

@@ -1,13 +1,14 @@
-"""What the short arms of exercises 8 to 10 come to, and how far five pupils lie apart: the figures of teacher.md.
+"""What the short arms of exercises 8 to 10 come to, and how far five pupils lie apart: what a class should expect.
 
-    python exercises/expected.py runs/class                       trains what is missing: about five hours on two cores
-    python exercises/expected.py runs/class --arms control,lambda_s_0 --jobs 2        two pupils side by side
-    python exercises/expected.py runs/class --commands            what would be run, and nothing is
-    python exercises/expected.py --report                         the table and the picture from results/class.json
+    python exercises/expected.py runs/class --arms control         five pupils of the whole method: a class's control
+    python exercises/expected.py runs/class --jobs 2               all arms, about five hours on two cores
+    python exercises/expected.py runs/class --commands             what would be run, and nothing is
+    python exercises/expected.py runs/class --report               the table and the picture of what is there
 
 Every arm goes on from one shared run, as a class does, and `--reseed` 1 to 5 are five pupils: the spread is that of the
-arm's own stages, not of whole runs (that is claims.py's). T3 is half as long as the toy's, U2 a seventh. What is finished
-is in results/class.json with its machine, and is not trained again.
+arm's own stages, not of whole runs (that is claims.py's). T3 is half as long as the toy's, U2 a seventh. For runs/class
+the arms lie in runs/expected/class, and the figures in its class.json, with their machine: what stands there is not
+trained again. The figures of teacher.md, of another shared run, are `--results results/class.json`.
 """
 
 import json
@@ -26,9 +27,10 @@ from PIL import Image
 
 from exercises.claims import DRAWING, EDITING, PSNR, UNDERSTANDING, by_hand, figure, machine_of, measured, run
 from exercises.pool import Arm, dot_plot, verdict
+from exercises.share import digest
 from plumbing.command import Parser, UserError, run_command, write_text
 
-RESULTS, RUNS = ROOT / "results" / "class.json", Path("runs") / "expected"
+RUNS = Path("runs") / "expected"
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,25 @@ ARMS = {  # name -> (of which exercise, in words, flags and stages, its lesson)
 
 def command(arm: str, pupil: int, shared: Path) -> tuple[Path, str]:
     """-> (run folder, train.py's command)"""
-    out, (*_, flags, lesson) = RUNS / f"{arm}-{pupil}", ARMS[arm]
+    out, (*_, flags, lesson) = RUNS / shared.name / f"{arm}-{pupil}", ARMS[arm]
     return out, (f"train.py --from {shared.as_posix()} --out {out.as_posix()} --reseed {pupil} --steps {lesson.steps} "
                  f"{flags} --only {lesson.only}")
 
 
-def load(path: Path = RESULTS) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {"arms": {}}
+def load(path: Path, shared: Path) -> dict:
+    """The figures of the shared run's arms in a file. Raises UserError where there is no such run, or they are of
+    another."""
+    if not (shared / "P1.pt").exists():
+        raise UserError(f"{shared} is no run with a finished P1: python exercises/share.py unpack FILE {shared}")
+    run = digest(shared / "P1.pt")[:16]
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"run": run, "arms": {}}
+    if known["run"] != run:
+        raise UserError(f"{path} has the figures of another shared run: move it and the arms beside it away, or give "
+                        "--results another file")
+    return known
 
 
-def keep(known: dict, arm: str, one: dict, path: Path = RESULTS) -> None:
+def keep(known: dict, arm: str, one: dict, path: Path) -> None:
     """Puts one pupil's figures into the file."""
     pupils = known["arms"].setdefault(arm, {"flags": ARMS[arm][2], "pupils": []})["pupils"]
     pupils[:] = sorted([*(other for other in pupils if other["reseed"] != one["reseed"]), one],
@@ -95,7 +106,7 @@ def lessons(known: dict) -> list[tuple[Lesson, dict[str, list[Arm]]]]:
 
 
 def table(known: dict) -> str:
-    """Markdown, one for each lesson: mean ± spread (standard deviation), and what the class's rule says of the means."""
+    """Markdown, for each lesson: mean ± spread (standard deviation), and what the class's rule says of the means."""
     tables = []
     for lesson, columns in lessons(known):
         lines = [f"| exercise | arm | pupils | {' | '.join(lesson.figures)} |", "|" + "---|" * (3 + len(columns))]
@@ -112,8 +123,7 @@ def table(known: dict) -> str:
     return "\n\n".join(tables)
 
 
-def report(path: Path = RESULTS) -> None:
-    known = load(path)
+def report(known: dict, path: Path) -> None:
     plots = [dot_plot(measure, arms[0], arms[1:]) for _, columns in lessons(known) for measure, arms in columns.items()
              if arms[0].spread is not None]
     if plots:
@@ -127,20 +137,22 @@ def report(path: Path = RESULTS) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", type=Path, help="the shared run")
+    parser.add_argument("run", type=Path, help="the shared run")
     parser.add_argument("--arms", default=",".join(ARMS), help="%(default)s")
     parser.add_argument("--pupils", type=int, default=5, help="how many --reseeds (default 5)")
     parser.add_argument("--jobs", type=int, default=1, help="arms that are trained side by side, sharing the cores")
+    parser.add_argument("--results", type=Path, help="the figures' file (default: class.json beside the arms)")
     parser.add_argument("--commands", action="store_true", help="print what would be run and stop")
-    parser.add_argument("--report", action="store_true", help="print the table and stop")
-    given, known, lock = parser.read(), load(), threading.Lock()
+    parser.add_argument("--report", action="store_true", help="print the table, draw the picture and stop")
+    given, lock = parser.read(), threading.Lock()
+    path, names = given.results or RUNS / given.run.name / "class.json", given.arms.split(",")
+    known = load(path, given.run)
     if given.report:
-        return report()
-    names = given.arms.split(",")
+        return report(known, path)
     if unknown := set(names) - set(ARMS):
         raise UserError(f"--arms {', '.join(sorted(unknown))}: they are {', '.join(ARMS)}")
-    if not given.run or given.pupils < 1 or given.jobs < 1:
-        raise UserError("which run do they share? python exercises/expected.py runs/class, with --pupils, --jobs >= 1")
+    if given.pupils < 1 or given.jobs < 1:
+        raise UserError("--pupils and --jobs are 1 or more")
     done = {(name, one["reseed"]) for name, arm in known["arms"].items() for one in arm["pupils"]}
     missing = [(name, k + 1) for name in names for k in range(given.pupils) if (name, k + 1) not in done]
     threads = max(1, torch.get_num_threads() // given.jobs)
@@ -154,12 +166,12 @@ def main() -> None:
         results = measured(out, lesson.only.partition(",")[0])
         with lock:
             keep(known, name, {"reseed": pupil, **{measure: figure(results, measure) for measure in lesson.figures},
-                               "eval_id": results["eval_id"], "machine": machine_of(threads)})
+                               "eval_id": results["eval_id"], "machine": machine_of(threads)}, path)
 
     with ThreadPoolExecutor(given.jobs) as lanes:
         for done in [lanes.submit(train, *one) for one in missing]:
             done.result()
-    report()
+    report(known, path)
 
 
 if __name__ == "__main__":

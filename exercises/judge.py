@@ -197,7 +197,7 @@ def main() -> None:
             pass
 
     def tell(row: dict) -> None:
-        with out.open("a") as file:
+        with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     torch.set_num_threads(2)

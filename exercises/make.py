@@ -25,11 +25,12 @@ from exercises.judge import NUMBERS, VARIANT, cut_of, exercise, variant, what_co
 from plumbing.command import Parser, UserError, run_command, write_text
 
 WORK = ROOT / "exercises" / "work"
+PREDICTIONS = "predictions.md"
 MADE = "made.json"  # in the folder: file -> the exercise that its copy was made for
 
 
 def made(work: Path = WORK) -> dict[str, int]:
-    return json.loads((work / MADE).read_text()) if (work / MADE).exists() else {}
+    return json.loads((work / MADE).read_text(encoding="utf-8")) if (work / MADE).exists() else {}
 
 
 def files_of(number: int, work: Path = WORK) -> dict[str, Path]:
@@ -53,7 +54,9 @@ def make(number: int, work: Path = WORK) -> list[str]:
         if sheet.exists():
             raise UserError(f"{sheet} is there already: move it away to begin again")
         write_text(sheet, json.dumps(module.SHEET, indent=1) + "\n")
-        return [f"{sheet}: fill in all down to the prediction, then train the arm, then the rest",
+        expect(number, work)
+        return [f"{sheet}: fill in all down to the prediction, then train the arm, then the rest; what each line wants "
+                f"stands in {work / PREDICTIONS}",
                 f"then: python exercises/grade.py {number} RUN {sheet} --control CONTROL …"]
     for file, names in cut_of(number).items():
         taken = cut(source_of(file), names, number)[1]
@@ -75,7 +78,14 @@ def make(number: int, work: Path = WORK) -> list[str]:
             lines.append(f"{path}: {taken} lines taken out, of {', '.join(names)}")
         owners[file] = number
     write_text(work / MADE, json.dumps(owners) + "\n")
-    sheet = work / "predictions.md"
+    expect(number, work)
+    return [*lines, f"{work / PREDICTIONS}: what is wanted, and three questions to answer first",
+            f"then: python exercises/grade.py {number}"]
+
+
+def expect(number: int, work: Path) -> None:
+    """Adds to predictions.md what an exercise wants and its questions, once."""
+    sheet, module = work / PREDICTIONS, exercise(number)
     known = sheet.read_text(encoding="utf-8") if sheet.exists() else "# What I expect\n"
     if f"\n## {number} " not in known:
         about = module.ABOUT
@@ -84,8 +94,6 @@ def make(number: int, work: Path = WORK) -> list[str]:
         known += f"\n## {number} {module.TITLE}\n\n{about}\n"
         known += "".join(f"\n{question}\n\n> \n" for question in module.PREDICT)
         write_text(sheet, known)
-    return [*lines, f"{sheet}: what is wanted, and three questions to answer first",
-            f"then: python exercises/grade.py {number}"]
 
 
 def pack(out: Path, k: int) -> list[str]:
@@ -96,6 +104,8 @@ def pack(out: Path, k: int) -> list[str]:
         raise UserError(f"{out} is there already: choose another folder")
     if PACKED.exists():
         raise UserError("this is a class's pack itself: make another from the whole project")
+    if out.resolve().is_relative_to(ROOT):
+        raise UserError(f"{out} lies in the project, which would be packed into itself: --class ../{out.name}")
     ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "pictures", "work", ".ci")
     for who in ("student", "teacher"):
         shutil.copytree(ROOT, out / who, ignore=ignored)
@@ -115,7 +125,9 @@ def pack(out: Path, k: int) -> list[str]:
     shutil.rmtree(student / "exercises" / "answers")
     (student / "exercises" / "teacher.md").unlink(missing_ok=True)
     chance = random.Random(k)
-    notes = [f"python exercises/grade.py N --seed {chance.getrandbits(31)} --root ../student"]
+    seed = chance.getrandbits(31)
+    notes = [f"One exercise: python exercises/grade.py N --seed {seed} --root ../student",
+             f"A pupil's whole folder: python exercises/grade.py --all --json --seed {seed} --root ../handed-in/NAME"]
     if k:
         from exercises.answers.variants import VARIANTS, variant_of  # a pack has none
         seeds, known = [chance.getrandbits(31) for _ in range(3)], {}

@@ -275,7 +275,7 @@ def write_page(model: SPAR, run: Path, out: Path) -> None:
              "reading": (reading, "U1" in done)}
     data = {"run": run.resolve().name, "stages": model.finished_stages, "preset": model.config.preset,
             "seed": model.config.seed, "losses": losses(run),
-            "claims": json.loads(claims.read_text())["rows"] if claims.exists() else []}
+            "claims": json.loads(claims.read_text(encoding="utf-8"))["rows"] if claims.exists() else []}
     for name, (compute, possible) in (bar := tqdm(parts.items(), desc="page")):
         bar.set_postfix_str(name)
         data[name] = compute(model, world) if possible else None

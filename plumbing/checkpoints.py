@@ -93,7 +93,7 @@ def save_progress(run: Path, stage: str, step: int, state: dict, where: str = "r
         with warnings.catch_warnings(action="ignore"):  # that one process is alone is no news
             checkpoints.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
         if first_process():
-            with (part / "sums.json").open("w") as file:
+            with (part / "sums.json").open("w", encoding="utf-8") as file:
                 json.dump(sums(part), file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -149,7 +149,7 @@ def load_progress(folder: Path, state: dict) -> None:
     """Fills the tensors of `state`; any number of processes may have written them. Raises BrokenCheckpoint."""
     try:
         path = folder / "sums.json"
-        if path.stat().st_size > 1 << 20 or json.loads(path.read_text()) != sums(folder):
+        if path.stat().st_size > 1 << 20 or json.loads(path.read_text(encoding="utf-8")) != sums(folder):
             raise BrokenCheckpoint("is broken (a checksum differs)")
         with (folder / ".metadata").open("rb") as file:
             Harmless(file).load()

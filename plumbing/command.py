@@ -72,7 +72,7 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_beside(path, lambda beside: beside.write_text(text))
+    write_beside(path, lambda beside: beside.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def sync_folder(folder: Path) -> None:

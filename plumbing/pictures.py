@@ -125,7 +125,7 @@ def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) 
 def loss_curves(run: Path) -> Image.Image:
     """log.jsonl as one small chart per stage: the magnitude of each term (log scale) over the steps;
     circles: of held-out samples."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     stages = [name for name in NAMES if any(line["stage"] == name and "loss" in line for line in lines)]
     wide, high = 320, 200
     image = Image.new("RGB", (3 * wide, math.ceil(len(stages) / 3) * high), "white")

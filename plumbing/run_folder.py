@@ -52,7 +52,7 @@ def load_config(run: Path) -> Config:
         path = run / "config.json"
         if path.stat().st_size > 1 << 20:
             raise TypeError("it is larger than 1 MB")
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
         config = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
         check_numbers(config)
         return config
@@ -198,7 +198,7 @@ NEEDED = {"P1": "", "P2": "", "P3": "P1 P2", "T1": "P1 P2", "T2": "T1", "T3": "T
 def changed_data(run: Path, held: dict[str, dict]) -> dict[str, str]:
     """"" or U3, if that has data of its own -> what is not as data.json of `run` has it. `held`: what there is now."""
     path = run / "data.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found = {}
     for stages in known.keys() | held.keys():
         before, now = known.get(stages, {}), held.get(stages, {})
@@ -278,7 +278,7 @@ def open_run(config: Config, run: Path, stages: list[str], source: Path | None, 
 def read_lines(path: Path) -> list[dict]:
     """The lines of a .jsonl, none where there is no such file; a torn one is passed over."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -308,7 +308,7 @@ def bad_samples(run: Path | None, data_folder: DataFolder | None, max_bad: float
 
     def count(stage: str, step: int, bad: list[tuple[str, str, str]]) -> None:
         if first_process():
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 for name, key, why in bad:
                     file.write(json.dumps({"stage": stage, "step": step, "file": name, "key": key, "why": why}) + "\n")
         known.update((name, key) for name, key, _ in bad)

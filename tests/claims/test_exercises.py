@@ -175,8 +175,15 @@ def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
     mine.write_text(put_in(mine.read_text(), bodies_of((ROOT / "router.py").read_text(), cut_of(6)["router.py"])))
     assert "exercise 6: " in (student / "router.py").read_text()  # its graders have the source all the same
     assert json.loads(in_the_pack("exercises/grade.py", "6", "--json"))["passed"]
+    assert [n for n in NUMBERS if grade.begun(n, student)] == TO_FILL_IN
     assert grade.handed_in(6, student) == {"router.py": mine} and grade.handed_in(7, student) == {
         "mllm.py": student / "mllm.py"}
+
+
+def test_a_project_is_not_packed_into_itself():
+    with pytest.raises(UserError, match=r"--class \.\./class"):
+        make.pack(ROOT / "class", 0)
+    assert not (ROOT / "class").exists()
 
 
 def test_in_a_pack_no_exercise_rests_on_anothers_holes_and_lines_are_those_of_the_learners_file(tmp_path):
@@ -233,6 +240,8 @@ def test_the_sheet_of_exercise_10_comes_empty_and_an_empty_one_is_told_line_by_l
     lines = make.make(10, work)
     sheet = work / "sheet.json"
     assert str(sheet) in lines[0] and set(json.loads(sheet.read_text())) >= {"question", "prediction", "verdict"}
+    told = (work / make.PREDICTIONS).read_text()
+    assert all(f"`{line}`" in told for line in exercise(10).SHEET) and exercise(10).PREDICT[0] in told
     rows = exercise(10).verdicts([str(work), str(sheet), "--control", str(work)])
     assert not any(row["ok"] for row in rows) and all(row["why"] for row in rows)
     with pytest.raises(UserError, match="move it away"):
@@ -268,21 +277,50 @@ def test_quantiles_of_students_t(level, freedom, wanted):
     assert claims.quantile(level, freedom) == pytest.approx(wanted, abs=1e-3)
 
 
-def test_figures_of_seeds_become_rows_with_intervals_holms_too(tmp_path):
-    path = tmp_path / "claims.json"
-    clear, vague = claims.ROWS[0], next(row for row in claims.ROWS if row.arm == "no_T1")
-    for seed, (a, b) in enumerate([(-2.0, 0.4), (-2.1, -0.5), (-1.9, 0.2)]):
-        for row, difference in ((clear, a), (vague, b)):
+def test_figures_of_seeds_become_rows_and_asking_many_is_paid_for(tmp_path):
+    path, asked = tmp_path / "claims.json", sum(len(row.measures) for row in claims.ROWS)
+    arms = {row.arm: row for row in claims.ROWS}
+    given = {"no_pixel_stream": (-2.0, -2.1, -1.9), "no_T1": (0.4, -0.5, 0.2),  # t: 34.6, and 0.1 and below
+             "no_T2": (0.00035, 0.0, 0.0), "no_T3": (0.0, 0.0)}
+    for arm, differences in given.items():
+        for seed, difference in enumerate(differences):
             claims.keep([{"measure": claims.PSNR, "seed": seed, "value": 30 + difference, "control": 30.0,
-                          "eval_id": "x", "machine": {}}], row, path)
+                          "eval_id": "x", "machine": {}}], arms[arm], path)
     known = claims.load(path)
-    first, second = known["rows"]
-    assert first["name"] == "no_pixel_stream" and first["verdict"] == "holds here" and first["mean"] == -2.0
-    assert first["interval"] == pytest.approx([-2 - 4.303 * 0.1 / 3**0.5, -2 + 4.303 * 0.1 / 3**0.5], abs=1e-3)
-    assert first["holm"][1] - first["holm"][0] > first["interval"][1] - first["interval"][0]  # it answers for both
-    assert second["holm"] == pytest.approx(second["interval"], abs=2e-3) and second["verdict"] == "cannot be told"
-    assert claims.is_known(known, clear, 2) and not claims.is_known(known, clear, 3)
-    assert len(claims.table(known).splitlines()) == 4 and claims.draw(known).size[0] > 900
+    rows = {row["name"]: row for row in known["rows"]}
+    first, second, tiny, none = (rows[arm] for arm in given)
+    assert first["verdict"] == "holds here" and first["mean"] == -2.0 and second["verdict"] == "cannot be told"
+    error, wide = 0.1 / 3**0.5, claims.quantile(1 - 0.05 / asked, 2)
+    assert first["interval"] == pytest.approx([-2 - 4.303 * error, -2 + 4.303 * error], abs=1e-3)
+    assert first["all_rows"] == pytest.approx([-2 - wide * error, -2 + wide * error], abs=1e-3)
+    t = 2 / error
+    assert first["p_holm"] == pytest.approx(asked * (1 - t / (2 + t * t)**0.5), abs=1e-4)  # of two degrees of freedom
+    assert second["p_holm"] == tiny["p_holm"] == none["p_holm"] == 1 and none["interval"] == [0, 0]
+    assert claims.is_known(known, arms["no_T1"], 2) and not claims.is_known(known, arms["no_T1"], 3)
+    assert len(claims.table(known).splitlines()) == 6 and claims.draw(known).size[0] > 900
+
+
+def test_holms_p_never_falls_behind_a_clearer_row_and_counts_the_rows_not_yet_there(tmp_path):
+    path, differences = tmp_path / "claims.json", [(-2.0, -2.1, -1.9), (-2.0, -2.1001, -1.8999)]
+    for row, values in zip(claims.ROWS, differences):
+        for seed, value in enumerate(values):
+            claims.keep([{"measure": claims.PSNR, "seed": seed, "value": value, "control": 0.0, "eval_id": "x",
+                          "machine": {}}], row, path)
+    one, other = (row["p_holm"] for row in claims.load(path)["rows"])
+    assert other >= one > 20 * 0.0008
+
+
+def test_that_an_external_teacher_gains_nothing_is_read_as_it_is_meant(tmp_path):
+    row, found = next(row for row in claims.ROWS if row.no_better), {}
+    assert row.arm == "external_teacher"
+    for about, shift in (("alike", 0.0), ("better", 0.1), ("worse", -0.1)):
+        for seed, noise in enumerate((-0.004, 0.0, 0.004)):
+            claims.keep([{"measure": claims.DRAWING, "seed": seed, "value": 0.6 + shift + noise, "control": 0.6,
+                          "eval_id": "x", "machine": {}}], row, tmp_path / f"{about}.json")
+        only, = claims.load(tmp_path / f"{about}.json")["rows"]
+        found[about] = only["verdict"], only["no_better"]
+    assert found == {"alike": ("does not hold here", "holds here"), "worse": ("holds here", "holds here"),
+                     "better": ("does not hold here", "does not hold here")}
 
 
 def test_every_row_says_what_is_measured_before_it_is_and_its_flags_are_train_pys():
@@ -315,9 +353,12 @@ def test_what_alignment_saves_to_draw_alike_lies_on_the_line_between_half_and_al
                 "seeds": [{"seed": i, "value": 0.6 + d, "control": 0.6} for i, d in enumerate(differences)]}
 
     known = {"rows": [row("half_of_U2", -0.2, -0.2, -0.2), row("no_alignment", -0.1, -0.12, -0.08, 9.0)]}
-    assert claims.saved_to_draw_alike(known) == {"share": 0.25, "range": [0.225, 0.275], "seeds": [0, 1, 2]}
-    assert claims.saved_to_draw_alike({"rows": [row("half_of_U2", 0.1), row("no_alignment", -0.1)]}) is None
-    assert claims.saved_to_draw_alike({"rows": [row("no_alignment", -0.1)]}) is None
+    share = claims.saved_to_do_alike(known, claims.DRAWING)
+    assert share == {"share": 0.25, "range": [0.225, 0.275], "seeds": [0, 1, 2]}
+    assert claims.saved_to_do_alike(known, claims.EDITING) is None
+    worse = {"rows": [row("half_of_U2", 0.1), row("no_alignment", -0.1)]}
+    assert claims.saved_to_do_alike(worse, claims.DRAWING) is None
+    assert claims.saved_to_do_alike({"rows": [row("no_alignment", -0.1)]}, claims.DRAWING) is None
 
 
 # ---------------------------------------------------------------- what a class should expect
@@ -337,17 +378,36 @@ def test_every_arm_of_a_class_goes_on_from_the_shared_run_and_differs_from_its_o
 
 
 def test_a_class_is_summed_up_with_its_spread_and_nothing_twice(tmp_path):
-    path, known = tmp_path / "class.json", {"arms": {}}
+    path, shared, given = tmp_path / "class.json", tmp_path / "class", {"reseed": 1}
+    shared.mkdir()
+    (shared / "P1.pt").write_bytes(b"weights")
+    known = expected.load(path, shared)
     for name, psnr in (("lambda_s_0", 33.0), ("control", 30.0)):
         for pupil, more in ((2, 0.2), (1, -0.2), (2, 0.2)):
-            expected.keep(known, name, {"reseed": pupil, expected.PSNR: psnr + more, expected.UNDERSTANDING: 0.9}, path)
-    found = expected.load(path)
+            figures = {expected.PSNR: psnr + more, expected.UNDERSTANDING: 0.9}
+            expected.keep(known, name, {"reseed": pupil, **figures}, path)
+    found = expected.load(path, shared)
     assert [*found["arms"]] == ["control", "lambda_s_0"] and len(found["arms"]["control"]["pupils"]) == 2
     head, _, control, other = expected.table(found).splitlines()
     assert "| 2 | 30 ± 0.28 | 0.9 ± 0 |" in control and "33 ± 0.28: higher | 0.9 ± 0" in other
-    expected.keep(known, "last_layer", {"reseed": 1, expected.DRAWING: 0.5, expected.EDITING: 0.7}, path)
-    assert expected.table(expected.load(path)) == expected.table(found), "nothing to compare it with yet"
-    expected.keep(known, "control_U", {"reseed": 1, expected.DRAWING: 0.6, expected.EDITING: 0.8}, path)
-    assert "| 1 | 0.5 | 0.7 |" in expected.table(expected.load(path)).splitlines()[-1]
-    expected.report(path)
+    before = expected.table(known)
+    expected.keep(known, "last_layer", given | {expected.DRAWING: 0.5, expected.EDITING: 0.7}, path)
+    assert expected.table(known) == before, "nothing to compare it with yet"
+    expected.keep(known, "control_U", given | {expected.DRAWING: 0.6, expected.EDITING: 0.8}, path)
+    assert "| 1 | 0.5 | 0.7 |" in expected.table(known).splitlines()[-1]
+    expected.report(known, path)
     assert path.with_suffix(".png").exists()
+
+
+def test_a_class_trains_arms_of_its_own_and_takes_no_other_runs_figures_for_them(tmp_path):
+    def ask(*words):
+        script = str(ROOT / "exercises" / "expected.py")
+        return subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    assert "error: runs/class is no run" in ask("runs/class").stderr
+    (tmp_path / "runs" / "class").mkdir(parents=True)
+    (tmp_path / "runs" / "class" / "P1.pt").write_bytes(b"weights")
+    lines = ask("runs/class", "--arms", "control", "--commands").stdout.splitlines()
+    assert len(lines) == 5 and "--out runs/expected/class/control-1 --reseed 1 " in lines[0]
+    published = str(ROOT / "results" / "class.json")
+    assert "another shared run" in ask("runs/class", "--commands", "--results", published).stderr

@@ -1,8 +1,10 @@
 """What a class shares and pools, and the sheet of exercise 10: right ones pass, mistakes are told in one line."""
 
 import copy
+import html
 import io
 import json
+import re
 import sys
 import tarfile
 
@@ -17,6 +19,7 @@ from plumbing.command import UserError, run_command
 from plumbing.run_folder import finished_stages, load_config, load_run, write_config
 from spar import Protocol, make_config
 from tests.conftest import TINY
+from tests.tools.commands import ROOT
 from tests.tools.models import model_of
 
 
@@ -284,3 +287,13 @@ def test_a_sheet_that_is_none_is_told_in_one_line(text, tmp_path):
 def test_a_command_without_a_control_is_the_users_mistake():
     with pytest.raises(UserError, match="--control"):
         e10.verdicts(["run", "sheet.json"])
+
+
+def test_the_printers_handout_says_the_same_as_the_other():
+    folder = ROOT / "exercises"
+    text, page = ((folder / f"handout.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    text = re.sub(r"^(\*One sheet.*|## (Front|Back): .*)$|^```(sh)?$|[*`]|\\(?=\|)|^\d\. ", "", text, flags=re.M)
+    page = re.sub(r"<h2.*?</h2>|<style>.*?</style>|<title>.*?</title>|</?(?:b|i|code)>", "", page, flags=re.S)
+    page = re.sub(r"<[^>]+>", " ", page)
+    words = [re.sub(r"[|\-#]", " ", part).split() for part in (text, html.unescape(page))]
+    assert words[0] == words[1] and len(words[0]) > 300

@@ -81,6 +81,26 @@ def test_no_line_is_longer_than_120_characters():
     assert long == []
 
 
+def in_text_mode(call: ast.Call) -> bool:
+    """Whether this reads or writes a file as text."""
+    attribute = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if attribute else getattr(call.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return attribute  # a path's; ours of that name say it themselves
+    modes = [one.value for one in call.args[:1 if attribute else 2] if isinstance(one, ast.Constant)]
+    return name == "open" and modes[-1:] in (["r"], ["w"], ["a"], ["x"])
+
+
+def test_every_text_file_names_its_encoding():
+    """Windows would take another one, in which tokenizer.py cannot be written."""
+    every = [*ROOT.glob("*.py"), *source_files(*FOLDERS, "benchmarks", "exercises")]
+    calls = [(path, node) for path in every for node in ast.walk(tree(path))
+             if isinstance(node, ast.Call) and in_text_mode(node)]
+    assert len(calls) > 30
+    assert [f"{path.relative_to(ROOT)}:{call.lineno}" for path, call in calls
+            if "encoding" not in {keyword.arg for keyword in call.keywords}] == []
+
+
 def test_the_readme_has_at_most_180_lines_the_method_6330_and_what_reads_others_pictures_and_folders_its_own():
     rooms = [folder for folder in FOLDERS if folder not in ("disk", "public")]
     assert len(README.splitlines()) <= 180
