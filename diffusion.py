@@ -8,7 +8,7 @@
 In: noisy latents `b p h w`, σ `b`, condition tokens `b l u` with their mask `b l`. Out: velocities `b p h w`.
 Reference for the DiT: SANA, arXiv 2410.10629 (linear attention, Mix-FFN, AdaLN-single, no positions).
 
-    python diffusion.py            shape trace, and both samplers on a known flow
+    python diffusion.py            shape trace, and the samplers on a known flow
 
 Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, c width of the DiT, l length and u
 width of the condition, d width of visual tokens, a heads, e width of a head.
@@ -34,7 +34,7 @@ from parts.positions import sine_positions
 def logit_normal_times(b: int, generator: torch.Generator | None = None, shift: float = 1.0) -> Tensor:
     """σ `b` in (0, 1): the sigmoid of a standard normal, moved by `shift` as in `sample`: above 1, more of them lie
     near the noise, where it is decided what goes where (SANA: 3). One from each of b equally likely slices, in random
-    order: a batch sees the whole path, and its loss varies less."""
+    order, so that a batch sees the whole path (differs from paper: independent ones, not moved)."""
     share = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
     return (torch.special.ndtri(share.clamp(1e-6, 1 - 1e-6)) + math.log(shift)).sigmoid()
 

@@ -238,15 +238,15 @@ class MLLM(nn.Module):
         """Words `b t` (left-padded), `image_id` where the reference f_v `b n d` stands -> the condition `b l u`."""
         H, mask = self.routed_states(ids, mask, f_v)  # Sec. 3.3: K hidden states of the frozen LLM, `b l k d`
         H_mixed, weights = self.router(H)  # Sec. 3.3: Ĥ, every token's own mixture of the layers
-        H_mixed = self.with_reference(H_mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v itself, past the LLM
+        H_mixed = self.with_reference(H_mixed, ids, f_v)  # Sec. 3.3: at reference positions f_v, no mixture
         tokens = self.connector(H_mixed, mask)  # Sec. 3.3: bidirectional, to the width of the DiT's condition
         return Condition(tokens, mask, weights)
 
     def routed_states(self, ids: Tensor, mask: Tensor, f_v: Tensor | None) -> tuple[Tensor, Tensor]:
         """The LLM reads the words, then the queries; -> (states of the K chosen layers `b l k d`, mask `b l`).
 
-        # differs from paper: there the reference follows the words; here it stands before them, as in a question about
-        # a picture, so that the frozen LLM finds what an instruction names as it finds what a question names.
+        # differs from paper: there the reference follows the words (so too with InternVL3's tokenizer); here it stands
+        # before them, as in a question, so that the frozen LLM finds what an instruction names as it does there.
         The LLM is frozen here and causal, so what stands before the queries does not depend on anything that trains: it
         is computed without gradient, and only the queries are followed through the LLM's layers, behind a cache.
         """
@@ -306,7 +306,7 @@ def naming_loss(f_v: Tensor, embedding: Tensor, things: tuple[Tensor, Tensor, Te
 
     `things`: (which picture, which quarter, which name of each fact is right, `things facts`). `names`: of each fact,
     the ids of the words to choose from.
-    # differs from paper: InternVL3 comes trained; P1 has 900 steps.
+    # differs from paper: InternVL3 comes trained; P1 is short.
     """
     picture, quarter, right = things
     half = math.isqrt(f_v.shape[1]) // 2

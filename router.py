@@ -2,7 +2,7 @@
 
 In: K hidden states of the frozen LLM, `b l k d`, shallow to deep, of which the last alone has passed the LLM's final
 norm. Out: one state per token, `b l d`, and the weights w, `b l k`, of its mixture: a picture of which depth each token
-listens to (DTR's α, which scales each layer for all tokens, is not in it).
+listens to (DTR's α, which scales each layer for all tokens, is not in it; a reference's tokens go on without it).
 
     DTR      weights per token, asked of the token's deepest state   Ĥ_i = W_p Σ_k w_i^(k) α^(k) H_i^(k)
     Last     the deepest layer alone, as most unified models do
@@ -50,7 +50,7 @@ class Router(nn.Module):
         super().__init__()
         self.k = k
         self.norm = nn.LayerNorm(d)
-        self.W_p = nn.Linear(d, d)
+        self.W_p = nn.Linear(d, d)  # `MLLM` starts it as the identity
 
     def weights(self, H: Tensor) -> Tensor:
         """`b l k d` -> how much each token takes of each layer, `b l k`, summing to 1."""

@@ -3,7 +3,7 @@
     picture ─ tokenizer.vision ─ f_v ─┬─ semantic_stream ─ z_s ─┐
                                       ├─ pixel_stream ──── z_p ─┴─ fusion ─ z_f ─ decoder ─ picture
                                       └─ mllm.llm ─ answer
-    words, f_v of a reference, queries ─ mllm.llm ─ router ─ connector ─ condition ─ dit ─ z_f ─ decoder ─ picture
+    f_v of a reference, words, queries ─ mllm.llm ─ router ─ connector ─ condition ─ dit ─ z_f ─ decoder ─ picture
 
 `Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; `plumbing.run_folder.load_run`
 reads one.
@@ -50,7 +50,7 @@ class Protocol:
 @dataclass
 class Config:
     """Every number of a run; each field is a flag of train.py, and its comment that flag's help. The letters are the
-    paper's (README, dimension key); defaults are the toy preset."""
+    README's (dimension key); defaults are the toy preset."""
 
     # the run
     preset: str = "toy"  # which set of numbers the others start from
@@ -142,7 +142,7 @@ class Config:
     final_lr: tuple = (0.05,) * 9  # share of lr that the cosine ends at
     clip: float = 1.0  # largest gradient norm
     ema: tuple = (0.99,) * 9  # decay of the running average of the weights, which is what a run is used with
-    shift: float = 3.0  # moves training's σ towards the noise (SANA: 3)
+    shift: float = 3.0  # moves training's σ towards the noise (SANA: 3; paper: 1)
     noises_per_picture: int = 2  # times and noises for each picture, whose condition is computed once
     drop_words: float = 0.1  # share of emptied prompts, for guidance
     edits: tuple = (0.0,) * 7 + (0.375,) * 2  # share of editing in a stage's batches: U2 and U3 alone edit
@@ -227,7 +227,7 @@ PER_STAGE = ("sides", "steps", "batch", "per_device", "lr", "weight_decay", "war
              "edits")  # nine or one
 
 SMALL = dict(  # toy, everything larger: one GPU, minutes (an estimate)
-    precision="bf16",
+    precision="bf16", k=4,
     side=64, vision_width=192, vision_layers=8, vision_heads=6,
     d=256, llm_layers=8, llm_heads=8, llm_kv_heads=4, llm_mlp=768,
     pixel_layers=4, pixel_heads=8,
@@ -242,7 +242,7 @@ FULL = dict(  # SPAR-1B, by the paper's path: InternVL3-1B, DC-AE f32c32 (SANA 1
     d=896, llm_layers=24, llm_heads=14, llm_kv_heads=2, llm_mlp=4864, vocabulary=151674, tied=False,  # Qwen2.5-0.5B
     p=32, pixel_layers=6, pixel_heads=16, ae_widths=(128, 256, 512, 512, 1024, 1024), ae_depths=(2, 2, 2, 3, 3, 3),
     ae_decoder_depths=(3, 3, 3, 3, 3, 3), ae_vit_stages=3, ae_resample="conv",
-    queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False,
+    k=4, queries=256, connector_layers=6, connector_share=1.0, condition_width=2304, positions=False,
     c=1152, dit_layers=28, dit_heads=36, dit_cross_heads=16, align_block=6, align_hidden=2048,
     lambda_mse=0.25, lambda_lpips=1.1, lambda_f=0.0, lambda_s=1.0, lambda_gan=0.1, gan_width=64, encoder_rate=0.1,
     shift=1.0, noises_per_picture=1, sampling_steps=20, guidance=4.5, sampler="dpm",
@@ -341,7 +341,7 @@ class SPAR(nn.Module):
     def as_grid(self, z: Tensor) -> Tensor:
         return rearrange(z, "b (h w) p -> b p h w", h=int(z.shape[1] ** 0.5))
 
-    # ------------------------------------------------------------ the four uses
+    # ------------------------------------------------------------ the four uses: an edit is drawn with a reference
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ class SPAR(nn.Module):
         outcome, which P1 has taught as the answer to it.
 
         # differs from paper: there the words go to the generator as they stand, which has to settle colours and places
-        # for the whole picture at once; the LLM settles them one after the other. `generate` alone is the paper's path.
+        # for the whole picture at once; the LLM settles them one after the other. `generate` draws them as they stand.
         """
         if self.config.data or self.config.internvl:  # only the drawn world teaches to write out
             return prompts
@@ -379,7 +379,7 @@ class SPAR(nn.Module):
                  guidance: float | None = None, sampler: str | None = None, text_only: bool = False):
         """Draw each prompt, or edit its reference picture `b 3 H W` as it says.
 
-        Returns (pictures `b 3 H W`, path: list of latents `b p h w` from noise to picture, DTR weights `b l k`).
+        Returns (pictures `b 3 H W`, path: latents `b p h w` from noise to picture, DTR weights `b l k` or None).
         `text_only` conditions on the LLM's text states as stage P3 does, before queries and connector exist.
         """
         b, config = len(prompts), self.config

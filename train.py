@@ -1,9 +1,9 @@
 """Train SPAR from nothing: nine stages, one loop.
 
     python train.py                          the toy preset on two CPU cores, all nine stages, then the evaluation
-    python train.py --steps-scale 0.01 --out runs/smoke      the same in a minute, pictures of noise
+    python train.py --steps-scale 0.02 --out runs/smoke      the same in a few minutes, pictures of noise
     python train.py --plan                   what would be trained, with how many parameters, steps and pictures
-    python train.py --router last --from runs/toy --out runs/last      an ablation, on the stages it does not touch
+    python train.py --router last --from runs/toy --out runs/last      an ablation: trains what the flag touches
     torchrun --standalone --nproc-per-node 8 train.py --preset full    on eight GPUs; --shard spreads the weights too
 
 P1 to P3 make the three public models that the paper starts from; T1 to T3 are its tokenizer stages (Sec. 3.2), U1 to U3
@@ -195,7 +195,7 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
     if "L_lpips" in terms:
         vgg, convnext = (network and network.to(model.device) for network in perceptual_networks(config))
         extras.perceptual = Perceptual(vgg or model.pixel_encoder, convnext)
-    if stage.name == "T3":
+    if "L_s" in terms:
         extras.encoder_before = frozen_copy(model.tokenizer.vision)
     if "L_gan" in terms:
         with model.device:
@@ -205,7 +205,7 @@ def prepare(model: SPAR, stage: Stage) -> Extras:
         extras.adversary = adversary_optimizer(extras.discriminator, *as_stage)
     if stage.name == "P3":
         model.mllm.connector.copy_layers(model.mllm.llm)  # P1 has trained the LLM since the model was made
-    if "L_align" in stage.losses and config.align == "external":
+    if "L_align" in terms and config.align == "external":
         with model.device:
             external = SPAR(config, model.words)
         load_stage(external, Path(config.teacher), "P1")

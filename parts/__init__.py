@@ -4,7 +4,7 @@
     backend             which backend computes attention, kernels on trial     with --attention
     linear_attention    SANA's and DC-AE's attention, plain and fused          with diffusion.py
     dcae                DC-AE, the pixel autoencoder E_p and D_p               to know what a latent is made by
-    adversary           LPIPS, VGG16, PatchGAN with LeCam                      with T3
+    adversary           LPIPS's formula, PatchGAN with LeCam                   with T3
     layer               a layer that may forget its insides, RMSNorm, Mix-FFN  when a class derives from Layer
     positions           rotary positions, sines on a grid                      with mllm.py
     shared_batch        means over a batch that several processes share        when a run has several

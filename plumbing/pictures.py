@@ -113,12 +113,12 @@ def query_grids(weights: Tensor, columns: list[str]) -> Image.Image:
 def routing_pictures(model: SPAR, prompt: str, reference: Tensor | None = None) -> list[Image.Image]:
     """DTR's choice for one prompt: words (and queries) × layers as a heat map, and the query grid of each layer."""
     weights = model.generate([prompt], reference, steps=1, guidance=1)[2][0].cpu()
-    queries, visual = model.config.queries, 0 if reference is None else model.config.grid**2
-    ids = model.encode_prompts([prompt], reference is not None, to_draw=True)[0][0].tolist()  # as the model reads it
+    queries = model.config.queries
+    ids = model.encode_prompts([prompt], reference is not None, to_draw=True)[0][0].cpu()  # as the model reads it
+    words = (ids != model.words.image_id).nonzero().flatten()  # at a reference's places f_v goes on, not the mixture
     layers = [f"layer {i}" for i in model.mllm.choice]
-    rows = ["<bos>", *(["picture (mean)"] if visual else []), *model.words.pieces(ids[1 + visual:]), "queries (mean)"]
-    picture = [weights[1:1 + visual].mean(0, keepdim=True)] if visual else []
-    table = torch.cat([weights[:1], *picture, weights[1 + visual:-queries], weights[-queries:].mean(0, keepdim=True)])
+    rows = ["<bos>", *model.words.pieces(ids[words[1:]].tolist()), "queries (mean)"]
+    table = torch.cat([weights[words], weights[-queries:].mean(0, keepdim=True)])
     return [heat_map(table, rows, layers, f"routing: “{prompt}”"), query_grids(weights[-queries:], layers)]
 
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from diffusion import (SAMPLERS, AlignmentHead, DiT, add_noise, alignment_loss,
-                       flow_matching_loss, guided, logit_normal_times, sample)
+from diffusion import (SAMPLERS, AlignmentHead, DiT, Noise, add_noise, alignment_loss, flow_matching_loss, guided,
+                       logit_normal_times, sample, unified_losses)
 from parts.positions import sine_positions
 
 MEAN, STD = 1.5, 0.3  # of the Gaussian whose flow is known
@@ -212,3 +212,34 @@ def test_alignment_trains_the_dit_up_to_its_block_and_neither_the_rest_nor_the_t
     alignment_loss(head(model(*inputs())[1]), teacher).backward()
     trained = [any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()) for block in model.blocks]
     assert trained == [True, True, False] and model.out.weight.grad is None and teacher.grad is None
+
+
+def test_the_teacher_is_what_the_tokenizer_says_of_the_picture_wanted():
+    model, head = dit(), AlignmentHead(16, 12, 6)
+    images, references, drawn = torch.randn(3, 4, 6), torch.randn(1, 4, 6), torch.randn(3, 3, 2, 2)
+    noise = Noise(torch.rand(6), torch.randn(6, 3, 2, 2))  # two noises a picture, in rounds of the whole batch
+    asked = []
+
+    class Asked:
+        def __init__(self, b, f_v):
+            asked.append(f_v)
+            self.tokens, self.mask = torch.ones(b, 4, 8), torch.ones(b, 4, dtype=torch.bool)
+
+    def losses(wanted, reference):
+        batch = {"words": (2, None), "instructions": (1, None), "references": reference, "images": wanted,
+                 "noise": noise}
+        return unified_losses(batch, {"L_fm": 1.0, "L_align": 0.5}, condition=lambda b, mask, f_v=None: Asked(b, f_v),
+                              features=lambda pictures: pictures, clean_latent=lambda pictures: (drawn, pictures),
+                              dit=model, align_head=head)
+
+    found = losses(images, references)
+    with torch.no_grad():
+        z = drawn.repeat(2, 1, 1, 1)
+        velocity, f_dit = model(add_noise(z, noise.epsilon, noise.sigma), noise.sigma, torch.ones(6, 4, 8),
+                                torch.ones(6, 4, dtype=torch.bool))
+        cosines = torch.cosine_similarity(head(f_dit), images.repeat(2, 1, 1), dim=-1)
+    torch.testing.assert_close(found["L_align"].detach(), -cosines.mean())
+    torch.testing.assert_close(found["L_fm"].detach(), flow_matching_loss(velocity, z, noise.epsilon))
+    assert asked[0] is None and asked[1] is references  # the LLM reads the reference, and the teacher never does
+    assert losses(images, references + 1)["L_align"].equal(found["L_align"])
+    assert not losses(images + 1, references)["L_align"].equal(found["L_align"])

@@ -105,7 +105,7 @@ def test_the_shapes_of_a_preset_fit_together(preset, monkeypatch):
     condition, z = model.mllm.condition(ids, mask, f_v), model.as_grid(latents.fused)
     assert condition.tokens.shape == (2, ids.shape[1] + config.queries, config.condition_width)
     assert config.queries == tokens
-    assert condition.weights.shape == (*condition.mask.shape, config.k)
+    assert condition.weights.shape == (*condition.mask.shape, config.k) and config.k == (3 if preset == "toy" else 4)
     velocity, hidden = model.dit(z, torch.empty(2, device="meta"), condition.tokens, condition.mask)
     assert velocity.shape == z.shape == (2, config.p, config.grid, config.grid)
     assert model.align_head(hidden).shape == f_v.shape

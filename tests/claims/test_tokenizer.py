@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from parts.dcae import Down, PixelDecoder, PixelEncoder, Up
-from tokenizer import ResidualMLP, Tokenizer, VisionEncoder
+from tokenizer import ResidualMLP, Tokenizer, VisionEncoder, frozen_copy, tokenizer_losses
 
 SHAPE = dict(p=8, widths=(8, 16, 32, 32), depths=(0, 1, 1, 1), vit_stages=1)
 
@@ -78,6 +78,25 @@ def test_the_semantic_loss_reaches_the_encoder_and_holds_it_near_the_frozen_copy
     first, last = descend(vision.parameters(), lambda: F.mse_loss(tokenizer.features(images), wanted), 1e-3)
     assert all(grads(tokenizer.vision)) and last < 0.3 * first
     assert not any(grads(tokenizer.pixel_stream) + grads(tokenizer.semantic_stream))
+
+
+def test_each_loss_of_t1_to_t3_is_between_what_the_paper_says_and_comes_only_where_it_is_asked_for():
+    tokenizer, images, target = build(), pictures(), torch.randn(2, 16, 8)
+    before = frozen_copy(tokenizer.vision)
+    with torch.no_grad():
+        for parameter in tokenizer.vision.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    wanted, f_v, latents = tokenizer(images)
+    ends = {"L_mse": (wanted, images), "L_p": (latents.pixel, target), "L_f": (latents.fused, target),
+            "L_s": (f_v, before(images))}
+    for asked in (list(ends), *([symbol] for symbol in ends)):
+        losses, reconstruction = tokenizer_losses(tokenizer, images, dict.fromkeys(asked, 7.0), lambda: target,
+                                                  encoder_before=before)
+        assert set(losses) == set(asked) and reconstruction.equal(wanted)
+        for symbol, loss in losses.items():  # the weights are the loop's
+            torch.testing.assert_close(loss, F.mse_loss(*ends[symbol]))
+    losses["L_s"].backward()
+    assert all(grads(tokenizer.vision)) and not any(grads(before) + grads(tokenizer.semantic_stream))
 
 
 def test_only_the_pixel_stream_mixes_tokens():

@@ -193,19 +193,23 @@ def test_every_letter_of_a_pattern_is_in_the_readmes_key():
     assert unknown == {}
 
 
-def definitions(path: Path) -> set[str]:
-    """Functions, classes, their methods and constants, as the README writes them."""
-    names = set()
+def lines_of(node: ast.AST) -> int:
+    return node.end_lineno - min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))]) + 1
+
+
+def definitions(path: Path) -> dict[str, int]:
+    """Functions, classes, their methods and constants, as the README writes them -> how many lines they have."""
+    names = {}
     for node in tree(path).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-            names |= {f"{node.name}.{part.name}" for part in getattr(node, "body", [])
+            names[node.name] = lines_of(node)
+            names |= {f"{node.name}.{part.name}": lines_of(part) for part in getattr(node, "body", [])
                       if isinstance(part, ast.FunctionDef)}
         elif isinstance(node, ast.If):  # kernels, where Triton is there
-            names |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+            names |= {part.name: lines_of(part) for part in node.body if isinstance(part, ast.FunctionDef)}
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            names |= {target.id: lines_of(node) for target in targets if isinstance(target, ast.Name)}
     return names
 
 
@@ -239,10 +243,13 @@ def test_every_file_function_and_test_of_the_claims_table_exists():
 
 
 def test_what_is_to_be_read_in_an_hour_exists():
-    rows = [named(row[0]) for row in table_under("hour") if named(row[0])]
+    *rows, together = table_under("hour")
     assert len(rows) >= 5
-    for file, *names in rows:
-        assert not set(names) - definitions(ROOT / file), (file, names)
+    for cell, lines, _, _ in rows:
+        (file, *names), known = named(cell), definitions(ROOT / named(cell)[0])
+        assert not set(names) - set(known), (file, names)
+        assert int(lines) == sum(known[name] for name in names), (file, names)
+    assert [int(together[i]) for i in (1, 3)] == [sum(int(row[i]) for row in rows) for i in (1, 3)]
 
 
 # ---------------------------------------------------------------- what runs

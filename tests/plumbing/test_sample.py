@@ -103,4 +103,4 @@ def test_the_routing_map_has_a_row_for_each_token_that_the_llm_reads(run, monkey
     for reference in (None, torch.zeros(1, 3, model.config.side, model.config.side)):
         pictures.routing_pictures(model, "two green circles", reference)
     assert maps == [(6, ["<bos>", "describe", "two", "green", "circles", "queries (mean)"]),
-                    (6, ["<bos>", "picture (mean)", "two", "green", "circles", "queries (mean)"])]
+                    (5, ["<bos>", "two", "green", "circles", "queries (mean)"])]
