@@ -98,8 +98,8 @@ def inside(root: Path, name: str) -> Blob:
     """The plain file `name` under `root`; links lead nowhere."""
     check_name(name)
     try:
-        path = root / name
-        if os.path.realpath(path) != os.path.join(os.path.realpath(root), os.path.normpath(name)):
+        path, wanted = root / name, os.path.join(os.path.realpath(root), os.path.normpath(name))
+        if os.path.normcase(os.path.realpath(path)) != os.path.normcase(wanted):
             raise BadFile(f"{printable(name)} is a link or behind one: put the file itself there")
         status = os.lstat(path)
     except OSError:

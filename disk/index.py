@@ -132,7 +132,7 @@ def digest_of(folder: DataFolder) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def write_index(root: Path, jobs: int = os.cpu_count() or 1) -> DataFolder:
+def write_index(root: Path, jobs: int = min(os.cpu_count() or 1, 61)) -> DataFolder:  # 61: Windows
     """Reads the shards that are new or have changed, decides what is held out, and writes all of it."""
     if not root.is_dir():
         raise BadFile(f"--index {root}: an index is of a folder")

@@ -55,9 +55,16 @@ def places(source: str) -> dict[str, tuple[int, int, int]]:
 def rows(source: str) -> dict[str, list[ast.expr]]:
     """Name of a stage in train.py's table -> its `trains` and its `losses`."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "STAGES":
-            return {call.args[0].value: [call.args[2], call.args[5]] for call in node.value.elts}
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if getattr(target, "id", "") == "STAGES":
+            return {call.args[0].value: pair for call in node.value.elts
+                    if None not in (pair := [argument(call, 2, "trains"), argument(call, 5, "losses")])}
     return {}
+
+
+def argument(call: ast.Call, place: int, name: str) -> ast.expr | None:
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    return call.args[place] if len(call.args) > place else named.get(name)
 
 
 def put_in(source: str, bodies: dict[str, str]) -> str:
@@ -72,8 +79,11 @@ def put_in(source: str, bodies: dict[str, str]) -> str:
             changes.append((last, 0, last, 0, "".join(line + "\n" for line in textwrap.dedent(body).splitlines())))
         elif name in known:
             first, last, indent = known[name]
+            line, column = lines[first - 1], 0
+            if line[:indent].strip():  # the body stands behind its def
+                column, indent = indent, len(line) - len(line.lstrip()) + 4
             text = textwrap.indent(textwrap.dedent(body).strip("\n") + "\n", " " * indent)
-            changes.append((first - 1, 0, last, 0, text))
+            changes.append((first - 1, column, last, 0, "\n" * (column > 0) + text))
         elif name in table:
             for node, text in zip(table[name], textwrap.dedent(body).strip().splitlines()):
                 changes.append((node.lineno - 1, node.col_offset, node.end_lineno - 1, node.end_col_offset, text))
@@ -108,8 +118,9 @@ def bodies_of(source: str, names: list[str]) -> dict[str, str]:
             pair = (ast.get_source_segment(source, node) for node in table[name.partition(".")[2]])
             found[name] = "\n".join(" ".join(text.split()) for text in pair)
         else:
-            first, last, _ = known[name]
-            found[name] = textwrap.dedent("\n".join(lines[first - 1:last]))
+            first, last, indent = known[name]
+            body = [" " * indent + lines[first - 1][indent:], *lines[first:last]]
+            found[name] = textwrap.dedent("\n".join(body))
     return found
 
 

@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT)]
 
 from tqdm import tqdm
 
-from exercises.cut import bodies_of, places, source_of
-from exercises.judge import NUMBERS, claims_of, cut_of, exercise
+from exercises.cut import bodies_of, places, rows, source_of
+from exercises.judge import NUMBERS, claims_of, cut_of, exercise, read_own
 from exercises.make import WORK, files_of
 from plumbing.command import Parser, UserError, run_command
 
@@ -46,11 +46,12 @@ def limited() -> None:
 def grade(number: int, seed: int, paths: dict[str, Path], seconds: float = SECONDS) -> dict:
     """-> what --json prints, and "mistakes" (names of known ones) and "picture" beside it."""
     claims = [claim.__doc__.splitlines()[0] for claim in claims_of(number)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         out, said = Path(folder) / "rows.jsonl", Path(folder) / "said"
         command = [sys.executable, str(ROOT / "exercises" / "judge.py"), str(number), str(seed), str(out),
                    *(f"{file}={path}" for file, path in paths.items())]
-        environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONDONTWRITEBYTECODE": "1",
+                                    "PYTHONIOENCODING": "utf-8"}  # an answer may print σ
         start = {"preexec_fn": limited} if os.name == "posix" else {}
         with said.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=folder,
@@ -90,10 +91,10 @@ def difference(number: int, paths: dict[str, Path]) -> str:
     """The learner's bodies and the real ones, side by side as a difference."""
     lines = []
     for file, names in cut_of(number).items():
-        mine, real = paths[file].read_text(encoding="utf-8"), source_of(file)
+        mine, real = read_own(paths[file]), source_of(file)
         for name in names:
-            pair = [bodies_of(text, [name])[name].splitlines() if name in places(text) or "STAGES." in name else []
-                    for text in (mine, real)]
+            pair = [bodies_of(text, [name])[name].splitlines() if name in
+                    places(text).keys() | {f"STAGES.{row}" for row in rows(text)} else [] for text in (mine, real)]
             lines += difflib.unified_diff(*pair, f"yours: {name}", f"the source: {name}", lineterm="", n=9)
     return "\n".join(lines)
 

@@ -26,7 +26,6 @@ NUMBERS = range(1, 11)
 VARIANT = ROOT / "exercises" / "variant.pt"  # in a class's pack: what it is asked for in place of the source's own
 FREE = ("fold", "Stream.__init__", "sample", "logit_normal_times")  # right answers differ: told by the claims alone
 FILES, NOT_THEIRS = {path.name for path in ROOT.glob("*.py")}, (ROOT, Path(PACKED.name))  # a learner's files; real ones
-_real = None
 
 
 def exercise(number: int):
@@ -38,13 +37,18 @@ def cut_of(number: int) -> dict[str, list[str]]:
     return getattr(exercise(number), "CUT", {})
 
 
+def read_own(path: Path | str) -> str:
+    """A learner's file; some editors put a mark before UTF-8."""
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
 def learners(number: int, paths: dict[str, Path]) -> dict[str, tuple[str, str]]:
     """What `Version` takes: the learner's files, with what other exercises take out of them put in."""
     for path in paths.values():
-        ast.parse(Path(path).read_text(encoding="utf-8"), str(path))  # what cannot be read is told with its place
+        ast.parse(read_own(path), str(path))  # what cannot be read is told with its place
     others = {file: [name for other in NUMBERS if other != number for name in cut_of(other).get(file, ())
                      if name not in cut_of(number)[file]] for file in paths}
-    return {file[:-3]: (str(path), stand_alone(file, Path(path).read_text(encoding="utf-8"), others[file]))
+    return {file[:-3]: (str(path), stand_alone(file, read_own(path), others[file]))
             for file, path in paths.items()}
 
 
@@ -93,10 +97,9 @@ def answers(number: int):
         return None
 
 
+@cache
 def real() -> Version:
-    global _real
-    _real = _real or Version()
-    return _real
+    return Version()
 
 
 def seeded(seed: int) -> None:
@@ -112,10 +115,10 @@ def decide(number: int, claim, own: Version, seed: int) -> str:
         return ""
     except Wrong as wrong:
         return str(wrong)
-    except NotImplementedError as hole:
-        return f"not written yet: {hole}"
     except (Exception, SystemExit) as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, NotImplementedError) and str(error).startswith("exercise "):
+            return f"not written yet: {error}"
+        frames = traceback.extract_tb(error.__traceback__)
         theirs = [f for f in frames for at in [Path(f.filename)]
                   if at.name in FILES and at.parent not in NOT_THEIRS]
         cut = {name.rpartition(".")[2] for names in cut_of(number).values() for name in names}
@@ -130,7 +133,7 @@ def line_of(frame: traceback.FrameSummary) -> int:
     """Of the learner's own file, in which other holes may be open that `learners` has filled."""
     if not Path(frame.filename).is_file():
         return frame.lineno
-    own = Path(frame.filename).read_text(encoding="utf-8").splitlines(True)
+    own = read_own(frame.filename).splitlines(True)
     blocks = difflib.SequenceMatcher(None, linecache.getlines(frame.filename), own, False).get_matching_blocks()
     return next((frame.lineno + b - a for a, b, size in blocks if a < frame.lineno <= a + size), frame.lineno)
 
@@ -141,14 +144,18 @@ def known_mistakes(number: int, own: Version) -> list[str]:
     if planted is None or not hasattr(module, "fingerprint"):
         return []
     mine, right = prints(module, own), prints(module, real())
-    names = []
-    for name, files in planted.WRONG.items():
+
+    def otherwise(files: dict) -> dict:
+        """What an answer computes where that is not what the source does."""
         theirs = prints(module, version_with(files, "planted"))
-        changed = [key for bodies in files.values() for key in bodies if key in theirs and not alike(
-            theirs[key], right.get(key))]
-        if changed and all(key in mine and alike(mine[key], theirs[key]) for key in changed):
-            names.append(name)
-    return names
+        return {key: theirs[key] for bodies in files.values() for key in bodies
+                if key in theirs and not alike(theirs[key], right.get(key))}
+
+    found = {name: changes for name, files in planted.WRONG.items() if (changes := otherwise(files)) and all(
+        key in mine and alike(mine[key], value) for key, value in changes.items())}
+    unusual = [otherwise(files) for files in planted.RIGHT.values()] if found else []  # where there is chance in it
+    return [name for name, changes in found.items() if not any(
+        key in one and alike(one[key], value) for one in unusual for key, value in changes.items())]
 
 
 def computations(module, version: Version, seed: int = 1):

@@ -4,6 +4,7 @@
     python exercises/run.py 8 train.py --from runs/class --stages T3 --steps T3=390 --out runs/mine
 """
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def main() -> None:
     scripts = sorted(path.name for path in ROOT.glob("*.py"))
     if len(sys.argv) < 3 or not sys.argv[1].isdigit() or int(sys.argv[1]) not in NUMBERS or sys.argv[2] not in scripts:
         raise UserError(f"python exercises/run.py N SCRIPT …, N from 1 to 10, SCRIPT one of {', '.join(scripts)}")
-    number, script, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[2:]
+    alone = sys.argv[2] == "train.py" and multiprocessing.get_start_method() != "fork"  # workers would read the root's
+    number, script, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[2:] + ["--workers", "0"] * alone
     sources = whole() | learners(number, files_of(number))
     for name in [name for name in sys.modules if is_ours(name) and name not in ("plumbing", "plumbing.command")]:
         del sys.modules[name]  # but for the errors that are caught below

@@ -12,7 +12,6 @@ is used, evaluated and gone on from (train.py --from) as any other.
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,7 +27,7 @@ import plumbing.command  # before torch, whose threads wait as it says
 import torch
 
 from plumbing.checkpoints import BrokenCheckpoint, read_stage
-from plumbing.command import Parser, UserError, run_command
+from plumbing.command import Parser, UserError, rename, run_command, write_beside
 from plumbing.run_folder import load_config, stage_names, text_tokenizer
 from spar import SPAR
 
@@ -40,7 +39,7 @@ def commit() -> str:
     """Of this copy of the repository; empty where there is no git, or where it is another repository's folder."""
     try:
         told = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"], capture_output=True,
-                              text=True, timeout=20)
+                              encoding="utf-8", errors="replace", timeout=20)
     except (OSError, subprocess.SubprocessError):
         return ""
     lines = told.stdout.split("\n")
@@ -77,11 +76,13 @@ def pack(run: Path, file: Path) -> list[str]:
         members = sorted(path.name for path in made.iterdir())
         sums = {"commit": commit(), "sums": {name: digest(made / name) for name in members}}
         (made / "sums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-        whole = made / "whole.tar"
-        with tarfile.open(whole, "w", format=tarfile.PAX_FORMAT) as tar:
-            for name in ("sums.json", *members):
-                tar.add(made / name, name, recursive=False, filter=plain)
-        os.replace(whole, file)
+
+        def write(whole: Path) -> None:  # where it stays: on Windows what comes from a temporary folder is its owner's
+            with tarfile.open(whole, "w", format=tarfile.PAX_FORMAT) as tar:
+                for name in ("sums.json", *members):
+                    tar.add(made / name, name, recursive=False, filter=plain)
+
+        write_beside(file, write)
     return members
 
 
@@ -119,7 +120,7 @@ def unpack(file: Path, run: Path, any_commit: bool = False) -> list[str]:
                         raise UserError(f"{file} is broken: {name} is not what its sum says; copy the pack again")
                 if run.exists():
                     run.rmdir()  # it is empty
-                os.replace(part, run)
+                rename(part, run)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{file} is no pack, or a broken one ({str(error) or type(error).__name__})") from None
     return list(sums["sums"])

@@ -59,9 +59,9 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97
 def mean_interval(values: Tensor) -> list[float]:
     """95 % interval of a mean over independent values `n`: [low, high]; Student's t up to ten of them, the normal
     distribution for more, which for eleven is a tenth too narrow."""
-    quantile = dict(enumerate(STUDENT, 2)).get(len(values), 1.96)
-    half = quantile * values.double().std().item() / len(values) ** 0.5
-    return [round(values.double().mean().item() + sign * half, 4) for sign in (-1, 1)]
+    quantile, values = dict(enumerate(STUDENT, 2)).get(len(values), 1.96), values.cpu().double()  # mps has no float64
+    half = quantile * values.std().item() / len(values) ** 0.5
+    return [round(values.mean().item() + sign * half, 4) for sign in (-1, 1)]
 
 
 def share_interval(verdicts: list[tuple[str, bool]], pictures: bool = False) -> list[float]:

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as checkpoints
 from torch import distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from plumbing.command import UserError, sync_folder, write_beside
+from plumbing.command import UserError, rename, sync_folder, write_beside
 from plumbing.processes import first_process, wait_for_all
 from spar import SPAR
 
@@ -99,10 +99,10 @@ def save_progress(run: Path, stage: str, step: int, state: dict, where: str = "r
                 os.fsync(file.fileno())
             sync_folder(part)
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
+            rename(part, folder)
             sync_folder(folder.parent)
             for old in saved_progress(run, stage)[:-2] if where == "resume" else ():
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
     except (checkpoints.api.CheckpointException, RuntimeError, OSError) as error:
         raise UserError(f"cannot write {part}: {str(error).splitlines()[0]}; "
                         "free some space and run the same command") from None
@@ -112,7 +112,7 @@ def save_progress(run: Path, stage: str, step: int, state: dict, where: str = "r
 def sums(folder: Path) -> dict[str, str]:
     digests = {}
     for path in sorted(folder.iterdir()):
-        if path.name != "sums.json":
+        if path.name not in ("sums.json", ".DS_Store"):  # Finder leaves the latter where somebody looked
             with path.open("rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
@@ -125,7 +125,8 @@ def saved_progress(run: Path, stage: str) -> list[Path]:
 
 HARMLESS = {("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("collections", "OrderedDict"),
-            ("pathlib", "Path"), ("pathlib", "PosixPath"), ("builtins", "getattr")}
+            ("builtins", "getattr"), *((module, f"{kind}Path") for module in ("pathlib", "pathlib._local")
+                                       for kind in ("", "Posix", "Windows"))}  # where it was saved
 
 
 class Harmless(pickle.Unpickler):

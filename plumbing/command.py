@@ -5,14 +5,16 @@ import difflib
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
-from functools import cache
+from glob import glob
 from pathlib import Path
 
 # How many turns OpenMP's threads wait awake for one another before they sleep; read when torch is loaded. Asleep they
 # take longer to wake: a run alone takes 2 to 7 % longer. Awake they keep a core from those they wait for, once others
 # want it too: of two runs on two cores a step of P1 took 90 times as long as alone, now 2.5 times.
 os.environ.setdefault("GOMP_SPINCOUNT", "1200")
+WINDOWS = os.name == "nt"
 
 
 class UserError(Exception):
@@ -29,7 +31,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def read(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        given, unknown = self.parse_known_intermixed_args(arguments)  # flags may stand before the words
+        words = sys.argv[1:] if arguments is None else arguments
+        words = [one for word in words for one in (WINDOWS and "*" in word and sorted(glob(word)) or [word])]
+        given, unknown = self.parse_known_intermixed_args(words)  # flags may stand before the words
         if unknown and not unknown[0].startswith("-"):
             raise UserError(f"what does {unknown[0]!r} belong to? Put the words in quotes")
         if unknown:
@@ -65,10 +69,21 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         write(beside)
         with beside.open("r+b") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        rename(beside, path)
         sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def rename(old: Path, new: Path, patience: float = 0.1) -> None:
+    """Windows refuses while another program looks into one of the two, mostly for an instant."""
+    try:
+        os.replace(old, new)
+    except PermissionError:
+        if not WINDOWS or patience > 5:
+            raise
+        time.sleep(patience)
+        rename(old, new, 3 * patience)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,13 +95,8 @@ def sync_folder(folder: Path) -> None:
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
-        return say_once("new names of files are not forced onto the disk: this system opens no folders")
+        return
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@cache
-def say_once(what: str) -> None:
-    print(what, file=sys.stderr)

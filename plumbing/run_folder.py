@@ -92,6 +92,7 @@ SHARES = "early connector_share gan_start betas warmup final_lr ema drop_words e
 MAY_BE_0 = ("pixel_layers", "stream_blocks", "ae_vit_stages", "connector_layers")  # and counts whose default is 0
 ABOVE_0 = ("shift", "sampling_shift", "clip")
 
+
 def text_tokenizer(config: Config, run: Path | None = None) -> TextTokenizer:
     """The drawn world's words, with data on disk the byte pairs that the run learned from it, or those of InternVL3.
     Before there is a run: of the public folder, else the drawn world's."""

@@ -114,8 +114,8 @@ def write(side: int) -> Path:
     if home.exists():
         return home
     if not features.check("raqm"):
-        raise UserError("Pillow was built without raqm, which joins the parts of a glyph: "
-                        "pip install --force-reinstall pillow")
+        raise UserError("Pillow finds no FriBiDi, which joins the parts of a glyph: on Windows put fribidi.dll on the "
+                        "PATH, on macOS brew install fribidi, elsewhere install your system's libfribidi0")
     bases = {}
     for glyph in glyphs():
         bases.setdefault(glyph["base"], []).append(glyph)

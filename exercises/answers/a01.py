@@ -21,6 +21,15 @@ Z_P = "z_p = self.pixel_stream(f_v) if self.pixel_stream else None\n"
 END = "return Latents(z_s, z_p, self.fuse(z_s, z_p))"
 
 WRONG = {
+    "fold: the channels in a new order at every call":
+        fold("y = rearrange(x, 'b (h s1 w s2) v -> b (h w) (s1 s2 v)', s1=2, s2=2, h=side // 2)\n"
+             "return y[..., torch.randperm(y.shape[-1])]"),
+    "fuse: in double precision": body("Tokenizer.fuse",
+        "return self.fusion(torch.cat([z for z in (z_s, z_p) if z is not None], -1).double())"),
+    "latents: in double precision": body("Tokenizer.latents", "f_v = f_v.double()\n" + Z_S + Z_P + END),
+    "latents: without gradient where there is one stream": body("Tokenizer.latents", Z_S + Z_P +
+        "with torch.set_grad_enabled(z_s is not None and z_p is not None):\n    z_f = self.fuse(z_s, z_p)\n"
+        "return Latents(z_s, z_p, z_f)"),
     "z_f of one stream teaches nothing": body("Tokenizer.fuse", """
         alone = z_s is None or z_p is None
         z = torch.cat([z for z in (z_s, z_p) if z is not None], -1)

@@ -12,6 +12,11 @@ T3 = 'RECONSTRUCTION | {"L_s": "lambda_s", "L_gan": "lambda_gan"}'
 U1 = '{"L_fm": 1.0}'
 
 WRONG = {
+    "U2 at a rate that is 1 by chance, and L_fm weighed so": {"train.py": {
+        "STAGES.U2": 'CONNECTOR | {"dit": "lambda_p", "align_head": "clip"}\n'
+                     '{"L_fm": "encoder_rate", "L_align": "lambda_a"}'}},
+    "a field that there is not": {"train.py": {
+        "STAGES.T1": 'STREAMS\nRECONSTRUCTION | {"L_p": "lambda_P"}'}},
     "T1 trains the decoder": row("T1", WITH_DECODER, T1),
     "T1 trains the encoder": row("T1", 'STREAMS | {"tokenizer.vision": "encoder_rate"}', T1),
     "T1 forgets the fusion": row("T1", '{"tokenizer.semantic_stream": 1.0, "tokenizer.pixel_stream": 1.0}', T1),

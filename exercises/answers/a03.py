@@ -75,6 +75,9 @@ SCORES_KEPT = """
 """
 
 WRONG = {
+    "32 tiles, however long": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
+                                  "torch.arange(q.shape[2], device=q.device).chunk(32)",
+                                  "tiles_of_keys(k, rows, shift, causal)", "torch.arange(k.shape[2]).chunk(32)"),
     "the earlier values keep the unit of their old maximum": but("shrink[..., None] * values", "values"),
     "the earlier sum keeps the unit of its old maximum": but("shrink * total", "total"),
     "neither sum nor values are rescaled": but("shrink * total", "total", "shrink[..., None] * values", "values"),
@@ -157,6 +160,9 @@ NATURAL = but("scale, shift = LOG2E /", "scale, shift = 1 /", ".exp2()", ".exp()
               "(top + total.log()) * LOG2E")
 
 RIGHT = {
+    "tiles of 400": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
+                        "torch.arange(q.shape[2], device=q.device).split(400)",
+                        "tiles_of_keys(k, rows, shift, causal)", "torch.arange(k.shape[2]).split(400)"),
     "tiles of keys in reverse order": but("in tiles_of_keys(k, rows, shift, causal):",
                                           "in reversed(tiles_of_keys(k, rows, shift, causal)):"),
     "tiles of queries and keys in a random order":

@@ -16,6 +16,10 @@ def times(body: str) -> dict:
 NORMAL = "x = torch.randn(b, generator=generator)\n"
 
 WRONG = {
+    "every time is drawn for two places": {"diffusion.py": {"logit_normal_times":
+        "x = torch.randn(-(-b // 2), generator=generator).repeat(2)[:b]\nreturn (x + math.log(shift)).sigmoid()"}},
+    "times rounded to hundredths": {"diffusion.py": {"logit_normal_times":
+        "x = torch.randn(b, generator=generator) + math.log(shift)\nreturn (x.sigmoid() * 100).round() / 100"}},
     "σ and 1 − σ are swapped": noisy("s = sigma.view(-1, 1, 1, 1)\nreturn s * z + (1 - s) * noise"),
     "σ runs over the last axis, not over the batch": noisy("return (1 - sigma) * z + sigma * noise"),
     "σ runs over the channels": noisy("s = sigma.view(1, -1, 1, 1)\nreturn (1 - s) * z + s * noise"),

@@ -70,6 +70,13 @@ DRAWN = "torch.randn(x.shape, generator=generator).to(x)"
 LINE = "without + guidance * (with_words - without)"
 
 WRONG = {
+    "guidance in double precision": guide("""
+        def velocity(x, sigma):
+            if guidance == 1:
+                return dit(x, sigma, *condition)
+            a, b = (dit(x.double(), sigma.double(), tokens.double(), mask) for tokens, mask in (condition, nothing))
+            return b + guidance * (a - b)
+        return velocity"""),
     "euler steps away from the picture": steps_but("(after - now) * v", "(now - after) * v"),
     "euler takes the whole way at once": steps_but("(after - now) * v", "-now * v"),
     "euler multiplies by σ, not by its change": steps_but("(after - now) * v", "-after * v"),
@@ -308,12 +315,12 @@ RIGHT = {
             a, b = dit(x, sigma, *condition), dit(x, sigma, *nothing)
             return guidance * a + (1 - guidance) * b
         return velocity"""),
-    "guidance by lerp, nothing first, asked by name": guide("""
+    "guidance by lerp, nothing first": guide("""
         tokens, mask = (torch.cat(equally_long(nothing[i], condition[i])) for i in (0, 1))
         def velocity(x, sigma):
             if guidance == 1.0:
                 return dit(x, sigma, condition[0], condition[1])
-            both = dit(x.repeat(2, 1, 1, 1), sigma.repeat(2), tokens=tokens, mask=mask)
+            both = dit(x.repeat(2, 1, 1, 1), sigma.repeat(2), tokens, mask)
             return torch.lerp(both[:len(x)], both[len(x):], guidance)
         return velocity"""),
     "rows and conditions in turns": guide("""

@@ -51,6 +51,11 @@ WRONG = {
     "layer_choice takes K below 0": {"router.py": {"layer_choice":
         "if k == 0 or k > layers:\n    raise ValueError\n"
         "return [layers // k * i for i in range(1, k)] + [layers]"}},
+    "layers that can be read once": {"router.py": {"layer_choice":
+        "if not 1 <= k <= layers:\n    raise ValueError\ns = layers // k\n"
+        "return (layers if i == k else s * i for i in range(1, k + 1))"}},
+    "Static: one logit learns": {"router.py": {"Static.weights":
+        "w = self.logits.softmax(0)\nreturn torch.cat([w[:1], w[1:].detach()]).expand(H.shape[:3])"}},
     "α without gradient": mix("return super().mix(H, w * self.alpha.detach())"),
     "the weights without gradient": mix("return super().mix(H, w.detach() * self.alpha)"),
     "Static: softmax is missing": {"router.py": {"Static.weights":
@@ -75,6 +80,9 @@ RIGHT = {
     "softmax by hand": weights(
         "z = self.gate(H[..., -1, :]) / self.temperature\ne = (z - z.amax(-1, keepdim=True)).exp()\n"
         "return e / e.sum(-1, keepdim=True)"),
+    "a ValueError of one's own": {"router.py": {"+": "class CannotRoute(ValueError):\n    pass",
+        "layer_choice": "if k not in range(1, layers + 1):\n    raise CannotRoute(k)\n"
+                        "return (*range(layers // k, layers // k * k, layers // k), layers)[:k]"}},
     "Static by expand, layer_choice by a loop": {"router.py": {
         "Static.weights": "return torch.softmax(self.logits, -1).expand(*H.shape[:3])",
         "layer_choice": "if k < 1 or k > layers:\n    raise ValueError('no')\nchosen = []\nfor i in range(k):\n"

@@ -49,6 +49,13 @@ SINES = "if self.positions:\n    at_queries = at_queries + grid_positions(at_que
 BACK = "return torch.cat([at_words, at_queries], 1)"
 
 WRONG = {
+    "the reference stands behind <bos>, wherever its places are": reference(
+        SPLIT + "if f_v is not None:\n" + WITH_SINES + "    at_words = at_words.clone()\n"
+        "    for i, first in enumerate((ids == self.words.bos_id).int().argmax(1).tolist()):\n"
+        "        at_words[i, first + 1:first + 1 + f.shape[1]] = f[i]\n" + SINES + BACK),
+    "the reference in double precision": reference(
+        SPLIT + "if f_v is not None:\n" + WITH_SINES + HERE +
+        "    at_words = at_words.double().masked_scatter(here, f.double())\n" + SINES + BACK),
     "the queries are read without gradient too": routed(
         LONGER.replace("mask = ", "longer = ") +
         "with torch.no_grad():\n    at_words, cache = self.llm(self.embed(ids, f_v), mask, keep=self.choice)\n"

@@ -57,6 +57,16 @@ WRONG = {
     "the arguments of L_s are swapped":
         losses((CALL, "losses[\"L_s\"] = self_distillation(encoder_before(images), f_v)")),
     "L_s is there wherever there is a copy": losses(("if \"L_s\" in weights:", "if encoder_before is not None:")),
+    "L_mse is there whether asked for or not":
+        losses(("if \"L_mse\" in weights else {}", "")),
+    "the discriminator moves": losses((GAN, GAN + "\n        discriminator.loss(images, reconstruction.float())")),
+    "E_s' is copied when it is first asked": copied("""
+        kept = []
+        def ask(images):
+            if not kept:
+                kept.append(copy.deepcopy(encoder).requires_grad_(False))
+            return kept[0](images)
+        return ask"""),
     "L_s is forgotten": losses(("if \"L_s\" in weights:", "if False:")),
     "L_s is weighed twice": losses((CALL, CALL + "\n    losses[\"L_s\"] = weights[\"L_s\"] * losses[\"L_s\"]")),
     "L_gan before the adversary has joined":

@@ -31,6 +31,12 @@ REFERENCE = "    with torch.no_grad():\n        f_v_reference = features(batch[\
 FLOW = "flow_losses(dit, z, tokens, mask, batch[\"noise\"])"
 
 WRONG = {
+    "L_fm alone gets no gradient": unified(("    return {\"L_fm\": L_fm}", "    return {\"L_fm\": L_fm.detach()}")),
+    "f_v is asked for where nothing reads it":
+        unified(("L_fm, f_dit =", "teacher = teacher.detach()\nL_fm, f_dit =")),
+    "φ_a starts at zero": head(
+        "super().__init__(nn.Linear(c, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), "
+        "nn.Linear(hidden, d))\nfor p in self.parameters():\n    nn.init.zeros_(p)"),
     "L_align is weighed already":
         unified(("\"L_align\": alignment_loss(", "\"L_align\": weights[\"L_align\"] * alignment_loss(")),
     "mean square in place of cosine": loss("return (projected.float() - f_v.detach().float()).square().mean()"),
@@ -175,7 +181,7 @@ RIGHT = {
                               "    lambda module, given, out: kept.append(out))\nfor number, block"),
         (CAPTURE, ""), ("return x, f_dit", "handle.remove()\nreturn x, kept[0]")),
     "detach in place of no_grad": unified(
-        (CLEAN, "if True:\n    z, f_v = (x.detach() for x in clean_latent(batch[\"images\"]))"),
+        (CLEAN, "if True:\n    z, f_v = (x if x is None else x.detach() for x in clean_latent(batch[\"images\"]))"),
         ("external_teacher(batch[\"images\"])", "external_teacher(batch[\"images\"]).detach()"),
         (REFERENCE, "    f_v_reference = features(batch[\"references\"]).detach()")),
     "the teacher repeated by torch": unified((REPEAT, "teacher.repeat(len(f_dit) // len(teacher), 1, 1)")),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from exercises.checks.tools import Wrong, demand, same, same_shape
+from exercises.checks.tools import Wrong, demand, gradients, same, same_shape
 
 TITLE, MINUTES = "Two streams, one latent", 25
 CUT = {"tokenizer.py": ["fold", "ResidualMLP.forward", "Stream.__init__", "Tokenizer.latents", "Tokenizer.fuse"]}
@@ -41,7 +41,6 @@ def same_parameters(ours: nn.Module, theirs: nn.Module, what: str) -> None:
     for i, (one, other) in enumerate(zip(mine, wanted)):
         demand(one == other, f"{what}: in the order in which they are made, parameter {i} has the shape {one}, wanted "
                              f"{other}: Transformer layers first, then residual blocks, then the projection")
-    demand(mine == wanted, f"{what} has {len(mine)} parameters that are tensors, wanted {len(wanted)}")
     demand(all(p.requires_grad for p in ours.parameters()), f"{what}: some of its parameters cannot learn")
 
 
@@ -91,7 +90,10 @@ def neighbours(own, real):
         order = out.argsort(-1).gather(-1, places.argsort(-1).argsort(-1))  # where each number has gone to
         demand((order == order[:1, :1]).all(), "fold: the channels of one token have another order than another's")
         for kind in (torch.float64, torch.float32):
-            demand(own.tokenizer.fold(x.to(kind)).dtype == kind, f"fold makes another kind of number of {kind}")
+            again = own.tokenizer.fold(x.to(kind).flip(0))
+            demand(again.dtype == kind, f"fold makes another kind of number of {kind}")
+            demand(again.equal(out.to(kind).flip(0)), "fold: the channels have another order at another call, or in "
+                                                      f"{kind}")
         x.requires_grad_()
         out = own.tokenizer.fold(x)
         demand(out.requires_grad, "fold hands on no gradient: the encoder could not learn")
@@ -207,6 +209,8 @@ def equations(own, real):
             demand(isinstance(latents, tuple) and hasattr(latents, name), "Tokenizer.latents returns no Latents: a "
                    f"{type(latents).__name__}")
             same(getattr(latents, name), wanted, f"the latent .{name}")
+        for name, z in ours.float().latents(f_v.float())._asdict().items():
+            demand(z.dtype == torch.float32, f"the latent .{name} of float32 tokens is {z.dtype}")
 
 
 def joined(own, real):
@@ -260,12 +264,14 @@ def alone(own, real):
     """a tokenizer with one stream has no other latent, and fuses the one that it has"""
     for variant, there in (("semantic-only", "semantic"), ("pixel-only", "pixel")):
         ours, theirs = tokenizers(own, real, variant=variant)
-        f_v = tokens()
+        f_v = tokens().requires_grad_()
         latents, wanted = ours.latents(f_v), theirs.latents(f_v)
         missing = {"semantic": "pixel", "pixel": "semantic"}[there]
         demand(getattr(latents, missing) is None, f"{variant}: .{missing} is not None")
         same(getattr(latents, there), getattr(wanted, there), f"{variant}: .{there}")
         same(latents.fused, wanted.fused, f"{variant}: .fused")
+        one, other = (gradients(z.square().sum(), [f_v])[0] for z in (latents.fused, wanted.fused))
+        same(one, other, f"{variant}: the gradient of .fused in f_v", 1e-8)
         pair = (wanted.semantic, wanted.pixel)
         same(ours.fuse(*pair), theirs.fuse(*pair), f"{variant}: Tokenizer.fuse")
         pair = [z if z is None else z.detach().requires_grad_() for z in pair]

@@ -39,6 +39,11 @@ PARTS = {"encoder E_s": "tokenizer.vision", "semantic stream": "tokenizer.semant
          "connector": "mllm.connector", "DiT": "dit", "alignment head": "align_head"}
 
 
+def any_numbers() -> dict[str, float]:
+    """No two fields that a row may name have the same."""
+    return {field: 0.5 + float(torch.rand(())) for field in (*WEIGHTS, "encoder_rate", "clip", "connector_share")}
+
+
 def model_of(own, **changes):
     """A model whose every number is random: what starts with zeros would hand on no gradient."""
     config = own.spar.make_config(**SIZES | {"seed": int(torch.randint(10**6, ()))} | changes)
@@ -53,6 +58,8 @@ def asked(own, real, name: str, config) -> tuple[dict[str, float], dict[str, flo
     """The terms that a stage asks for with their weights, and those that it is to ask for."""
     stage = own.train.stage_named(name)
     demand(stage.trains or stage.losses, f"not written yet: STAGES.{name}")
+    for what, number in [*stage.rates(config).items(), *stage.loss_weights(config).items()]:
+        demand(not isinstance(number, str), f"{name}: {what} is to have {number!r}, which is no field of spar.Config")
     return stage.loss_weights(config), real.train.stage_named(name).loss_weights(config)
 
 
@@ -71,13 +78,13 @@ def begin(own, real, model, name: str):
     return now, trains
 
 
-def step(own, now) -> tuple[dict, set[str]]:
-    """One step -> (its metrics, the names of the parameters that have moved)"""
+def step(own, now) -> set[str]:
+    """One step -> the names of the parameters that have moved"""
     model, stage = now.module.model, now.stage
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     source = own.train.Batches(now.config, stage.name, stage.sample, stage.shares(now.config), words=model.words)
-    metrics = own.train.one_step(now, iter([source[0]]), 0, lambda *told: None)
-    return metrics, {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+    own.train.one_step(now, iter([source[0]]), 0, lambda *told: None)
+    return {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
 
 
 def part_of(parameter: str) -> str:
@@ -90,11 +97,9 @@ def moves(own, real, name: str) -> None:
     for symbol in {**found, **wanted}:
         demand(symbol in wanted, f"{name} asks for {symbol}, which it is not to have")
         demand(symbol in found, f"{name} does not ask for {symbol}")
-    metrics, moved = step(own, now)
+    moved = step(own, now)
     for key in sorted(moved ^ trains.keys()):
         demand(False, f"{name} {'moves' if key in moved else 'leaves as it is:'} {key} ({part_of(key)})")
-    computed = {symbol for symbol in metrics if symbol.startswith("L_")}
-    demand(computed == {*wanted}, f"{name} computes {', '.join(sorted(computed))}, wanted {', '.join(sorted(wanted))}")
 
 
 def streams(own, real):
@@ -130,7 +135,7 @@ def tuned(own, real):
 def rates(own, real):
     """in T3 the encoder learns at its own share of the rate, all else at the whole rate"""
     for share in (0.1, 0.35 + float(torch.rand(())) / 10):
-        model = model_of(own, encoder_rate=share)
+        model = model_of(own, **any_numbers() | {"encoder_rate": share})
         for name in TAUGHT:
             now, trains = begin(own, real, model, name)
             keys = {id(parameter): key for key, parameter in model.named_parameters()}
@@ -142,7 +147,7 @@ def rates(own, real):
 
 def terms(own, real):
     """each term has the weight that the configuration gives it, in every stage"""
-    model = model_of(own, **{field: 0.5 + float(torch.rand(())) for field in WEIGHTS})
+    model = model_of(own, **any_numbers())
     for name in TAUGHT:
         now, _ = begin(own, real, model, name)
         its_own, wanted = asked(own, real, name, model.config)
@@ -152,10 +157,6 @@ def terms(own, real):
             found = now.loss_weights[symbol]
             demand(abs(found - weight) < 1e-9, f"{name}: {symbol} weighs {found:.4g} where the configuration says "
                                                f"{weight:.4g}: is its field named, or a number of one configuration?")
-        metrics = step(own, now)[0]
-        total = float(sum(weight * metrics[symbol] for symbol, weight in its_own.items()))
-        demand(abs(float(metrics["loss"]) - total) < 1e-4 * max(1, abs(total)),
-               f"{name}: the loss is {float(metrics['loss']):.5f}, the sum of its terms with their weights {total:.5f}")
 
 
 def nothing(own, real):
@@ -196,7 +197,7 @@ def picture(own, path):
     for column, name in enumerate(TAUGHT):
         torch.manual_seed(column)
         now, _ = begin(own, own, model_of(own), name)
-        moved, keys = step(own, now)[1], [key for key, _ in now.module.model.named_parameters()]
+        moved, keys = step(own, now), [key for key, _ in now.module.model.named_parameters()]
         for row, part in enumerate(PARTS):
             inside = [key for key in keys if part_of(key) == part]
             table[row, column] = sum(key in moved for key in inside) / len(inside)

@@ -81,6 +81,7 @@ def along(own, real):
     """the loss is 0 at the velocity of the path that add_noise walks, for growing σ"""
     for shape in SHAPES:
         z, noise, sigma = latents(shape)
+        sigma = 0.75 * sigma
         early, late = own.diffusion.add_noise(z, noise, sigma), own.diffusion.add_noise(z, noise, sigma + 0.25)
         same_shape(late, shape, "add_noise")
         loss = own.diffusion.flow_matching_loss((late - early) / 0.25, z, noise)
@@ -154,7 +155,9 @@ def any_place(own, real):
         for place in range(b):
             demand(distance(batches[:, place]) < MARGIN, f"place {place} in batches of {b} does not get all times")
     sigma = times_of(own, 20_000).double()
-    for what, other in (("its place in the batch", torch.arange(20_000.)), ("its neighbour's", sigma.roll(1))):
+    demand(len(sigma.unique()) > 19_000, f"of 20,000 times only {len(sigma.unique())} differ")
+    for what, other in (("its place in the batch", torch.arange(20_000.)), ("its neighbour's", sigma.roll(1)),
+                        ("that half a batch away", sigma.roll(10_000))):
         demand(abs(torch.corrcoef(torch.stack([sigma, other.double()]))[0, 1]) < 6 / 20_000**0.5,
                f"a time σ can be told from {what}")
 

@@ -199,7 +199,9 @@ def padding(own, real):
 
 def reference(own, real):
     """at the reference's places stand the encoder's own tokens, in their order; sines there and at the queries"""
-    for model, theirs, ids, mask, f_v in situations(own, real):
+    for model, theirs, ids, mask, f_v in ((model, theirs, turned(ids), turned(mask), f_v)
+                                          for model, theirs, ids, mask, f_v in situations(own, real)
+                                          for turned in (lambda x: x, lambda x: x.flip(1), lambda x: x.roll(2, 1))):
         H_mixed = torch.randn(len(ids), ids.shape[1] + len(model.queries), model.queries.shape[1], dtype=torch.float64)
         wanted, given = placed(theirs, H_mixed, ids, f_v), None if f_v is None else f_v.clone()
         out = model.with_reference(H_mixed.clone(), ids, f_v)
@@ -211,6 +213,8 @@ def reference(own, real):
         same(out[:, :t][words], wanted[:, :t][words], "MLLM.with_reference at the words, where Ĥ stays")
         same(out[:, t:], wanted[:, t:], f"MLLM.with_reference at the queries, Ĥ {sines}")
         demand(f_v is None or f_v.equal(given), "MLLM.with_reference changes f_v, which the next condition reads again")
+        kind = model.with_reference(H_mixed.float(), ids, None if f_v is None else f_v.float()).dtype
+        demand(kind == torch.float32, f"MLLM.with_reference makes {kind} of float32")
 
 
 def whole(own, real):

@@ -146,6 +146,8 @@ def asked_for(own, real):
                                (("L_mse", "L_f"), ("perceptual", "encoder_before", "discriminator")),
                                (("L_mse", "L_f", "L_gan"), ("perceptual", "discriminator")),
                                (("L_mse", "L_s"), ("perceptual", "discriminator")),
+                               (("L_p",), ("perceptual", "encoder_before", "discriminator")),
+                               (("L_s",), ("perceptual", "discriminator")),
                                (("L_mse", "L_s", "L_gan"), ()), (("L_mse", "L_f", "L_lpips"), ()), (TERMS, ())):
             weights = {name: 0.3 + i for i, name in enumerate(names)}
             asked = dict(weights)
@@ -168,9 +170,12 @@ def terms(own, real):
         seen = images.clone()
         weights = {name: 0.3 + i for i, name in enumerate(TERMS)}
         before = states(tokenizer, given["discriminator"])
+        numbers = {key: value.clone() for key, value in given["discriminator"].state_dict().items()}
         losses, copies = own.tokenizer.tokenizer_losses(tokenizer, images, weights, **given)
         demand(states(tokenizer, given["discriminator"]) == before, "tokenizer_losses leaves the tokenizer or the "
                "discriminator frozen, or in another mode: what trains next finds it so")
+        demand(all(value.equal(numbers[key]) for key, value in given["discriminator"].state_dict().items()),
+               "tokenizer_losses moves the discriminator, whose own step comes later")
         right = wanted(tokenizer, seen, given)
         for name in right:
             demand(name in losses, f"{name} is missing")
@@ -252,6 +257,7 @@ def no_gradient(own, real):
     model, now, extras = begun(own, lambda_s=0.7)
     move(model.tokenizer.vision)
     losses, _ = now.module({"images": pictures()}, now.loss_weights, False)
+    demand(losses["L_s"] > 0, "L_s is 0 though the encoder has moved since T3 began: E_s' was copied too late")
     losses["L_s"].backward()
     before = extras.encoder_before
     for parameter in before.parameters() if isinstance(before, nn.Module) else ():

@@ -21,7 +21,7 @@ ABOUT = """`alignment_loss` gives the teacher no gradient, whoever calls it. φ_
 Linear, all but the last `hidden` wide. In `unified_losses` the teacher is the tokenizer's f'_v of the *clean* pictures
 wanted, or the external one's; the noises come in rounds of the whole batch, `(draws b)`; requests stand before edits;
 what the tokenizer says, of targets and references, gets no gradient. The losses are not weighed yet: `weights` says
-which are asked for."""
+which are asked for, and without L_align there may be no f_v: `clean_latent` gives None beside z then."""
 
 
 # ---------------------------------------------------------------- what is judged, in small
@@ -239,6 +239,10 @@ def head_is(own, real):
         same_shape(ours(x), (b, n, d), "φ_a(f_dit)")
         same(ours(x), theirs(x), "φ_a(f_dit)", 1e-4)
         demand(all(p.requires_grad for p in ours.parameters()), "a weight of φ_a does not train")
+        new = own.diffusion.AlignmentHead(c, hidden, d)
+        found = gradients(new(x.requires_grad_()).square().sum(), [x, *new.parameters()])
+        demand(all(g.abs().max() > 0 for g in found), "a new φ_a hands on no gradient, or a part of it gets none: it "
+                                                      "could not begin to learn")
 
 
 # ---------------------------------------------------------------- claims: the DiT and what is read from it
@@ -250,7 +254,6 @@ def captured(own, real):
         ours, theirs = dits(own, real, layers=layers, align_block=block)
         given = inputs()
         out = ours(*given)
-        demand(isinstance(out, tuple) and len(out) == 2, "DiT.through_blocks returns no pair of tokens")
         same_shape(out[1], (3, 10, 16), "f_dit")
         velocity, hidden = theirs(*given)
         same(out[1] / hidden.abs().max().item(), hidden / hidden.abs().max().item(),
@@ -323,9 +326,18 @@ def target(own, real):
 
 def asked_for(own, real):
     """L_align is there only where it is asked for"""
-    world, batch = case(own, real)
-    got = losses_of(own, world, batch, ("L_fm",))
-    demand(set(got) == {"L_fm"}, f"asked for L_fm alone, got {', '.join(sorted(got))}")
+    for with_f_v in (True, False):
+        world, batch = case(own, real)
+        right, z_alone = wanted(world, batch)["L_fm"], Noted(lambda images: (world.latent(images)[0], None))
+        world.clean_latent = world.clean_latent if with_f_v else z_alone
+        got = losses_of(own, world, batch, ("L_fm",))
+        demand(set(got) == {"L_fm"}, f"asked for L_fm alone, got {', '.join(sorted(got))}")
+        same(got["L_fm"] / right.detach(), torch.ones(()), "L_fm, asked for alone, over what is right", 2e-5)
+        ours, theirs = (gradients(value, [world.queries, *dit.parameters()])
+                        for value, dit in ((got["L_fm"], world.dit), (right, world.right_dit)))
+        for one, other in zip(ours, theirs):
+            scale = max(1e-3, other.abs().max().item())
+            same(one / scale, other / scale, "a gradient of L_fm, asked for alone, over the largest", 2e-3)
 
 
 def another_teacher(own, real):

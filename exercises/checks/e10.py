@@ -89,7 +89,7 @@ def read_control(paths: list[Path]) -> list[Run]:
     found = []
     for path in paths:
         inside = [] if not path.is_dir() or (path / "results.json").exists() else sorted(
-            [*path.glob("*/results.json"), *path.glob("*.json")])
+            one for one in (*path.glob("*/results.json"), *path.glob("*.json")) if one.name[0] != ".")  # macOS's notes
         found += [read_run(one.parent if one.name == "results.json" else one) for one in inside or [path]]
     return found
 

@@ -14,6 +14,19 @@ def demand(holds, message: str) -> None:
         raise Wrong(message)
 
 
+def raises_value_error(call, what: str) -> None:
+    """`call()` raises ValueError, of any kind."""
+    try:
+        call()
+    except ValueError:
+        return
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        raise Wrong(f"{what} raises {type(error).__name__}, not ValueError") from None
+    raise Wrong(f"{what} raises no ValueError")
+
+
 def gradients(value: Tensor, parameters) -> list[Tensor]:
     """Of a scalar, zeros where it does not depend on a parameter; the graph is kept."""
     if not value.requires_grad:

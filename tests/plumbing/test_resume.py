@@ -197,3 +197,13 @@ def test_a_log_is_cut_to_the_step_that_a_run_goes_on_from(tiny, tmp_path, monkey
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert steps == [0, 10, 20, 24]
     assert load_run(tmp_path / "run").finished_stages == ["P1"]
+
+
+def test_a_checkpoint_may_have_been_written_on_any_system_and_looked_into(tmp_path):
+    for kind in ("Path", "PosixPath", "WindowsPath"):  # torch writes where it was saved; Python 3.13 says it otherwise
+        assert {("pathlib", kind), ("pathlib._local", kind)} <= checkpoints.HARMLESS
+    assert ("pathlib", "os") not in checkpoints.HARMLESS
+    (tmp_path / "__0_0.distcp").write_bytes(b"x")
+    known = checkpoints.sums(tmp_path)
+    (tmp_path / ".DS_Store").write_bytes(b"Finder")
+    assert checkpoints.sums(tmp_path) == known and len(known) == 1
