@@ -81,7 +81,7 @@ def put_in(source: str, bodies: dict[str, str]) -> str:
             first, last, indent = known[name]
             line, column = lines[first - 1], 0
             if line[:indent].strip():  # the body stands behind its def
-                column, indent = indent, len(line) - len(line.lstrip()) + 4
+                column, indent = len(line[:indent].rstrip()), len(line) - len(line.lstrip()) + 4
             text = textwrap.indent(textwrap.dedent(body).strip("\n") + "\n", " " * indent)
             changes.append((first - 1, column, last, 0, "\n" * (column > 0) + text))
         elif name in table:
