@@ -249,7 +249,7 @@ def verdict(interval: list[float] | None, claimed: int, delta: float) -> str:
     return "does not hold here" if high < delta else "cannot be told"
 
 
-GIVEN = ("name", "table", "about", "paper", "measure", "claimed", "delta", "seeds")  # of a row; the rest follows
+GIVEN = ("name", "table", "measure", "claimed", "delta", "seeds")  # of a row; the rest follows
 
 
 def summed_up(known: dict) -> dict:
@@ -312,8 +312,8 @@ def keep(found: list[dict], row: Row, path: Path = RESULTS) -> None:
         sign, delta = next((sign, delta) for name, sign, delta in row.measures if name == measure)
         place = next((r for r in known["rows"] if (r["name"], r["measure"]) == (row.arm, measure)), None)
         if place is None:
-            place = {"name": row.arm, "table": row.table, "about": row.about, "paper": row.paper, "measure": measure,
-                     "claimed": sign, "delta": delta, "seeds": []}
+            place = {"name": row.arm, "table": row.table, "measure": measure, "claimed": sign, "delta": delta,
+                     "seeds": []}
             known["rows"].append(place)
         place["seeds"] = sorted([*(s for s in place["seeds"] if s["seed"] != one["seed"]), one],
                                 key=lambda s: s["seed"])

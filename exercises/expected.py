@@ -153,8 +153,8 @@ def main() -> None:
         raise UserError(f"--arms {', '.join(sorted(unknown))}: they are {', '.join(ARMS)}")
     if given.pupils < 1 or given.jobs < 1:
         raise UserError("--pupils and --jobs are 1 or more")
-    done = {(name, one["reseed"]) for name, arm in known["arms"].items() for one in arm["pupils"]}
-    missing = [(name, k + 1) for name in names for k in range(given.pupils) if (name, k + 1) not in done]
+    there = {(name, one["reseed"]) for name, arm in known["arms"].items() for one in arm["pupils"]}
+    missing = [(name, k + 1) for name in names for k in range(given.pupils) if (name, k + 1) not in there]
     threads = max(1, torch.get_num_threads() // given.jobs)
     if given.commands:
         return print("\n".join(by_hand(command(*one, given.run)[1], threads) for one in missing))

@@ -236,10 +236,9 @@ def learns(own, real):
         probe = torch.randn_like(tokens) * seen[..., None]
         demand(condition.tokens.requires_grad, "nothing in the condition has a gradient")
         names = [name for name, parameter in theirs.named_parameters() if parameter.requires_grad]
-        mine = dict(model.named_parameters())
+        mine, right = (dict(one.named_parameters()) for one in (model, theirs))
         ours = torch.autograd.grad((condition.tokens * probe).sum(), [mine[name] for name in names], allow_unused=True)
-        wanted = torch.autograd.grad((tokens * probe).sum(), [dict(theirs.named_parameters())[name] for name in names],
-                                     allow_unused=True)
+        wanted = torch.autograd.grad((tokens * probe).sum(), [right[name] for name in names], allow_unused=True)
         for name, one, other in zip(names, ours, wanted):
             demand(one is not None or other is None or other.abs().max() == 0, f"mllm.{name} gets no gradient")
             if one is not None and other is not None:
