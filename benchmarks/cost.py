@@ -48,10 +48,10 @@ def peak_of(name: str) -> float | None:
 
 def forecast(config: Config, stage, one_batch: Callable, step_module: Callable) -> dict[str, float]:
     """One stage on one device: parameters (`all`, `trained`), bytes (`weights`, `optimizer`, `activations`, `total`)
-    and the arithmetic of one step, forward and backward, in FLOP (`flops`, of which `dit_flops` inside the DiT).
-    `one_batch` and `step_module` are train.py's."""
+    and the arithmetic of one step, forward and backward, in FLOP (`flops`, of which `dit_flops` inside the DiT), of T3
+    one behind its `early` ones, whose pictures are smaller. `one_batch` and `step_module` are train.py's."""
     index = NAMES.index(stage.name)
-    small = replace(config, batch=(PROBE,) * len(NAMES), per_device=(0,) * len(NAMES), teacher="",
+    small = replace(config, batch=(PROBE,) * len(NAMES), per_device=(0,) * len(NAMES), teacher="", early=0.0,
                     align="none" if config.align == "none" else "self")
     batch = lengthened(one_batch(small, stage), config.longest if config.data else 0)
     with torch.device("meta"):
@@ -186,7 +186,7 @@ def bench(config: Config, device: str, out: Path, stages: list, one_batch: Calla
     name = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
     peak = peak_of(name)
     held = tuple(config.of_stage("batch", name) // config.parts(name, 1) for name in NAMES)
-    config = replace(config, steps=(steps,) * len(NAMES), batch=held, per_device=(0,) * len(NAMES))
+    config = replace(config, steps=(steps,) * len(NAMES), batch=held, per_device=(0,) * len(NAMES), early=0.0)
     result = {"device": name, "torch": torch.__version__, "preset": config.preset, "precision": config.precision,
               "compile": config.compile, "stages": {}}
     print(f"{name}, torch {torch.__version__}, preset {config.preset}, {config.precision}")

@@ -166,7 +166,8 @@ def by_hand(command: str, threads: int) -> str:
 
 def machine_of(threads: int) -> dict:
     """What a figure was trained and measured with."""
-    return {"processor": processor(), "threads": threads, "torch": torch.__version__, "commit": commit()[:7]}
+    return {"processor": processor(), "vectors": torch.backends.cpu.get_cpu_capability(), "threads": threads,
+            "torch": torch.__version__, "commit": commit()[:7]}
 
 
 def figure(results: dict, path: str) -> float:

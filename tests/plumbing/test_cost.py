@@ -1,6 +1,7 @@
 """Forecasts say what really happens, and cost nothing themselves."""
 
 import json
+import re
 import resource
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from benchmarks import cost, yardstick
 from plumbing.training import Training
 from spar import NAMES, make_config
 from tests.conftest import TINY
+from tests.tools.commands import ROOT
 from tests.tools.models import model_of
 from train import one_batch, stage_named, step_module, train_stage
 
@@ -49,6 +51,16 @@ def test_the_forecast_of_activations_is_what_a_real_step_keeps(name, precision, 
     config = tiny(batch=(cost.PROBE,) * 9, precision=precision, **SHALLOW)
     kept = really_kept(config, stage_named(name))
     assert forecast(config, name)["activations"] == pytest.approx(kept, rel=0.02)
+
+
+def test_t3_is_forecast_with_the_pictures_that_take_most_not_with_its_first_smaller_ones(tiny):
+    smaller = dict(sides=(0,) * 4 + (8,) + (0,) * 4, **SHALLOW)
+    late, early = (forecast(tiny(early=share, **smaller), "T3") for share in (0.0, 0.5))
+    assert early == late and forecast(tiny(**smaller), "T2")["flops"] < 0.5 * late["flops"]
+    plans = [cost.plan(tiny(early=share, **smaller), [stage_named("T3")], one_batch, step_module, ROOT)
+             for share in (0.0, 0.5)]
+    days, memory = zip(*(map(float, re.search(r"([\d.]+) TFLOP.* ([\d.]+) GiB =", plan).groups()) for plan in plans))
+    assert memory[0] == memory[1] and days[0] >= days[1]
 
 
 def test_memory_grows_with_the_batch_and_recomputing_layers_saves_it(tiny):
