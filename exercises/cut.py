@@ -67,6 +67,11 @@ def argument(call: ast.Call, place: int, name: str) -> ast.expr | None:
     return call.args[place] if len(call.args) > place else named.get(name)
 
 
+def names_in(source: str) -> set[str]:
+    """What `put_in` and `bodies_of` can find in it."""
+    return places(source).keys() | {f"STAGES.{name}" for name in rows(source)}
+
+
 def put_in(source: str, bodies: dict[str, str]) -> str:
     """`source` with other bodies; "+" is put behind its imports. Of a row of the table the body is two expressions,
     one a line. Raises NoSuchName."""
@@ -127,7 +132,7 @@ def bodies_of(source: str, names: list[str]) -> dict[str, str]:
 def stand_alone(file: str, text: str, others: list[str]) -> str:
     """A learner's file, in which the functions of other exercises are the real ones: so that no exercise rests on
     another. Names that the learner's file lacks are left out."""
-    there = places(text).keys() | {f"STAGES.{name}" for name in rows(text)}
+    there = names_in(text)
     return put_in(text, bodies_of(source_of(file), [name for name in others if name in there]))
 
 

@@ -1,7 +1,7 @@
 """What the short arms of exercises 8 to 10 come to, and how far five pupils lie apart: what a class should expect.
 
     python exercises/expected.py runs/class --arms control         five pupils of the whole method: a class's control
-    python exercises/expected.py runs/class --jobs 2               all arms, about five hours on two cores
+    python exercises/expected.py runs/class --jobs 2               all arms: hours on two cores
     python exercises/expected.py runs/class --commands             what would be run, and nothing is
     python exercises/expected.py runs/class --report               the table and the picture of what is there
 
@@ -94,13 +94,13 @@ def keep(known: dict, arm: str, one: dict, path: Path) -> None:
     write_text(path, json.dumps(known, indent=1) + "\n")
 
 
-def lessons(known: dict) -> list[tuple[Lesson, dict[str, list[Arm]]]]:
-    """Those whose control is there, each with its arms' values of each figure, the control's first."""
+def lessons(known: dict) -> list[tuple[list[str], dict[str, list[Arm]]]]:
+    """Of those whose control is there: the names of its arms, the control's first, and their values of each figure."""
     found = []
     for lesson in (T, U):
         names = [name for name in known["arms"] if ARMS[name][-1] is lesson]
         if lesson.control in names:
-            found.append((lesson, {measure: [Arm(ARMS[name][1], [one[measure] for one in known["arms"][name]["pupils"]])
+            found.append((names, {measure: [Arm(ARMS[name][1], [one[measure] for one in known["arms"][name]["pupils"]])
                                              for name in names] for measure in lesson.figures}))
     return found
 
@@ -108,9 +108,9 @@ def lessons(known: dict) -> list[tuple[Lesson, dict[str, list[Arm]]]]:
 def table(known: dict) -> str:
     """Markdown, for each lesson: mean ± spread (standard deviation), and what the class's rule says of the means."""
     tables = []
-    for lesson, columns in lessons(known):
-        lines = [f"| exercise | arm | pupils | {' | '.join(lesson.figures)} |", "|" + "---|" * (3 + len(columns))]
-        for place, name in enumerate(name for name in known["arms"] if ARMS[name][-1] is lesson):
+    for names, columns in lessons(known):
+        lines = [f"| exercise | arm | pupils | {' | '.join(columns)} |", "|" + "---|" * (3 + len(columns))]
+        for place, name in enumerate(names):
             exercise, about, flags, _ = ARMS[name]
             cells = []
             for column in columns.values():

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT)]
 
 from tqdm import tqdm
 
-from exercises.cut import bodies_of, places, rows, source_of
+from exercises.cut import bodies_of, names_in, source_of
 from exercises.judge import NUMBERS, claims_of, cut_of, exercise, read_own
 from exercises.make import WORK, files_of
 from plumbing.command import Parser, UserError, run_command
@@ -92,9 +92,9 @@ def difference(number: int, paths: dict[str, Path]) -> str:
     lines = []
     for file, names in cut_of(number).items():
         mine, real = read_own(paths[file]), source_of(file)
+        texts = [(text, names_in(text)) for text in (mine, real)]
         for name in names:
-            pair = [bodies_of(text, [name])[name].splitlines() if name in
-                    places(text).keys() | {f"STAGES.{row}" for row in rows(text)} else [] for text in (mine, real)]
+            pair = [bodies_of(text, [name])[name].splitlines() if name in there else [] for text, there in texts]
             lines += difflib.unified_diff(*pair, f"yours: {name}", f"the source: {name}", lineterm="", n=9)
     return "\n".join(lines)
 
