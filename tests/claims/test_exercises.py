@@ -60,8 +60,9 @@ def test_a_learners_file_may_have_another_form(tmp_path):
     assert bodies_of(short, ["ResidualMLP.forward"]) == bodies_of(text, ["ResidualMLP.forward"])
     assert put_in(short, {"ResidualMLP.forward": "return x + self.mlp(x)"}) == text
     table = (ROOT / "train.py").read_text()
-    other = table.replace("STAGES = [", "STAGES: list = [")
-    assert other != table and bodies_of(other, ["STAGES.T1"]) == bodies_of(table, ["STAGES.T1"])
+    for one, as_well in (("STAGES = [", "STAGES: list = ["), ("  RECONSTRUCTION | {", "  losses=RECONSTRUCTION | {")):
+        other = table.replace(one, as_well, 1)
+        assert other != table and bodies_of(other, ["STAGES.T1"]) == bodies_of(table, ["STAGES.T1"])
     (tmp_path / "train.py").write_text(cut(table, cut_of(2)["train.py"], 2)[0].replace("STAGES = [", "ROWS = ["))
     assert "the source: STAGES.T1" in grade.difference(2, {"train.py": tmp_path / "train.py"})
 
