@@ -181,6 +181,7 @@ class Config:
     shard: bool = False  # FSDP2: spread weights and optimizer over the processes (default: a copy on each, DDP)
     save_minutes: float = 10.0  # how often a stage in progress is saved
     look_minutes: float = 0.0  # how often held-out losses, memory and pictures of it are written down; 0: never
+    board: bool = False  # what log.jsonl is told, for TensorBoard too: in OUT/board; needs `pip install tensorboard`
 
     @property
     def training_seed(self) -> int:
@@ -222,7 +223,7 @@ CHOICES = {"ae_resample": ("shuffle", "conv"), "tokenizer": ("dual", "semantic-o
            "attention": ("auto", "triton", "tiled", "sdpa"), "fit": ("middle", "squash"),
            "mirror": ("alone", "all", "none")}
 HOW = ("precision", "attention", "compile", "checkpointing", "workers", "shard", "save_minutes", "look_minutes",
-       "max_bad", "per_device", "sampling_steps", "guidance", "sampler", "sampling_shift")
+       "board", "max_bad", "per_device", "sampling_steps", "guidance", "sampler", "sampling_shift")
 PER_STAGE = ("sides", "steps", "batch", "per_device", "lr", "weight_decay", "warmup", "final_lr", "ema",
              "edits")  # nine or one
 

@@ -43,7 +43,7 @@ from plumbing.processes import (Stop, decided_by_first, first_process, gather, j
                                 mean_of_metrics, process_rank, unsharded, wait_for_all, wait_for_first)
 from plumbing.replay import check_finite, replay
 from plumbing.run_folder import bad_samples, build, cut_logs, finished_stages, open_run, stage_names, text_tokenizer
-from plumbing.training import Training, begin, freeze_the_rest, keep_stage, report
+from plumbing.training import Training, begin, freeze_the_rest, keep_stage, open_log, report
 from public import openmoji
 from public.folders import check_folders, imported_stages, latent_scale, read_public, stand_ins
 from public.perceptual import perceptual_networks
@@ -298,7 +298,7 @@ def train_stage(model: SPAR, stage: Stage, run: Path, seconds_after: Callable = 
                disable=not first_process())
     check, count_bad = partial(check_finite, run=run if keep else None), bad_samples(run, data_folder, config.max_bad)
     start, last_save, waited = time.time(), time.time(), 0.0
-    with Stop() as stop, (run / "log.jsonl").open("a", encoding="utf-8", buffering=1) as log:
+    with Stop() as stop, open_log(run, stage.name, first, config.board) as log:
         for step in bar:
             metrics = one_step(now, batches, step, check, stop.signal > 0)
             passed, waited = time.time() - start, waited + metrics["waiting"]

@@ -7,7 +7,6 @@ The held-out samples are the first batch of the test split, with noises and time
 from one look to the next nothing differs but the weights, which are those of the step, not their running average.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +59,7 @@ def watch(now: Training, model: SPAR, source: Batches, run: Path, one_batch: Cal
     if peak:
         flops = forecast(config, now.stage, one_batch, step_module)["flops"] / source.batch  # of one picture
 
-    def look(step: int, speed: float, log) -> None:
+    def look(step: int, speed: float, log: Callable) -> None:
         nonlocal last
         if not minutes or not decided_by_first(time.time() - last >= 60 * minutes, now.device):
             return
@@ -74,7 +73,7 @@ def watch(now: Training, model: SPAR, source: Batches, run: Path, one_batch: Cal
         if flops and step >= early:
             line["utilisation"] = speed * flops / peak / process_rank()[1]
         if first_process():
-            log.write(json.dumps(line) + "\n")
+            log(line)
             if not config.shard:  # a sharded model draws nothing alone
                 print(draw_sheet(run, model, NAMES[:NAMES.index(name) + 1], source.data_folder))
         wait_for_all()

@@ -7,7 +7,8 @@ are a train.Extras.
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from parts.layer import layers
 from parts.muon import Muon, is_inner_matrix
 from plumbing.checkpoints import save
+from plumbing.command import UserError
 from plumbing.processes import first_process, unsharded, wait_for_all, wrap
 from spar import SPAR, Config
 
@@ -134,17 +136,39 @@ def begin(module: nn.Module) -> Training:
     return Training(config, stage, module, optimizer, scaler, extras, weights, ema, stage.loss_weights(config))
 
 
-def report(now: Training, step: int, metrics: dict, bar: tqdm, log, seconds: float, speed: float, left: float,
-           waiting: float) -> None:
-    """A line of log.jsonl, and the same beside the bar. `left`: seconds of the whole run, `waiting`: share."""
+@contextmanager
+def open_log(run: Path, stage: str, first: int, board: bool) -> Iterator[Callable[[dict], None]]:
+    """-> log(line), which adds {"stage", "step", …} to log.jsonl. With `board` its numbers go to TensorBoard as well, a
+    curve for each stage, which begins anew at step `first`. Raises UserError."""
+    with ExitStack() as files:
+        file, writer = files.enter_context((run / "log.jsonl").open("a", encoding="utf-8", buffering=1)), None
+        if board and first_process():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as missing:
+                raise UserError("--board needs TensorBoard: pip install tensorboard") from missing
+            writer = files.enter_context(SummaryWriter(run / "board" / stage, purge_step=first))
+
+        def log(line: dict) -> None:
+            file.write(json.dumps(line) + "\n")
+            numbers = {key: value for key, value in line.items() if key not in ("stage", "step", "held_out")}
+            numbers |= {f"held_out/{symbol}": value for symbol, value in line.get("held_out", {}).items()}
+            for name, value in numbers.items() if writer else ():
+                writer.add_scalar(name, value, line["step"])
+
+        yield log
+
+
+def report(now: Training, step: int, metrics: dict, bar: tqdm, log: Callable, seconds: float, speed: float,
+           left: float, waiting: float) -> None:
+    """A line of the log, and the same beside the bar. `left`: seconds of the whole run, `waiting`: share."""
     losses = {symbol: value for symbol, value in metrics.items() if symbol.startswith("L_")}
     rounded = {symbol: f"{value:.3f}" for symbol, value in losses.items()}
     bar.set_postfix(rounded | {"img/s": f"{speed:.0f}", "run left": f"{left / 60:.0f}m"}, refresh=False)
     lr = metrics["rate"] * now.config.of_stage("lr", now.stage.name)
-    line = {"stage": now.stage.name, "step": step, "loss": metrics["loss"]} | losses | {
+    log({"stage": now.stage.name, "step": step, "loss": metrics["loss"]} | losses | {
         "lr": lr, "grad_norm": metrics["gradient"], "seconds": round(seconds, 2), "images_per_second": round(speed, 1),
-        "waiting": round(waiting, 4)}
-    log.write(json.dumps(line) + "\n")
+        "waiting": round(waiting, 4)})
 
 
 def keep_stage(now: Training, run: Path, latent_scale: Tensor, pictures: int, seconds: float) -> None:

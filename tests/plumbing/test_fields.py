@@ -17,6 +17,7 @@ from plumbing.flags import parse
 from plumbing.pictures import loss_curves
 from plumbing.processes import join_processes
 from plumbing.run_folder import build, check_same_run, load_config, load_run, read_lines, stage_names, text_tokenizer
+from plumbing.training import open_log
 from public.folders import sizes_of
 from public.perceptual import ConvNeXt
 from spar import NAMES, PER_STAGE, Config, make_config
@@ -318,6 +319,24 @@ def look_minutes(end, tmp_path, monkeypatch):
     assert (tmp_path / "report" / "T3.png").exists() and loss_curves(tmp_path).size[0] > 0
 
 
+def board(end, tmp_path, monkeypatch):
+    """TensorBoard is told what log.jsonl is told, and forgets what is done again as that does."""
+    with monkeypatch.context() as without, pytest.raises(UserError, match="pip install tensorboard"):
+        without.setitem(sys.modules, "torch.utils.tensorboard", None)
+        end("P2", board=True)
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert end("T3") == end("T3", board=True)
+    for first in (0, 10):
+        with open_log(tmp_path, "T3", first, board=True) as log:
+            for step in range(first, 21 - first, 10):
+                log({"stage": "T3", "step": step, "L_mse": 0.25 + first + step})
+    with open_log(tmp_path, "T3", 20, board=True) as log:
+        log({"stage": "T3", "step": 20, "held_out": {"L_mse": 0.75}, "memory": 7})
+    told = events.EventAccumulator(str(tmp_path / "board" / "T3")).Reload()
+    curves = {name: [(one.step, one.value) for one in told.Scalars(name)] for name in told.Tags()["scalars"]}
+    assert curves == {"L_mse": [(0, 0.25), (10, 20.25)], "held_out/L_mse": [(20, 0.75)], "memory": [(20, 7.0)]}
+
+
 def max_bad(end, tmp_path, monkeypatch):
     root = everything(tmp_path / "data")
     for i in range(24):
@@ -385,7 +404,7 @@ guidance, sampler, sampling_shift = (draws_otherwise(*pair) for pair in (("guida
 ELSEWHERE = {test.__name__: test for test in (
     preset, per_device, internvl, dc_ae, sana, public, imagenet, vgg, lpips, convnext, teacher, skip_stage, data,
     data_u3, reseed, tokens,
-    longest, mirror, early, fit, look_minutes, max_bad, compile, checkpointing, workers, shard, save_minutes,
+    longest, mirror, early, fit, look_minutes, board, max_bad, compile, checkpointing, workers, shard, save_minutes,
     sampling_steps, guidance, sampler,
     sampling_shift)}
 
