@@ -36,6 +36,10 @@ from spar import SPAR
 
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1",
          "streams": "T1", "export": "P1", "page": "P1"}
+DRAWING = ("generate", "edit")
+READ_BY = {"text": (*DRAWING, "ask", "route"), "image": (*DRAWING, "ask", "reconstruct", "streams", "route"),
+           "form": ("export",), **dict.fromkeys(("seed", "steps", "guidance", "sampler", "rewrite", "count"), DRAWING)}
+NAMED = {"text": "words", "form": "--as", "rewrite": "--no-rewrite"}
 
 
 def read_picture(path: Path, side: int) -> Tensor:
@@ -92,7 +96,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = parser.read()
-    if given.use not in ("reconstruct", "streams", "export", "page") and not (given.text or "").strip():
+    for field, uses in READ_BY.items():
+        if given.use not in uses and getattr(given, field) != parser.get_default(field):
+            raise UserError(f"{given.use} does not read {NAMED.get(field, f'--{field}')}: leave it out")
+    if given.use in READ_BY["text"] and not (given.text or "").strip():
         raise UserError(f"{given.use} needs words: python sample.py {given.use} \"…\"")
     if given.use in ("edit", "ask", "reconstruct", "streams") and given.image is None:
         raise UserError(f"{given.use} needs a picture: add --image FILE")

@@ -26,8 +26,8 @@ from parts.metrics import psnr
 from parts.positions import rotate
 from plumbing.command import UserError, write_text
 from plumbing.pictures import to_image
-from plumbing.run_folder import read_lines
-from spar import NAMES, SPAR
+from plumbing.run_folder import config_diff, load_run, read_lines
+from spar import NAMES, SPAR, Config
 from world.drawing import draw
 from world.edits import EDIT_KINDS
 from world.judge import detect, fulfils, succeeds
@@ -91,10 +91,10 @@ def calls_of(module: nn.Module):
 
 def points(lines: list[dict], term: str) -> list:
     pairs = [(line["step"], line.get("held_out", line).get(term)) for line in lines]
-    return [[step, short(value)] for step, value in pairs if value and math.isfinite(value)]
+    return [[step, short(value)] for step, value in pairs if value and math.isfinite(value)]  # 0: it was not asked yet
 
 
-def losses(run: Path) -> list[dict]:
+def losses(run: Path, config: Config) -> list[dict]:
     """Each stage's terms over its steps, since its last beginning; "held": of held-out samples."""
     lines, stages = read_lines(run / "log.jsonl"), []
     for name in NAMES:
@@ -104,7 +104,8 @@ def losses(run: Path) -> list[dict]:
         own = own[:-1:math.ceil(len(own) / POINTS) or 1] + own[-1:]
         symbols = dict.fromkeys(key for line in own for key in line if key.startswith("L_") and points(own, key))
         if symbols:
-            stages.append({"stage": name, "steps": own[-1]["step"] + 1, "seconds": own[-1].get("seconds"), "terms": [
+            steps = {"steps": own[-1]["step"] + 1, "of": config.of_stage("steps", name)}
+            stages.append({"stage": name} | steps | {"seconds": own[-1].get("seconds"), "terms": [
                 {"name": term, "points": points(own, term), "held": points(looks, term)} for term in symbols]})
     return stages
 
@@ -117,7 +118,7 @@ def reconstructed(model: SPAR, world: DrawnWorld) -> dict:
     images = draw(scenes, world.side)
     results = model.reconstruct(images.to(model.device)).cpu()
     return {"strip": strip(images, results), "cards": [
-        {"text": f"{decibels:.1f} dB", "right": reads(result, scene)}
+        {"text": f"PSNR {decibels:.1f} dB", "right": reads(result, scene)}
         for decibels, result, scene in zip(psnr(images, results).tolist(), results, scenes)]}
 
 
@@ -204,13 +205,14 @@ def path(model: SPAR, world: DrawnWorld) -> dict:
         read = [[*map(facts, row)] for row in seen]
         settled = [[all(later[i] == read[-1][i] for later in read[step:]) for i in range(DRAWN)]
                    for step in range(len(read))]
-        moved = (frames[1:] - frames[:-1]).abs().mean((1, 2, 3, 4))
+        moved = (frames[1:-1] - frames[:-2]).abs().mean((1, 2, 3, 4))  # the last is the one before: no step leads there
         arms.append({"guidance": guidance, "sigmas": [round(sigma, 3) for sigma in [*sigmas, 0.0]],
                      "states": [strip(noisy[:, i]) for i in range(PATHS)],
                      "clean": [strip(frames[:, i]) for i in range(PATHS)], "right": [row[:PATHS] for row in right],
                      "share": [*map(share, right)], "settled": [*map(share, settled)],
                      "moved": [short(part) for part in (moved / moved.sum().clamp(min=1e-9)).tolist()]})
-    return {"texts": [request.text for request in requests[:PATHS]], "count": DRAWN, "arms": arms}
+    return {"texts": [request.text for request in requests[:PATHS]], "written": written[:PATHS], "count": DRAWN,
+            "arms": arms}
 
 
 def attention_weights(attn: nn.Module, inputs: tuple, output: tuple) -> Tensor:
@@ -265,7 +267,8 @@ def reading(model: SPAR, world: DrawnWorld) -> dict:
 
 
 def write_page(model: SPAR, run: Path, out: Path) -> None:
-    """Raises UserError for a run whose data the judge cannot read."""
+    """What is drawn before U1 is drawn as P3 left it, for whose latents the tokenizer of T1 to T3 is no decoder. Raises
+    UserError for a run whose data the judge cannot read."""
     if model.config.data:
         raise UserError(f"{run} learned from data on disk, which the judge cannot read: look into {run / 'report'}")
     done, world = set(model.finished_stages), DrawnWorld(model.config.side, model.config.seed, "test")
@@ -274,11 +277,14 @@ def write_page(model: SPAR, run: Path, out: Path) -> None:
              "edit": (edited, "U2" in done), "streams": (streams, done & {"T1", "T2"}), "path": (path, draws),
              "reading": (reading, "U1" in done)}
     data = {"run": run.resolve().name, "stages": model.finished_stages, "preset": model.config.preset,
-            "seed": model.config.seed, "losses": losses(run),
+            "skipped": model.config.skip_stage, "changed": config_diff(model.config), "seed": model.config.seed,
+            "losses": losses(run, model.config),
             "claims": json.loads(claims.read_text(encoding="utf-8"))["rows"] if claims.exists() else []}
     for name, (compute, possible) in (bar := tqdm(parts.items(), desc="page")):
         bar.set_postfix_str(name)
-        data[name] = compute(model, world) if possible else None
+        early = possible and compute in (drawn, path) and "U1" not in done
+        of = load_run(run, model.device.type, upto="P3") if early else model
+        data[name] = compute(of, world) if possible else None
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")  # so that no text ends the script that the data stands in

@@ -1,6 +1,7 @@
 """Claims about the page to explore a run: what is in the file, and what it does in a browser."""
 
 import base64
+import io
 import json
 import os
 import re
@@ -10,8 +11,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from exercises import page
 from plumbing.command import UserError
@@ -20,11 +23,30 @@ from plumbing.run_folder import load_run
 SECTIONS = ("losses", "uses", "routing", "streams", "path", "attention", "claims")
 HOSTILE = '</script><b>"red" & \'blue\'</b>'
 CLAIM = {"name": HOSTILE, "table": "5", "measure": "PSNR", "claimed": -1, "delta": 0.2, "interval": [-2.0, -0.1],
-         "verdict": "holds here", "seeds": [{"seed": i, "value": 29 - i, "control": 29.8} for i in range(3)]}
+         "verdict": "holds here", "all_rows": [-3.5, 1.25], "p_holm": 0.75, "paper": "PSNR 26 → 24",
+         "seeds": [{"seed": i, "value": 29 - i, "control": 29.8} for i in range(3)]}
+UNCOMPARED = CLAIM | {"name": "none better", "claimed": 1, "paper": "not compared", "no_better": "cannot be told",
+                      "interval": [-0.4, 0.6], "seeds": [{"seed": 0, "value": 0.1, "control": 0.2}]}
 
 
 def data_of(text: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+def pictures_of(strip: dict) -> np.ndarray:
+    """`n H W 3`, levels"""
+    image = Image.open(io.BytesIO(base64.b64decode(strip["src"].partition(",")[2]))).convert("RGB")
+    return np.stack(np.split(np.asarray(image).astype(int), strip["n"], axis=1))
+
+
+def with_data(page_file: Path, name: str, **changes) -> Path:
+    """The same page with other data."""
+    text, data = page_file.read_text(), data_of(page_file.read_text())
+    old = re.search(r'id="data">(.*?)</script>', text, re.S)[1]
+    changed = json.dumps(data | changes).replace("<", "\\u003c")
+    other = page_file.parent.parent / name
+    other.write_text(text.replace(old, changed))
+    return other
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +55,7 @@ def written(whole_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     run = shutil.copytree(whole_run, folder / "a <b> & \"c\"")
     (folder / "results").mkdir()
-    (folder / "results" / "claims.json").write_text(json.dumps({"rows": [CLAIM]}))
+    (folder / "results" / "claims.json").write_text(json.dumps({"rows": [CLAIM, UNCOMPARED]}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "ROOT", folder)
         patch.setattr(page, "DRAWN", page.PATHS)
@@ -60,11 +82,15 @@ def test_every_section_is_there_and_its_data_parses(written):
     text = written.read_text()
     assert [name for name in SECTIONS if f'<section id="{name}"' not in text] == []
     data = data_of(text)
-    assert len(data["losses"]) == 9 and data["claims"] == [CLAIM]
+    assert len(data["losses"]) == 9 and data["claims"] == [CLAIM, UNCOMPARED]
     assert all(len(data[use]["cards"]) == page.COUNT for use in ("reconstruct", "ask", "draw", "edit"))
     assert len(data["streams"]["shares"]) == 11
     steps = [len(arm["sigmas"]) for arm in data["path"]["arms"]]
-    assert steps == [17, 17] and data["path"]["arms"][0]["settled"][-1] == 1
+    assert steps == [17, 17]
+    for arm in data["path"]["arms"]:
+        assert len(arm["moved"]) == 15 and sum(arm["moved"]) == pytest.approx(1, abs=1e-2)
+        for frames in map(pictures_of, arm["clean"]):  # what is expected before the last step is the result: x_t − σ v
+            assert np.abs(frames[-1] - frames[-2]).max() <= 1 < np.abs(frames[-1] - frames[0]).max()
     for sample in data["reading"]["samples"]:
         length, layers = len(sample["kinds"]), len(sample["names"])
         assert len(sample["weights"]) == length and sample["kinds"].count("w") == len(sample["words"])
@@ -85,6 +111,22 @@ def test_a_run_that_stopped_early_shows_what_its_stages_allow(whole_run, tmp_pat
     page.write_page(load_run(run), run, tmp_path / "page.html")
     data = data_of((tmp_path / "page.html").read_text())
     assert [use for use in ("reconstruct", "ask", "draw", "edit", "streams", "path", "reading") if data[use]] == ["ask"]
+
+
+def test_before_U1_it_draws_as_P3_left_it_and_names_what_was_changed_and_left_out(whole_run, tmp_path):
+    shown = []
+    for gone in (("U1", "U2", "U3"), ("T1", "T2", "T3", "U1", "U2", "U3")):
+        run = shutil.copytree(whole_run, tmp_path / gone[0])
+        for name in gone:
+            (run / f"{name}.pt").unlink()
+        config = json.loads((run / "config.json").read_text()) | {"anchor": False, "skip_stage": "T1"}
+        (run / "config.json").write_text(json.dumps(config))
+        page.write_page(load_run(run), run, tmp_path / "page.html")
+        shown.append(data_of((tmp_path / "page.html").read_text()))
+    assert shown[0]["draw"] == shown[1]["draw"] and shown[0]["path"] == shown[1]["path"]
+    assert shown[0]["reconstruct"] and not shown[1]["reconstruct"]
+    assert shown[0]["skipped"] == "T1" and shown[0]["changed"]["anchor"] is False
+    assert {stage["stage"]: stage["of"] for stage in shown[0]["losses"]} == dict.fromkeys(page.NAMES, 2)
 
 
 def test_a_run_of_other_data_is_told_that_the_judge_cannot_read_it(whole_run):
@@ -236,6 +278,98 @@ def test_words_of_html_are_shown_as_they_are(opened):
 def shares(browser: Browser) -> str:
     return browser.js("[...document.querySelectorAll('#routing .bar b')].map(b => b.textContent).join()"
                       "+ document.querySelector('#routing .said').textContent")
+
+
+def test_the_bars_are_the_mean_of_what_is_pointed_at_and_a_layer_counts_the_same_tokens(opened, written):
+    sample = data_of(written.read_text())["reading"]["samples"][-1]
+    assert "p" in sample["kinds"]
+    opened.js("(() => { const prompt = document.querySelector('#routing select'); prompt.selectedIndex = "
+              "prompt.options.length - 1; prompt.dispatchEvent(new Event('change')); })()")
+    weights = [row for row, kind in zip(sample["weights"], sample["kinds"]) if kind != "p"]
+    wanted = [sum(column) / len(weights) for column in zip(*weights)]
+    bars = "[...document.querySelectorAll('#routing .bar b')].map(b => +b.textContent)"
+    assert opened.js(bars) == pytest.approx(wanted, abs=0.0051)
+    opened.hover("#routing .bar:nth-child(2)")
+    assert opened.js(bars) == pytest.approx(wanted, abs=0.0051)
+    shade = "[...document.querySelectorAll('#routing .patches .token')].map(t => +t.style.getPropertyValue('--share'))"
+    assert set(opened.js(shade)) == {0}
+
+
+def test_where_every_token_has_the_same_layers_it_says_so(browser, written):
+    reading = data_of(written.read_text())["reading"]
+    for sample in reading["samples"]:
+        sample["weights"] = [[0.25] * 4 for _ in sample["weights"]]
+    browser.open(with_data(written, "mean.html", reading=reading | {"router": "mean"}).as_uri())
+    assert "listens to all layers alike" in shares(browser)
+    browser.hover("#routing .bar:nth-child(2)")
+    assert "is heard by all tokens alike, 0.25" in shares(browser)
+    assert "every token the plain mean" in browser.js("document.querySelector('#routing .note').textContent")
+
+
+def test_a_click_leaves_one_stop_of_the_tab_key(opened):
+    stops = "document.querySelectorAll('#routing .words [tabindex=\"0\"]').length"
+    opened.js("(() => { const words = document.querySelectorAll('#routing .words .token'); words[2].focus();"
+              "words[2].click(); })()")
+    opened.key("ArrowRight")
+    assert opened.js(stops) == 1
+    assert opened.js("document.activeElement.ariaPressed") == "true"
+
+
+def test_a_claim_shows_on_which_side_it_lies_how_many_seeds_and_all_rows_at_once(opened):
+    text = "[...document.querySelectorAll('.claim')].map(claim => claim.textContent)"
+    first, second = opened.js(text)
+    assert "3 seeds" in first and "all rows at once −3.5 to 1.25, p 0.75" in first
+    assert "below the control: as the paper says" in first and "holds here" in first
+    assert "above the control" in second and "as the paper says" not in second
+    assert "; no better by δ: cannot be told" in second
+    each = "[...document.querySelectorAll('.claim')].map(claim => "
+    dots = opened.js(each + "claim.querySelector('path title').parentNode.getAttribute('transform'))")
+    across = [float(re.search(r"[0-9.]+", dot)[0]) for dot in dots]
+    assert across[0] > 220 > across[1]  # both are below their control
+    assert opened.js(each + "claim.querySelectorAll('.head').length)") == [1, 0]
+
+
+def test_stages_that_are_left_out_or_in_progress_and_changed_fields_are_named(browser, written):
+    data = data_of(written.read_text())
+    losses = [stage | {"of": 9} if stage["stage"] == "U2" else stage for stage in data["losses"]]
+    changes = {"stages": ["P1", "P2", "P3", "T1", "T2"], "skipped": "T3", "changed": {"align": "none", "lambda_s": 0}}
+    browser.open(with_data(written, "skipped.html", losses=losses, **changes).as_uri())
+    chips = browser.js("[...document.querySelectorAll('#stages li')].map(li => li.textContent)")
+    assert chips[4:7] == ["✓ T2 finished", "– T3 left out", "· U1 not finished"]
+    assert "with align none, lambda_s 0; seed" in browser.js("document.getElementById('lead').textContent")
+    titles = browser.js("[...document.querySelectorAll('#losses h3')].map(h => h.textContent)")
+    assert any(title.startswith("U2: 2 of 9 steps") for title in titles)
+    assert any(title.startswith("P1: 2 steps") for title in titles)
+
+
+def test_what_goes_below_zero_has_a_chart_of_its_own_and_no_value_where_it_has_none(browser, written):
+    terms = [{"name": "L_mse", "points": [[0, 0.5], [10, 0.25], [20, 0.125]], "held": []},
+             {"name": "L_s", "points": [[10, 0.25], [20, 0.125]], "held": []},
+             {"name": "L_gan", "points": [[10, 0.25], [20, -0.125]], "held": []}]
+    losses = [{"stage": "T3", "steps": 21, "of": 21, "seconds": None, "terms": terms}]
+    browser.open(with_data(written, "losses.html", losses=losses).as_uri())
+    titles = browser.js("[...document.querySelectorAll('#losses h3')].map(h => h.textContent)")
+    assert titles == ["T3: 21 steps", "T3: L_gan"]
+    values = "[...document.querySelectorAll('#losses .chart:first-child .legend li')].map(li => li.textContent)"
+    assert browser.js(values) == ["L_mse0.125", "L_s0.125"]
+    browser.js("document.querySelector('#losses .chart svg').focus()")
+    browser.key("Home")
+    assert browser.js(values) == ["L_mse0.5", "L_s–"]
+    assert browser.js("document.querySelector('#losses .chart svg').ariaValueText") == "step 0, L_mse 0.5, L_s –"
+
+
+def test_many_patches_and_queries_fit_a_phone_and_a_patch_lies_on_its_part_of_the_picture(browser, written):
+    reading = data_of(written.read_text())["reading"]
+    sample = next(sample for sample in reading["samples"] if sample["picture"])
+    kinds = "b" + "p" * 64 + "w" * len(sample["words"]) + "q" * 64
+    sample |= {"kinds": kinds, "weights": [sample["weights"][0]] * len(kinds),
+               "attention": base64.b64encode(bytes(len(sample["names"]) * 64 * len(kinds))).decode()}
+    browser.open(with_data(written, "many.html", reading=reading | {"samples": [sample]}).as_uri(), 390, 844)
+    assert browser.js("document.documentElement.scrollWidth") <= 390
+    box = "(query => { const box = document.querySelector(query).getBoundingClientRect();" \
+          "return [box.right, box.bottom]; })"
+    assert browser.js(f"{box}('#routing .patches .pic')") == pytest.approx(
+        browser.js(f"{box}('#routing .patches .token:last-child')"), abs=1)
 
 
 def test_hovering_a_word_shows_its_layers_and_a_layer_who_listens(opened):

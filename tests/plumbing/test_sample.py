@@ -9,6 +9,7 @@ from PIL import Image
 
 from plumbing import pictures
 from plumbing.run_folder import load_config, load_run
+from sample import read_picture
 from tests.tools.commands import Ended, call, subprocess_of
 
 
@@ -33,7 +34,8 @@ def test_every_use_writes_its_picture(arguments, run, tmp_path):
     arguments = [a.format(exact=run / "exact.png") for a in arguments]
     done = sample(run, *arguments, "--out", str(tmp_path / "out.png"))
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "out.png").size[0] >= 16
+    width = Image.open(tmp_path / "out.png").size[0]
+    assert width == 3 * 16 if "--count" in arguments else width >= 16
 
 
 def test_a_process_of_its_own_draws_the_same_picture(run, tmp_path):
@@ -47,6 +49,8 @@ def test_a_process_of_its_own_draws_the_same_picture(run, tmp_path):
 def test_ask_prints_an_answer_and_a_picture_of_another_size_is_resized_and_said(run):
     done = sample(run, "ask", "--image", str(run / "other.png"), "how many objects are there ?")
     assert done.returncode == 0 and "resized from 50×30 to 16×16" in done.stdout
+    model, picture = load_run(run), read_picture(run / "other.png", 16)
+    assert done.stdout.splitlines()[-1] == model.answer(picture, ["how many objects are there ?"])[0]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,10 @@ def test_every_option_changes_the_picture(flag, run, plain_picture, tmp_path):
     (("ask", "what is it ?", "--image", "{run}/none.png"), "No such file"),
     (("reconstruct", "--image", "{run}"), "Is a directory"), (("edit", "remove it"), "--image"),
     (("generate", "a circle", "--out", "x.txt"), ".png"), (("export", "--out", "x.pt"), ".safetensors"),
+    (("page", "--seed", "1"), "page does not read --seed"), (("page", "a circle"), "page does not read words"),
+    (("ask", "what is it ?", "--image", "{run}/exact.png", "--no-rewrite"), "ask does not read --no-rewrite"),
+    (("route", "a circle", "--count", "2"), "route does not read --count"), (("export", "--image", "x"), "--image"),
+    (("generate", "a circle", "--as", "sana"), "generate does not read --as"),
     (("generate", "a circle", "--count", "0"), "at least 1"),
     (("generate", "a circle", "--sede", "1"), "did you mean --seed"), (("paint", "a circle"), "invalid choice")])
 def test_wrong_input_ends_in_one_line_with_nothing_written(arguments, words, run, tmp_path):
