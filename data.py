@@ -4,15 +4,16 @@ Two things give the same five kinds of sample: the drawn world (world/) and data
 
     method                 sample            drawn world                       data on disk               read by
     dialogue_samples       picture, turns    questions of all kinds, caption   LLaVA's turns, captions    P1
-    texts                  words alone       facts, requests written out       conversations without one  P1
+    texts                  words alone       facts, requests written out       the same without, captions P1
     pictures               picture           any scene                         any picture                P2, T1 to T3
     text_to_image_samples  request, picture  captions, GenEval's six kinds     captions                   P3, U1 to U3
-    edit_samples           before, after     ImgEdit's nine kinds              instruction triples        U2, U3
+    edit_samples           request, before,  ImgEdit's nine kinds              instruction triples        U2, U3
+                           after
 
 A batch is a pure function of (seed, stage, step): nothing is kept from one to the next. So it is the same whichever
 process makes it, ahead of time or not, before a restart or after it, and several processes can share one.
 
-    python data.py [data.png]              the shapes of each stage's batch, samples in words (and a sheet of pictures)
+    python data.py [data.png]              the shapes of each kind of batch, samples in words (and a sheet of pictures)
     python data.py --check PATH            what data on disk holds, and for every fault the file, the key and the mend
     python data.py --build-vocab PATH      its byte-pair vocabulary, PATH/vocabulary.json
     python data.py --index PATH            where the samples of its shards lie, PATH/.index, for millions of them

@@ -5,7 +5,7 @@
                                       └─ mllm.llm ─ answer
     f_v of a reference, words, queries ─ mllm.llm ─ router ─ connector ─ condition ─ dit ─ z_f ─ decoder ─ picture
 
-`Config` holds every number (presets differ in numbers only); `SPAR` holds the parts; `plumbing.run_folder.load_run`
+`Config` holds every choice (presets differ in these alone); `SPAR` holds the parts; `plumbing.run_folder.load_run`
 reads one.
 
 Letters: b batch, h w rows and columns, n = h·w tokens, p channels of the latent, d width of visual tokens, l length and

@@ -2,12 +2,12 @@
 
     python exercises/claims.py                          five seeds, all rows: days on two cores; it goes on where it was
     python exercises/claims.py --seeds 0,1 --rows no_pixel_stream,no_T1 --jobs 2        two seeds side by side
-    python exercises/claims.py --commands               what would be run, and nothing is
+    python exercises/claims.py --commands               each arm's own commands, trained or not; nothing is run
     python exercises/claims.py --report                 the picture and the table anew from results/claims.json
 
 What is asked stands in `ROWS`, and each row was written down before its first run: an arm, its flags, what is measured,
 the sign that the paper implies of (arm − control), and δ, the smallest difference that would matter. Control and arms
-of a seed share P1 to P3 and everything else that the arm's flags do not touch; seeds share nothing. The verdict over
+of a seed share all that the arm's flags do not touch (P1 to P3, but for the last layer's P3); seeds share nothing. The verdict over
 seeds, paired, by Student's t at 95 %:
 
     holds here             the whole interval is on the claimed side, and its mean is at least δ
@@ -400,7 +400,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--rows", default=",".join(row.arm for row in ROWS), help="arms: %(default)s")
     parser.add_argument("--jobs", type=int, default=1, help="seeds that are trained side by side, sharing the cores")
-    parser.add_argument("--commands", action="store_true", help="print what would be run and stop")
+    parser.add_argument("--commands", action="store_true", help="print the commands of these seeds and rows and stop")
     parser.add_argument("--report", action="store_true", help="sum up anew, write picture and table, and stop")
     given = parser.read()
     names, rows = given.rows.split(","), [row for row in ROWS if row.arm in given.rows.split(",")]
@@ -415,7 +415,7 @@ def main() -> None:
     missing = {seed: [row for row in rows if not is_known(known, row, seed)] for seed in seeds}
     if given.commands:
         for seed in seeds:
-            for command in dict.fromkeys(command for row in missing[seed] for _, command in commands(seed, row)):
+            for command in dict.fromkeys(command for row in rows for _, command in commands(seed, row)):
                 print(by_hand(command, threads))
         return
 

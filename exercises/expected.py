@@ -59,7 +59,7 @@ ARMS = {  # name -> (of which exercise, in words, flags and stages, its lesson)
                              "--tokenizer pixel-only --no-anchor --stages T1,T2,T3", T),
     U.control: ("9, 10", "the whole method", "--stages U1,U2", U),
     "no_alignment": ("9, 10", "without L_align", "--align none --stages U1,U2", U),
-    "last_layer": ("10", "the last layer in place of DTR", "--router last --stages U1,U2", U),
+    "last_layer": ("10", "the last layer in place of DTR", "--router last --stages P3,U1,U2", U),
     "mean_of_layers": ("10", "the plain mean in place of DTR", "--router mean --stages U1,U2", U),
     "static_weights": ("10", "one weight per layer in place of DTR", "--router static --stages U1,U2", U),
 }
