@@ -7,8 +7,7 @@ Two things give the same five kinds of sample: the drawn world (world/) and data
     texts                  words alone       facts, requests written out       the same without, captions P1
     pictures               picture           any scene                         any picture                P2, T1 to T3
     text_to_image_samples  request, picture  captions, GenEval's six kinds     captions                   P3, U1 to U3
-    edit_samples           request, before,  ImgEdit's nine kinds              instruction triples        U2, U3
-                           after
+    edit_samples           request, pictures ImgEdit's nine kinds              instruction triples        U2, U3
 
 A batch is a pure function of (seed, stage, step): nothing is kept from one to the next. So it is the same whichever
 process makes it, ahead of time or not, before a restart or after it, and several processes can share one.

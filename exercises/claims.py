@@ -7,8 +7,8 @@
 
 What is asked stands in `ROWS`, and each row was written down before its first run: an arm, its flags, what is measured,
 the sign that the paper implies of (arm − control), and δ, the smallest difference that would matter. Control and arms
-of a seed share all that the arm's flags do not touch (P1 to P3, but for the last layer's P3); seeds share nothing. The verdict over
-seeds, paired, by Student's t at 95 %:
+of a seed share all that the arm's flags do not touch (P1 to P3, but for the last layer's P3); seeds share nothing. The
+verdict over seeds, paired, by Student's t at 95 %:
 
     holds here             the whole interval is on the claimed side, and its mean is at least δ
     does not hold here     the whole interval is below δ
