@@ -285,7 +285,8 @@ def summed_up(known: dict) -> dict:
 def saved_to_do_alike(known: dict, measure: str) -> dict | None:
     """Which share of U2's steps L_align saves to draw (or edit) as well as without it, on the line between half of U2
     and all of it: ½ (without L_align − whole) / (half − whole), means of the seeds that have both; and what is left of
-    the range when any one seed is left out. None where no seed has both, or half of U2 does it no worse."""
+    the range when any one seed is left out, None where half of U2 is then no worse. None where no seed has both, or
+    half of U2 does it no worse."""
     seeds = {row["name"]: {s["seed"]: s["value"] - s["control"] for s in row["seeds"]}
              for row in known["rows"] if row["measure"] == measure}
     without, half = seeds.get("no_alignment", {}), seeds.get("half_of_U2", {})
@@ -298,7 +299,8 @@ def saved_to_do_alike(known: dict, measure: str) -> dict | None:
     if not both or math.isnan(share(both)):
         return None
     others = [share([one for one in both if one != seed]) for seed in both] if len(both) > 1 else [share(both)]
-    return {"share": round(share(both), 3), "range": [round(min(others), 3), round(max(others), 3)], "seeds": both}
+    between = None if any(map(math.isnan, others)) else [round(min(others), 3), round(max(others), 3)]
+    return {"share": round(share(both), 3), "range": between, "seeds": both}
 
 
 def load(path: Path = RESULTS) -> dict:
