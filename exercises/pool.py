@@ -38,10 +38,20 @@ class Arm:
         return spread_of(self.values) if len(self.values) > 1 else None
 
 
+def each_once(runs: list[Run]) -> list[Run]:
+    """Without the runs whose weights are another's to the bit, which is said: handed in twice, or of one --reseed."""
+    known = {}
+    for run in runs:
+        first = known.setdefault(run.results.get("eval_id") or run.where, run)
+        if first is not run:
+            print(f"{run.where} has the weights of {first.where}: counted once")
+    return list(known.values())
+
+
 def pool(path: str, runs: list[Path], control: list[Path]) -> tuple[Arm, list[Arm]]:
     """-> (the control, the arms by their change). Raises UserError where they were not measured alike."""
     try:
-        controls, others = read_control(control), read_control(runs)
+        controls, others = each_once(read_control(control)), each_once(read_control(runs))
         for one in controls + others:
             if one.results["protocol"] != controls[0].results["protocol"] or (
                     one.results.get("data") != controls[0].results.get("data")):

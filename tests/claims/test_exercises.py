@@ -2,16 +2,21 @@
 ours. A few answers on one seed here; `python -m tests.tools.graders` tries all of them on twenty."""
 
 import json
+import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from exercises import grade, make, pool
 from exercises.answers import variants
 from exercises.cut import NoSuchName, Version, bodies_of, cut, put_in, version_with
-from exercises.judge import NUMBERS, answers, cut_of, exercise, known_mistakes, learners, prints, verdicts
+from exercises.judge import (NUMBERS, answers, cut_of, exercise, known_mistakes, learners, prints, verdicts,
+                             what_comes_out)
 from plumbing.command import UserError
 from tests.tools import mutants
 from tests.tools.commands import ROOT
@@ -167,6 +172,39 @@ def test_the_commands_say_what_is_missing_and_give_one_object():
     assert all(set(row) == {"claim", "ok", "why"} for row in found["claims"])
 
 
+def test_an_answer_that_fails_ends_in_1_in_lines_and_as_json_and_all_are_a_list(tmp_path):
+    for file in ("router.py", "diffusion.py"):
+        shutil.copyfile(ROOT / file, tmp_path / file)
+    wrong = tmp_path / "router.py"
+    wrong.write_text(put_in(wrong.read_text(), {"DTR.weights": "return (self.gate(H[:, :, -1]) / self.temperature).softmax(1)"}))
+
+    def ask(*words):
+        return subprocess.run([sys.executable, "exercises/grade.py", *words, "--root", str(tmp_path)], cwd=ROOT,
+                              capture_output=True, text=True)
+
+    done = ask("6", "--seed", "3")
+    assert done.returncode == 1 and " FAIL  " in done.stdout and re.search(r"^\d of 9$", done.stdout, re.M)
+    assert "yours computes what comes out if: " in done.stdout and "return self.gate" not in done.stdout
+    done = ask("6", "--seed", "3", "--json")
+    assert done.returncode == 1 and not json.loads(done.stdout)["passed"]
+    work = tmp_path / "exercises" / "work"
+    work.mkdir(parents=True)
+    shutil.copyfile(ROOT / "router.py", work / "router.py")
+    (work / make.MADE).write_text(json.dumps({"router.py": 6}))
+    done = ask("6", "--seed", "3")  # what make.py wrote there goes before the root's own
+    assert done.returncode == 0 and "Word for word the source." in done.stdout, done.stdout
+
+
+def test_the_seed_decides_the_inputs_and_no_two_claims_share_them():
+    """A wrong answer is off by as much for the same seed, and by something else for another."""
+    wrong = version_with({"router.py": {"DTR.mix": "return Router.mix(self, H, w) * 1.5"}}, "mine")
+
+    def why(seed: int) -> list[str]:
+        return [row["why"] for row in verdicts(6, wrong, seed) if not row["ok"]]
+
+    assert why(3) == why(3) != why(4) and len(why(3)) >= 2
+
+
 def test_a_script_runs_on_the_learners_file(tmp_path):
     script = ("import sys; sys.argv = ['exercises/run.py', '6', 'router.py']; sys.path[:0] = ['.']\n"
               "from exercises import make, run; from pathlib import Path\n"
@@ -178,15 +216,26 @@ def test_a_script_runs_on_the_learners_file(tmp_path):
 
 
 def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
-    make.pack(tmp_path, 0)
+    mine = ROOT / "exercises" / "work" / "packed" / "answer.py"  # what a teacher tried is no pupil's
+    mine.parent.mkdir(parents=True)
+    try:
+        mine.write_text("")
+        make.pack(tmp_path, 0)
+    finally:
+        shutil.rmtree(mine.parent)
     student = tmp_path / "student"
     assert not (student / "exercises" / "answers").exists() and not (student / "tests" / "claims").exists()
     done = subprocess.run([sys.executable, "exercises/run.py", "10", "train.py", "--k", "9", "--out", "runs/x"],
                           cwd=student, capture_output=True, text=True)
     assert "cannot route 9 of 6 layers" in done.stderr  # the source itself, not the file with holes beside it
     assert (tmp_path / "teacher" / "exercises" / "answers" / "a06.py").exists()
-    text = (student / "diffusion.py").read_text()
-    assert all(f"exercise {number}: " in text for number in (4, 5, 9))
+    for number in TO_FILL_IN:  # every body is a hole, and only its own
+        for file, names in cut_of(number).items():
+            text, real = (student / file).read_text(), (ROOT / file).read_text()
+            for name, body in bodies_of(text, names).items():
+                assert f"exercise {number}: {name}" in body or body != bodies_of(real, [name])[name], name
+    assert not (student / "exercises" / "teacher.md").exists() and not (student / "exercises" / "work").exists()
+    assert (tmp_path / "teacher" / "exercises" / "teacher.md").exists()
 
     def in_the_pack(*command):
         done = subprocess.run([sys.executable, *command], cwd=student, text=True, capture_output=True)
@@ -226,10 +275,13 @@ def test_in_a_pack_no_exercise_rests_on_anothers_holes_and_lines_are_those_of_th
 
 
 def test_a_class_is_asked_for_something_else_and_the_source_does_not_pass(tmp_path):
-    make.pack(tmp_path, 5)
+    done = subprocess.run([sys.executable, "exercises/make.py", "--class", str(tmp_path), "--variant", "5"], cwd=ROOT,
+                          text=True, capture_output=True)
+    assert done.returncode == 0 and "in variant.txt how this class is graded" in done.stdout
     student, teacher = tmp_path / "student", tmp_path / "teacher"
-    wanted = variants.variant_of(6, 5)
-    assert wanted.task in (teacher / "variant.txt").read_text()
+    wanted, told = variants.variant_of(6, 5), (teacher / "variant.txt").read_text()
+    assert wanted.task in told
+    assert {int(seed) for seed in re.findall(r"--seed (\d+)", told)} == {random.Random(5).getrandbits(31)}
 
     def grades(folder, *more):
         done = subprocess.run([sys.executable, "exercises/grade.py", "6", "--json", *more], cwd=folder, text=True,
@@ -251,7 +303,7 @@ def test_a_class_is_asked_for_something_else_and_the_source_does_not_pass(tmp_pa
 
 def test_every_variant_differs_from_the_source_and_drops_claims_that_exist():
     for number in TO_FILL_IN:
-        names, tasks = {claim.__name__ for claim in exercise(number).CLAIMS}, set()
+        names, tasks, seen = {claim.__name__ for claim in exercise(number).CLAIMS}, set(), set()
         for k in range(1, 21):
             one = variants.variant_of(number, k)
             tasks.add(one.task)
@@ -259,6 +311,11 @@ def test_every_variant_differs_from_the_source_and_drops_claims_that_exist():
             for file, bodies in one.bodies.items():
                 source = (ROOT / file).read_text()
                 assert bodies.keys() <= set(cut_of(number)[file]) and put_in(source, bodies) != source
+            if one.task in seen:
+                continue
+            seen.add(one.task)
+            told, real = (what_comes_out(number, bodies, [7])[7] for bodies in (one.bodies, {}))
+            assert any(not torch.equal(told[name], real[name]) for name in told), (number, k, "comes out as the source's")
         assert len(tasks) >= 2 and variants.variant_of(number, 0) is None
 
 

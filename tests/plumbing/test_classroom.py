@@ -1,12 +1,16 @@
 """What a class shares and pools, and the sheet of exercise 10: right ones pass, mistakes are told in one line."""
 
 import copy
+import hashlib
 import html
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +52,17 @@ def packed(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(share, "commit", lambda: "a" * 40)
     share.pack(trained, tmp_path / "shared.tar")
     return tmp_path / "shared.tar"
+
+
+def with_sum(name: str, content: bytes = b"x"):
+    """A member of any name, of which sums.json has the right sum."""
+    def change(members):
+        sums = json.loads(members["sums.json"])
+        sums["sums"][name] = hashlib.sha256(content).hexdigest()
+        members |= {name: content, "sums.json": json.dumps(sums).encode()}
+        return members
+
+    return change
 
 
 def rewritten(file, change):
@@ -98,6 +113,8 @@ def test_a_pack_has_no_optimizers_and_the_same_bytes_each_time(trained, packed, 
     assert packed.stat().st_size < 0.4 * whole
     share.pack(trained, tmp_path / "again.tar")
     assert packed.read_bytes() == (tmp_path / "again.tar").read_bytes()
+    with tarfile.open(packed) as tar:  # whoever packs, and whenever
+        assert {(m.uid, m.gid, m.mtime, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
     assert {path.name for path in tmp_path.iterdir()} == {"shared.tar", "again.tar"}
 
 
@@ -112,10 +129,11 @@ HOSTILE = {
     "a hard link": lambda m: m.update({"P1.pt": link("P1.pt", "T1.pt", tarfile.LNKTYPE)}),
     "a folder": lambda m: m.update({"P1.pt": link("P1.pt", "", tarfile.DIRTYPE)}),
     "a pipe": lambda m: m.update({"P1.pt": link("P1.pt", "", tarfile.FIFOTYPE)}),
-    "a name that leads out": lambda m: m.update({"../out.pt": b"x"}),
-    "an absolute name": lambda m: m.update({"/tmp/out.pt": b"x"}),
-    "a name in a folder": lambda m: m.update({"report/x.png": b"x"}),
-    "code": lambda m: m.update({"sitecustomize.py": b"x"}),
+    "a name that leads out": with_sum("../out.pt"),
+    "one that leads out of two folders": with_sum("../../P1.pt"),
+    "an absolute name": with_sum("/tmp/out.pt"),
+    "a name in a folder": with_sum("report/x.png"),
+    "code": with_sum("sitecustomize.py"),
     "a name that sums.json does not know": lambda m: m.update({"U3.pt": b"x"}),
     "another byte": lambda m: m.update({"P1.pt": m["P1.pt"][:-1] + bytes([m["P1.pt"][-1] ^ 1])}),
     "a shorter file": lambda m: m.update({"T1.pt": m["T1.pt"][:-1]}),
@@ -134,6 +152,7 @@ def test_unpacking_writes_nothing_where_something_is_wrong(name, packed, tmp_pat
         share.unpack(packed, tmp_path / "deep" / "mine")
     assert "\n" not in str(error.value) and packed.name in str(error.value)
     assert {path.name for path in tmp_path.rglob("*")} <= {"shared.tar", "deep"}
+    assert not Path("/tmp/out.pt").exists()
 
 
 @pytest.mark.parametrize("kept", (0, 100, 5000, -2000))
@@ -175,14 +194,30 @@ def test_a_broken_stage_is_not_packed(trained, tmp_path):
     (run / "config.json").write_bytes((trained / "config.json").read_bytes())
     with pytest.raises(UserError, match="no finished stage"):
         share.pack(run, tmp_path / "x.tar")
-    (run / "P1.pt").write_bytes((trained / "P1.pt").read_bytes()[:-5000])
-    with pytest.raises(UserError, match="P1"):
-        share.pack(run, tmp_path / "x.tar")
+    whole = (trained / "P1.pt").read_bytes()
+    other = bytearray(whole)
+    other[len(whole) // 2] ^= 1  # inside a tensor
+    for broken in (whole[:-5000], other):
+        (run / "P1.pt").write_bytes(broken)
+        with pytest.raises(UserError, match="P1"):
+            share.pack(run, tmp_path / "x.tar")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_the_commit_is_one_or_is_empty():
-    assert share.commit() == "" or len(share.commit()) in (40, 64)
+def test_the_commit_is_this_repositorys_own(tmp_path, monkeypatch):
+    def git(*words):
+        return subprocess.run(["git", "-C", str(tmp_path), *words], capture_output=True, text=True, check=True).stdout
+
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    monkeypatch.setattr(share, "ROOT", tmp_path)
+    assert share.commit() == ""
+    (tmp_path / "folder").mkdir()
+    git("init", "-q")
+    git("-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "--allow-empty", "-m", "x")
+    assert share.commit() == git("rev-parse", "HEAD").strip() != ""
+    monkeypatch.setattr(share, "ROOT", tmp_path / "folder")  # a copy inside another repository
+    assert share.commit() == ""
 
 
 # ---------------------------------------------------------------- pool
@@ -210,6 +245,35 @@ def test_a_class_is_pooled_by_what_it_changed_and_told_by_the_rule(class_of):
     assert "0.9233" in pool.table("understanding.overall", held, arms)
 
 
+@pytest.mark.parametrize("away, wanted", [(1.9, "cannot be told"), (-1.9, "cannot be told"), (2.1, "higher"), (-2.1, "lower")])
+def test_the_rule_is_twice_the_spread_and_the_difference_has_its_sign(away, wanted):
+    control = pool.Arm("control", [30.0, 30.1, 30.2])
+    arm = pool.Arm("arm", [30.1 + away * 0.1])
+    assert control.spread == pytest.approx(0.1) and pool.verdict(arm, control) == wanted
+    line = pool.table("x.y", control, [arm]).splitlines()[2]
+    assert f" {away * 0.1:+.4f}   {wanted}" in line and len(pool.table("x.y", control, [arm]).splitlines()) == 4
+
+
+def test_a_run_that_is_handed_in_twice_counts_once_and_is_named(class_of, tmp_path, capsys):
+    control, results = class_of
+    again = shutil.copyfile(results[0], tmp_path / "again.json")
+    held, arms = pool.pool("reconstruction.psnr", [*results, again], [control, *control.glob("seed0")])
+    assert len(held.values) == 3 and {arm.label: len(arm.values) for arm in arms} == {"lambda_s 0.0": 3, "router last": 1}
+    assert f"{again} has the weights of {results[0].parent}: counted once" in capsys.readouterr().out
+
+
+def test_a_folder_of_results_by_any_name_is_read_without_what_macos_leaves_there(class_of, tmp_path):
+    control, results = class_of
+    for folder, files in ((tmp_path / "held", sorted(control.glob("*/results.json"))), (tmp_path / "arms", results)):
+        folder.mkdir()
+        for number, file in enumerate(files):
+            shutil.copyfile(file, folder / f"{number}.json")
+        (folder / "._1.json").write_bytes(b"\x00\x05\x16\x07")
+    wanted, there = (pool.pool("reconstruction.psnr", *given) for given in (
+        (results, [control]), ([tmp_path / "arms"], [tmp_path / "held"])))
+    assert there == wanted and len(there[0].values) == 3
+
+
 def test_the_dots_are_drawn(class_of, tmp_path, monkeypatch, capsys):
     control, results = class_of
     out = tmp_path / "drawn" / "pool.png"
@@ -225,11 +289,18 @@ def test_the_dots_are_drawn(class_of, tmp_path, monkeypatch, capsys):
     ("two seeds", lambda control, results: (results, [control / "seed0"])),
     ("no figure", lambda control, results: (results, [control])),
     ("there is no", lambda control, results: ([control / "nothing.json"], [control])),
-    ("protocol", lambda control, results: (results, [control]))])
+    ("protocol", lambda control, results: (results, [control])),
+    ("other data", lambda control, results: (results, [control])),
+    ("the control's runs differ in router", lambda control, results: (results, [control, results[-1]]))])
 def test_what_cannot_be_pooled_is_told_in_one_line(words, given, class_of, tmp_path, monkeypatch, capsys):
     control, results = class_of
     if words == "protocol":
         results.append(a10.make_run(tmp_path / "odd", 30.0, 0.9, count=20, lambda_s=0.0))
+    if words == "other data":
+        run = a10.make_run(tmp_path / "odd", 30.0, 0.9, lambda_s=0.0)
+        told_so = json.loads((run / "results.json").read_text()) | {"data": "openmoji"}
+        (run / "results.json").write_text(json.dumps(told_so))
+        results.append(run)
     runs, controls = given(control, results)
     code, err = told(monkeypatch, capsys, pool, "x.y" if words == "no figure" else "reconstruction.psnr", *runs,
                      "--control", *controls, "--out", tmp_path / "pool.png")
@@ -258,8 +329,9 @@ def test_a_wrong_sheet_is_told_in_one_line(name, tmp_path):
 
 
 def test_a_late_prediction_is_a_remark(tmp_path):
-    row = judged(tmp_path, a10.RIGHT["the prediction written late: a remark"])[-1]
+    row = judged(tmp_path / "late", a10.RIGHT["the prediction written late: a remark"])[-1]
     assert row["ok"] and "remark" in row["why"]
+    assert not judged(tmp_path / "timely", lambda *_: None)[-1]["why"]
 
 
 def test_results_of_seeds_do_for_a_control(tmp_path):

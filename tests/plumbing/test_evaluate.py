@@ -1,5 +1,6 @@
 """Claims about the measures: they equal values computed in other ways, and a run is measured the same twice."""
 
+import inspect
 import json
 import math
 import re
@@ -11,14 +12,16 @@ import pytest
 import torch
 
 import train
-from evaluate import TABLES, Protocol, evaluate, evaluation_id
+import evaluate as evaluate_module
+from evaluate import (TABLES, Protocol, drawn_tables, editing, evaluate, evaluation_id, generation, understanding)
 from parts.metrics import frechet_distance, mean_interval, psnr, share_interval, ssim
 from plumbing import pictures
 from plumbing.pictures import draw_report
 from plumbing.run_folder import load_run
 from spar import NAMES
 from tests.tools.commands import call
-from world.language import EDIT_KINDS
+from world.drawing import draw
+from world.language import EDIT_KINDS, MEASURED, QUESTION_KINDS, DrawnWorld, twin
 
 
 def test_psnr_equals_the_formula_by_hand():
@@ -143,6 +146,118 @@ def test_results_have_every_key_of_the_contract(measured):
             assert low <= results[part][key] + 1e-3 and results[part][key] <= high + 1e-3, (part, key)
         if part != "reconstruction":
             assert set(results[part]["texts"]) <= set(results[part]) and min(results[part]["texts"].values()) >= 1
+
+
+# ---------------------------------------------------------------- what the drawn world's tables count
+
+
+class Stub:
+    """A model that answers and draws what it is told, and writes down how it was asked."""
+
+    device, tokenizer = torch.device("cpu"), None
+
+    def __init__(self, answers=None, drawn=None):
+        self.answers, self.drawn, self.asked, self.rewritten = answers, drawn, [], []
+
+    def answer(self, images, questions):
+        return [self.answers(image, question) for image, question in zip(images, questions)]
+
+    def rewrite(self, texts, images=None, seed=0):
+        self.rewritten.append((images is not None, seed))
+        return [f"{text} written out" for text in texts]
+
+    def generate(self, texts, images, *how):
+        self.asked.append((texts, images, how))
+        return self.drawn(len(texts), images), None
+
+
+def test_a_model_that_answers_right_has_one_in_every_kind_and_twins_want_both(tiny):
+    world, how, right = DrawnWorld(32, 0, "test"), Protocol(count=6), {}
+    for kind in QUESTION_KINDS:
+        scenes, *rest = world.questions(range(6), kind)
+        right |= {(picture.numpy().tobytes(), question): answer for picture, question, answer
+                  in zip(draw(scenes, 32), *rest)}
+    scenes = [world.scene(i) for i in range(6)]
+    first, second = {}, {}
+    for scene, (other, question, answer, its_answer) in [(s, twin(s, world.rng("twin", i))) for i, s in
+                                                         enumerate(scenes)]:
+        assert answer != its_answer
+        first[draw([scene], 32)[0].numpy().tobytes(), question] = answer
+        second[draw([other], 32)[0].numpy().tobytes(), question] = its_answer
+    for known, twins in ((right | first | second, 1.0), (right | first, 0.0), (right | second, 0.0)):
+        model = Stub(answers=lambda image, question: known.get((image.numpy().tobytes(), question), "no idea"))
+        table = understanding(model, world, how)
+        assert table["twins"] == twins and {table[kind] for kind in (*QUESTION_KINDS, "overall")} == {1.0}
+    table = understanding(Stub(answers=lambda image, question: "no idea"), world, how)
+    assert {table[kind] for kind in (*QUESTION_KINDS, "overall", "twins")} == {0.0}
+
+
+@pytest.mark.parametrize("rewrite", [True, False])
+@pytest.mark.parametrize("which, text_only, count", [("untaught", False, 6), ("taught", False, 3), ("untaught", True, 3)])
+def test_drawing_is_asked_as_the_protocol_says_and_counted_kind_by_kind(rewrite, which, text_only, count, monkeypatch):
+    how, world = Protocol(count=6, seed=3, steps=5, guidance=2.5, sampler="dpm"), DrawnWorld(32, 0, "test")
+    model, kinds = Stub(drawn=lambda n, images: torch.zeros(n, 3, 32, 32)), [*MEASURED[which]]
+    places = iter(range(1000))
+    monkeypatch.setattr(evaluate_module, "detect", lambda pictures: [next(places) for _ in pictures])
+    monkeypatch.setattr(evaluate_module, "fulfils", lambda place, request: place % count == 0)
+    table = generation(model, world, how, rewrite, which, text_only)
+    assert [len(texts) for texts, *_ in model.asked] == [count] * len(kinds)
+    for kind, (texts, images, asked) in zip(kinds, model.asked):
+        plain = [request.text for request in world.measured_prompts(range(count), kind, which)]
+        assert texts == ([f"{text} written out" for text in plain] if rewrite else plain)
+        assert images is None and asked == (3, 5, 2.5, "dpm", text_only)
+        assert table[kind] == pytest.approx(1 / count, abs=1e-4)
+    assert model.rewritten == [(False, 3)] * len(kinds) * rewrite
+    assert table["overall"] == pytest.approx(1 / count, abs=1e-4)
+
+
+def test_an_edit_is_right_where_the_target_comes_out_and_preservation_is_of_what_it_leaves_alone():
+    how, world = Protocol(count=8, seed=3, steps=5, guidance=2.5, sampler="dpm"), DrawnWorld(32, 0, "test")
+    kinds = [*EDIT_KINDS]
+    for side, share in (("target", 1.0), ("source", 0.0)):
+        turn = iter(kinds)
+        model = Stub(drawn=lambda n, images: draw([getattr(one, side) for one in world.edits(range(4), next(turn))], 32))
+        for rewrite in (True, False):
+            turn = iter(kinds)
+            table = editing(model, world, how, rewrite)
+            assert {table[kind] for kind in (*EDIT_KINDS, "overall")} == {share}
+            assert table["preservation_psnr"] == math.inf
+        assert {asked[2] for asked in model.asked} == {(3, 5, 2.5, "dpm")}
+        for kind, (texts, images, _) in zip(kinds, model.asked[len(kinds):]):
+            edits = world.edits(range(4), kind)
+            assert texts == [one.instruction for one in edits]
+            assert torch.equal(images, draw([one.source for one in edits], 32))
+        assert model.asked[0][0] == [f"{text} written out" for text in model.asked[len(kinds)][0]]
+        assert model.rewritten == [(True, 0)] * len(kinds)
+
+
+def test_each_table_is_of_the_model_and_the_path_that_its_name_says(whole_run, monkeypatch):
+    model, before, worlds, found = load_run(whole_run), load_run(whole_run, upto="P1"), [], {}
+    world = evaluate_module.DrawnWorld
+    monkeypatch.setattr(evaluate_module, "DrawnWorld", lambda *given: worlds.append(given) or world(*given))
+    for name in ("reconstruction", "understanding", "generation", "editing"):
+        signature = inspect.signature(getattr(evaluate_module, name))
+
+        def record(*given, signature=signature, **named):
+            told = signature.bind(*given, **named)
+            told.apply_defaults()
+            return {"overall": told.arguments}
+
+        monkeypatch.setattr(evaluate_module, name, record)
+    tables = drawn_tables(whole_run, model, before, QUICK, [*TABLES])
+    found = {name: table["overall"] for name, table in tables.items()}
+    assert worlds == [(model.config.side, model.config.seed, "test")] and set(found) == {*TABLES} - {"retrieval"}
+    assert tables["understanding"]["before_t3"]["model"] is before
+    for name, told in found.items():
+        early = name.startswith("p3_")
+        assert told["model"].finished_stages == ["P1", "P2", "P3"] if early else told["model"] is model, name
+        assert told["how"] == QUICK
+        if "generation" in name:
+            assert told["rewrite"] == ("direct" not in name) and told["text_only"] == early
+            assert told["which"] == ("taught" if "taught" in name else "untaught")
+        elif "editing" in name:
+            assert told["rewrite"] == ("direct" not in name)
+    assert found["reconstruction"]["before"] is before
 
 
 def test_the_report_has_its_four_pictures(measured):
