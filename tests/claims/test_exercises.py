@@ -176,7 +176,8 @@ def test_an_answer_that_fails_ends_in_1_in_lines_and_as_json_and_all_are_a_list(
     for file in ("router.py", "diffusion.py"):
         shutil.copyfile(ROOT / file, tmp_path / file)
     wrong = tmp_path / "router.py"
-    wrong.write_text(put_in(wrong.read_text(), {"DTR.weights": "return (self.gate(H[:, :, -1]) / self.temperature).softmax(1)"}))
+    body = "return (self.gate(H[:, :, -1]) / self.temperature).softmax(1)"
+    wrong.write_text(put_in(wrong.read_text(), {"DTR.weights": body}))
 
     def ask(*words):
         return subprocess.run([sys.executable, "exercises/grade.py", *words, "--root", str(tmp_path)], cwd=ROOT,
@@ -315,7 +316,7 @@ def test_every_variant_differs_from_the_source_and_drops_claims_that_exist():
                 continue
             seen.add(one.task)
             told, real = (what_comes_out(number, bodies, [7])[7] for bodies in (one.bodies, {}))
-            assert any(not torch.equal(told[name], real[name]) for name in told), (number, k, "comes out as the source's")
+            assert any(not torch.equal(told[name], real[name]) for name in told), (number, k, "as the source")
         assert len(tasks) >= 2 and variants.variant_of(number, 0) is None
 
 

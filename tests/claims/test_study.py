@@ -158,7 +158,8 @@ def test_a_rows_figures_are_the_arms_and_its_controls_own(tmp_path, monkeypatch)
     monkeypatch.setattr(claims, "run", lambda *_: None)
     monkeypatch.setattr(claims, "machine_of", lambda threads: {"threads": threads})
     of, arms = tmp_path / "3", {row.arm: row for row in claims.ROWS}
-    drawn = [{"generation_direct": {"overall": g}, "editing_direct": {"overall": e}} for g, e in ((0.6, 0.8), (0.5, 0.7))]
+    drawn = [{"generation_direct": {"overall": g}, "editing_direct": {"overall": e}}
+             for g, e in ((0.6, 0.8), (0.5, 0.7))]
     tables = [{"reconstruction": {"psnr": p}, "understanding": {"overall": u}} for p, u in ((30.0, 0.99), (28.0, 0.5))]
     results_of(of / "base", "results-T3.json", **tables[0])
     results_of(of / "base", **drawn[0])
@@ -182,7 +183,7 @@ def test_what_is_measured_is_not_run_again_and_a_base_keeps_its_first_figures(tm
 
     def train(command, env, **_):
         called.append((command[1:], env["OMP_NUM_THREADS"]))
-        results_of(base, generation_direct={}) if "editing_direct" in command[-1] else results_of(base, reconstruction={})
+        results_of(base, **{"generation_direct" if "editing_direct" in command[-1] else "reconstruction": {}})
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(claims.subprocess, "run", train)
@@ -352,9 +353,8 @@ def test_a_probe_finds_what_is_linear_and_nothing_where_nothing_is():
 
 
 def test_probes_learn_from_other_pictures_than_they_are_tested_on_and_read_each_objects_quarter(tiny, monkeypatch):
-    splits, model = [], model_of(tiny())
-    world = probes.DrawnWorld
-    monkeypatch.setattr(probes, "DrawnWorld", lambda side, seed, split: splits.append(split) or world(side, seed, split))
+    splits, model, world = [], model_of(tiny()), probes.DrawnWorld
+    monkeypatch.setattr(probes, "DrawnWorld", lambda *given: splits.append(given[-1]) or world(*given))
     monkeypatch.setattr(probes, "load_run", lambda run: model)
     table = probes.probes(Path("run"), 40)
     assert splits == ["probe", "test"] and set(table) == {*probes.CAPTIONED, *probes.UNTOLD}

@@ -245,7 +245,8 @@ def test_a_class_is_pooled_by_what_it_changed_and_told_by_the_rule(class_of):
     assert "0.9233" in pool.table("understanding.overall", held, arms)
 
 
-@pytest.mark.parametrize("away, wanted", [(1.9, "cannot be told"), (-1.9, "cannot be told"), (2.1, "higher"), (-2.1, "lower")])
+@pytest.mark.parametrize("away, wanted", [
+    (1.9, "cannot be told"), (-1.9, "cannot be told"), (2.1, "higher"), (-2.1, "lower")])
 def test_the_rule_is_twice_the_spread_and_the_difference_has_its_sign(away, wanted):
     control = pool.Arm("control", [30.0, 30.1, 30.2])
     arm = pool.Arm("arm", [30.1 + away * 0.1])
@@ -258,7 +259,7 @@ def test_a_run_that_is_handed_in_twice_counts_once_and_is_named(class_of, tmp_pa
     control, results = class_of
     again = shutil.copyfile(results[0], tmp_path / "again.json")
     held, arms = pool.pool("reconstruction.psnr", [*results, again], [control, *control.glob("seed0")])
-    assert len(held.values) == 3 and {arm.label: len(arm.values) for arm in arms} == {"lambda_s 0.0": 3, "router last": 1}
+    assert len(held.values) == 3 and [len(arm.values) for arm in arms] == [3, 1]
     assert f"{again} has the weights of {results[0].parent}: counted once" in capsys.readouterr().out
 
 

@@ -193,7 +193,8 @@ def test_a_model_that_answers_right_has_one_in_every_kind_and_twins_want_both(ti
 
 
 @pytest.mark.parametrize("rewrite", [True, False])
-@pytest.mark.parametrize("which, text_only, count", [("untaught", False, 6), ("taught", False, 3), ("untaught", True, 3)])
+@pytest.mark.parametrize("which, text_only, count", [
+    ("untaught", False, 6), ("taught", False, 3), ("untaught", True, 3)])
 def test_drawing_is_asked_as_the_protocol_says_and_counted_kind_by_kind(rewrite, which, text_only, count, monkeypatch):
     how, world = Protocol(count=6, seed=3, steps=5, guidance=2.5, sampler="dpm"), DrawnWorld(32, 0, "test")
     model, kinds = Stub(drawn=lambda n, images: torch.zeros(n, 3, 32, 32)), [*MEASURED[which]]
@@ -215,8 +216,7 @@ def test_an_edit_is_right_where_the_target_comes_out_and_preservation_is_of_what
     how, world = Protocol(count=8, seed=3, steps=5, guidance=2.5, sampler="dpm"), DrawnWorld(32, 0, "test")
     kinds = [*EDIT_KINDS]
     for side, share in (("target", 1.0), ("source", 0.0)):
-        turn = iter(kinds)
-        model = Stub(drawn=lambda n, images: draw([getattr(one, side) for one in world.edits(range(4), next(turn))], 32))
+        model = Stub(drawn=lambda n, images: draw([getattr(e, side) for e in world.edits(range(4), next(turn))], 32))
         for rewrite in (True, False):
             turn = iter(kinds)
             table = editing(model, world, how, rewrite)
