@@ -197,14 +197,18 @@ def test_an_answer_that_fails_ends_in_1_in_lines_and_as_json_and_all_are_a_list(
     assert done.returncode == 0 and "Word for word the source." in done.stdout, done.stdout
 
 
-def test_the_seed_decides_the_inputs_and_no_two_claims_share_them():
+def test_the_seed_decides_the_inputs(work):
     """A wrong answer is off by as much for the same seed, and by something else for another."""
-    wrong = version_with({"router.py": {"DTR.mix": "return Router.mix(self, H, w) * 1.5"}}, "mine")
+    bodies = {"DTR.mix": "return Router.mix(self, H, w) * 1.5"}
+    wrong = version_with({"router.py": bodies}, "mine")
 
     def why(seed: int) -> list[str]:
         return [row["why"] for row in verdicts(6, wrong, seed) if not row["ok"]]
 
     assert why(3) == why(3) != why(4) and len(why(3)) >= 2
+    whole = bodies_of((ROOT / "router.py").read_text(), cut_of(6)["router.py"]) | bodies
+    graded = grade.grade(6, 4, fill_in(work, 6, whole))
+    assert [row["why"] for row in graded["claims"] if not row["ok"]] == why(4)
 
 
 def test_a_script_runs_on_the_learners_file(tmp_path):
