@@ -37,7 +37,7 @@ from spar import SPAR
 NEEDS = {"generate": "U1", "edit": "U2", "route": "U1", "ask": "P1", "reconstruct": "T1",
          "streams": "T1", "export": "P1", "page": "P1"}
 DRAWING = ("generate", "edit")
-READ_BY = {"text": (*DRAWING, "ask", "route"), "image": (*DRAWING, "ask", "reconstruct", "streams", "route"),
+READ_BY = {"text": (*DRAWING, "ask", "route"), "image": ("edit", "ask", "reconstruct", "streams", "route"),
            "form": ("export",), **dict.fromkeys(("seed", "steps", "guidance", "sampler", "rewrite", "count"), DRAWING)}
 NAMED = {"text": "words", "form": "--as", "rewrite": "--no-rewrite"}
 
@@ -96,6 +96,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1, help="pictures of one prompt, side by side")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     given = parser.read()
+    if given.use == "generate" and given.image is not None:
+        raise UserError("generate draws from words alone: to change a picture, "
+                        "python sample.py edit --image FILE \"…\"")
     for field, uses in READ_BY.items():
         if given.use not in uses and getattr(given, field) != parser.get_default(field):
             raise UserError(f"{given.use} does not read {NAMED.get(field, f'--{field}')}: leave it out")
@@ -103,9 +106,6 @@ def main() -> None:
         raise UserError(f"{given.use} needs words: python sample.py {given.use} \"…\"")
     if given.use in ("edit", "ask", "reconstruct", "streams") and given.image is None:
         raise UserError(f"{given.use} needs a picture: add --image FILE")
-    if given.use == "generate" and given.image is not None:
-        raise UserError("generate draws from words alone: to change a picture, "
-                        "python sample.py edit --image FILE \"…\"")
     if given.count < 1 or given.steps is not None and given.steps < 1:
         raise UserError("--count and --steps must be at least 1")
     out = given.out or Path({"export": "exported", "page": "page.html"}.get(given.use, f"{given.use}.png"))

@@ -91,7 +91,7 @@ def calls_of(module: nn.Module):
 
 def points(lines: list[dict], term: str) -> list:
     pairs = [(line["step"], line.get("held_out", line).get(term)) for line in lines]
-    return [[step, short(value)] for step, value in pairs if value and math.isfinite(value)]  # 0: it was not asked yet
+    return [[step, short(value)] for step, value in pairs if value and math.isfinite(value)]  # 0 has no logarithm
 
 
 def losses(run: Path, config: Config) -> list[dict]:
@@ -273,6 +273,7 @@ def write_page(model: SPAR, run: Path, out: Path) -> None:
         raise UserError(f"{run} learned from data on disk, which the judge cannot read: look into {run / 'report'}")
     done, world = set(model.finished_stages), DrawnWorld(model.config.side, model.config.seed, "test")
     draws, claims = {"P1", "P2", "P3"} <= done, ROOT / "results" / "claims.json"
+    painter = load_run(run, model.device.type, upto="P3") if draws and "U1" not in done else model
     parts = {"reconstruct": (reconstructed, done & {"T1", "T2"}), "ask": (asked, "P1" in done), "draw": (drawn, draws),
              "edit": (edited, "U2" in done), "streams": (streams, done & {"T1", "T2"}), "path": (path, draws),
              "reading": (reading, "U1" in done)}
@@ -282,9 +283,7 @@ def write_page(model: SPAR, run: Path, out: Path) -> None:
             "claims": json.loads(claims.read_text(encoding="utf-8"))["rows"] if claims.exists() else []}
     for name, (compute, possible) in (bar := tqdm(parts.items(), desc="page")):
         bar.set_postfix_str(name)
-        early = possible and compute in (drawn, path) and "U1" not in done
-        of = load_run(run, model.device.type, upto="P3") if early else model
-        data[name] = compute(of, world) if possible else None
+        data[name] = compute(painter if name in ("draw", "path") else model, world) if possible else None
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")  # so that no text ends the script that the data stands in
