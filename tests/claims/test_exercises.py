@@ -173,7 +173,19 @@ def test_the_commands_say_what_is_missing_and_give_one_object():
     assert all(set(row) == {"claim", "ok", "why"} for row in found["claims"])
 
 
-def test_an_answer_that_fails_ends_in_1_in_lines_and_as_json_and_all_are_a_list(tmp_path):
+def test_of_all_exercises_json_is_a_list_and_one_that_fails_ends_in_1(monkeypatch, capsys):
+    def graded(number, seed, paths):
+        return {"exercise": number, "seed": seed, "claims": [], "passed": number != 7}
+
+    monkeypatch.setattr(grade, "grade", graded)
+    monkeypatch.setattr(sys, "argv", ["grade.py", "--all", "--json", "--seed", "3", "--root", str(ROOT)])
+    with pytest.raises(SystemExit) as end:
+        grade.main()
+    assert end.value.code == 1
+    assert json.loads(capsys.readouterr().out) == [graded(number, 3, {}) for number in TO_FILL_IN]
+
+
+def test_an_answer_that_fails_ends_in_1_in_lines_and_as_json(tmp_path):
     for file in ("router.py", "diffusion.py"):
         shutil.copyfile(ROOT / file, tmp_path / file)
     wrong = tmp_path / "router.py"
@@ -235,11 +247,14 @@ def test_a_pack_for_a_class_has_holes_and_no_answers(tmp_path):
                           cwd=student, capture_output=True, text=True)
     assert "cannot route 9 of 6 layers" in done.stderr  # the source itself, not the file with holes beside it
     assert (tmp_path / "teacher" / "exercises" / "answers" / "a06.py").exists()
-    for number in TO_FILL_IN:  # every body is a hole, and only its own
+    text = (student / "diffusion.py").read_text()
+    assert all(f"exercise {number}: " in text for number in (4, 5, 9))
+    for number in TO_FILL_IN:  # every body is a hole
         for file, names in cut_of(number).items():
             text, real = (student / file).read_text(), (ROOT / file).read_text()
             for name, body in bodies_of(text, names).items():
-                assert f"exercise {number}: {name}" in body or body != bodies_of(real, [name])[name], name
+                assert body != bodies_of(real, [name])[name], name
+                assert f"exercise {number}: {name}" in body or name.startswith("STAGES."), name
     assert not (student / "exercises" / "teacher.md").exists() and not (student / "exercises" / "work").exists()
     assert (tmp_path / "teacher" / "exercises" / "teacher.md").exists()
 

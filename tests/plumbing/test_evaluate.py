@@ -157,7 +157,7 @@ class Stub:
     device, tokenizer = torch.device("cpu"), None
 
     def __init__(self, answers=None, drawn=None):
-        self.answers, self.drawn, self.asked, self.rewritten = answers, drawn, [], []
+        self.answers, self.drawn, self.calls, self.rewritten = answers, drawn, [], []
 
     def answer(self, images, questions):
         return [self.answers(image, question) for image, question in zip(images, questions)]
@@ -167,7 +167,7 @@ class Stub:
         return [f"{text} written out" for text in texts]
 
     def generate(self, texts, images, *how):
-        self.asked.append((texts, images, how))
+        self.calls.append((texts, images, how))
         return self.drawn(len(texts), images), None
 
 
@@ -202,8 +202,8 @@ def test_drawing_is_asked_as_the_protocol_says_and_counted_kind_by_kind(rewrite,
     monkeypatch.setattr(evaluate_module, "detect", lambda pictures: [next(places) for _ in pictures])
     monkeypatch.setattr(evaluate_module, "fulfils", lambda place, request: place % count == 0)
     table = generation(model, world, how, rewrite, which, text_only)
-    assert [len(texts) for texts, *_ in model.asked] == [count] * len(kinds)
-    for kind, (texts, images, asked) in zip(kinds, model.asked):
+    assert [len(texts) for texts, *_ in model.calls] == [count] * len(kinds)
+    for kind, (texts, images, asked) in zip(kinds, model.calls):
         plain = [request.text for request in world.measured_prompts(range(count), kind, which)]
         assert texts == ([f"{text} written out" for text in plain] if rewrite else plain)
         assert images is None and asked == (3, 5, 2.5, "dpm", text_only)
@@ -222,41 +222,41 @@ def test_an_edit_is_right_where_the_target_comes_out_and_preservation_is_of_what
             table = editing(model, world, how, rewrite)
             assert {table[kind] for kind in (*EDIT_KINDS, "overall")} == {share}
             assert table["preservation_psnr"] == math.inf
-        assert {asked[2] for asked in model.asked} == {(3, 5, 2.5, "dpm")}
-        for kind, (texts, images, _) in zip(kinds, model.asked[len(kinds):]):
+        assert {asked[2] for asked in model.calls} == {(3, 5, 2.5, "dpm")}
+        for kind, (texts, images, _) in zip(kinds, model.calls[len(kinds):]):
             edits = world.edits(range(4), kind)
             assert texts == [one.instruction for one in edits]
             assert torch.equal(images, draw([one.source for one in edits], 32))
-        assert model.asked[0][0] == [f"{text} written out" for text in model.asked[len(kinds)][0]]
+        assert model.calls[0][0] == [f"{text} written out" for text in model.calls[len(kinds)][0]]
         assert model.rewritten == [(True, 0)] * len(kinds)
 
 
 def test_each_table_is_of_the_model_and_the_path_that_its_name_says(whole_run, monkeypatch):
-    model, before, worlds, found = load_run(whole_run), load_run(whole_run, upto="P1"), [], {}
+    model, before, worlds = load_run(whole_run), load_run(whole_run, upto="P1"), []
     world = evaluate_module.DrawnWorld
     monkeypatch.setattr(evaluate_module, "DrawnWorld", lambda *given: worlds.append(given) or world(*given))
     for name in ("reconstruction", "understanding", "generation", "editing"):
         signature = inspect.signature(getattr(evaluate_module, name))
 
         def record(*given, signature=signature, **named):
-            told = signature.bind(*given, **named)
-            told.apply_defaults()
-            return {"overall": told.arguments}
+            bound = signature.bind(*given, **named)
+            bound.apply_defaults()
+            return {"overall": bound.arguments}
 
         monkeypatch.setattr(evaluate_module, name, record)
     tables = drawn_tables(whole_run, model, before, QUICK, [*TABLES])
     found = {name: table["overall"] for name, table in tables.items()}
     assert worlds == [(model.config.side, model.config.seed, "test")] and set(found) == {*TABLES} - {"retrieval"}
     assert tables["understanding"]["before_t3"]["model"] is before
-    for name, told in found.items():
+    for name, arguments in found.items():
         early = name.startswith("p3_")
-        assert told["model"].finished_stages == ["P1", "P2", "P3"] if early else told["model"] is model, name
-        assert told["how"] == QUICK
+        assert arguments["model"].finished_stages == ["P1", "P2", "P3"] if early else arguments["model"] is model, name
+        assert arguments["how"] == QUICK
         if "generation" in name:
-            assert told["rewrite"] == ("direct" not in name) and told["text_only"] == early
-            assert told["which"] == ("taught" if "taught" in name else "untaught")
+            assert arguments["rewrite"] == ("direct" not in name) and arguments["text_only"] == early
+            assert arguments["which"] == ("taught" if "taught" in name else "untaught")
         elif "editing" in name:
-            assert told["rewrite"] == ("direct" not in name)
+            assert arguments["rewrite"] == ("direct" not in name)
     assert found["reconstruction"]["before"] is before
 
 
