@@ -410,16 +410,16 @@ def main() -> None:
         raise UserError(f"--rows {given.rows}: they are {', '.join(row.arm for row in ROWS)}")
     if not all(seed.isdigit() for seed in given.seeds.split(",")) or given.jobs < 1:
         raise UserError("--seeds 0,1,2 and --jobs 1 or more")
-    seeds, known, lock = [int(seed) for seed in given.seeds.split(",")], load(), threading.Lock()
+    seeds, threads = [int(seed) for seed in given.seeds.split(",")], max(1, torch.get_num_threads() // given.jobs)
     if given.report:
         return report()
-    threads = max(1, torch.get_num_threads() // given.jobs)
-    missing = {seed: [row for row in rows if not is_known(known, row, seed)] for seed in seeds}
     if given.commands:
         for seed in seeds:
             for command in dict.fromkeys(command for row in rows for _, command in commands(seed, row)):
                 print(by_hand(command, threads))
         return
+    known, lock = load(), threading.Lock()
+    missing = {seed: [row for row in rows if not is_known(known, row, seed)] for seed in seeds}
 
     def one_seed(seed: int) -> None:
         for row in missing[seed]:

@@ -29,8 +29,9 @@ from exercises.claims import DRAWING, EDITING, PSNR, UNDERSTANDING, by_hand, fig
 from exercises.pool import Arm, dot_plot, verdict
 from exercises.share import digest
 from plumbing.command import Parser, UserError, run_command, write_text
+from spar import NAMES
 
-RUNS = Path("runs") / "expected"
+RUNS, TAKEN_OVER = Path("runs") / "expected", NAMES[:NAMES.index("U1")]  # of the shared run, by one arm or another
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,21 @@ def command(arm: str, pupil: int, shared: Path) -> tuple[Path, str]:
                  f"{flags} --only {lesson.only}")
 
 
-def load(path: Path, shared: Path) -> dict:
-    """The figures of the shared run's arms in a file. Raises UserError where there is no such run, or they are of
-    another."""
-    if not (shared / "P1.pt").exists():
+def load(path: Path) -> dict:
+    """The figures in a file: {"run": {stage: sum of its file}, "arms": …}"""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"run": {}, "arms": {}}
+
+
+def is_of(shared: Path, known: dict, path: Path) -> None:
+    """Notes which stages the shared run has for the arms. Raises UserError where there is no such run, or where the
+    figures are of one with another stage."""
+    there = {name: digest(file)[:16] for name in TAKEN_OVER if (file := shared / f"{name}.pt").exists()}
+    if "P1" not in there:
         raise UserError(f"{shared} is no run with a finished P1: python exercises/share.py unpack FILE {shared}")
-    run = digest(shared / "P1.pt")[:16]
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"run": run, "arms": {}}
-    if known["run"] != run:
-        raise UserError(f"{path} has the figures of another shared run: move it and the arms beside it away, or give "
-                        "--results another file")
-    return known
+    if other := [name for name in there if known["run"].get(name, there[name]) != there[name]]:
+        raise UserError(f"{path} has the figures of another shared run ({', '.join(other)} differ): move it and the "
+                        "arms beside it away, or give --results another file")
+    known["run"] |= there
 
 
 def keep(known: dict, arm: str, one: dict, path: Path) -> None:
@@ -146,9 +151,10 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the table, draw the picture and stop")
     given, lock = parser.read(), threading.Lock()
     path, names = given.results or RUNS / given.run.name / "class.json", given.arms.split(",")
-    known = load(path, given.run)
+    known = load(path)
     if given.report:
         return report(known, path)
+    is_of(given.run, known, path)
     if unknown := set(names) - set(ARMS):
         raise UserError(f"--arms {', '.join(sorted(unknown))}: they are {', '.join(ARMS)}")
     if given.pupils < 1 or given.jobs < 1:

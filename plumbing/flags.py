@@ -5,6 +5,7 @@ import inspect
 import re
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from disk.layouts import data_path
@@ -124,6 +125,8 @@ def parse(description: str = "", arguments: list[str] | None = None) -> tuple[Co
         raise UserError("--vgg and --lpips go together: VGG16's weights, and LPIPS's heads on them")
     if config.align == "external" and not config.teacher:
         raise UserError("--align external needs --teacher RUN, a run folder whose P1 encoder teaches")
+    if config.board and find_spec("tensorboard") is None:
+        raise UserError("--board needs TensorBoard: pip install tensorboard")
     if config.shard and (config.optimizer == "muon" or config.precision == "fp16"):
         raise UserError("--shard goes with --optimizer adamw (Muon turns whole matrices) and --precision bf16 or fp32")
     config.steps = tuple(max(1, round(steps * scale)) for steps in config.steps)

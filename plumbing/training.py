@@ -21,7 +21,6 @@ from tqdm import tqdm
 from parts.layer import layers
 from parts.muon import Muon, is_inner_matrix
 from plumbing.checkpoints import save
-from plumbing.command import UserError
 from plumbing.processes import first_process, unsharded, wait_for_all, wrap
 from spar import SPAR, Config
 
@@ -139,14 +138,11 @@ def begin(module: nn.Module) -> Training:
 @contextmanager
 def open_log(run: Path, stage: str, first: int, board: bool) -> Iterator[Callable[[dict], None]]:
     """-> log(line), which adds {"stage", "step", …} to log.jsonl. With `board` its numbers go to TensorBoard as well, a
-    curve for each stage, which begins anew at step `first`. Raises UserError."""
+    curve for each stage, which begins anew at step `first`."""
     with ExitStack() as files:
         file, writer = files.enter_context((run / "log.jsonl").open("a", encoding="utf-8", buffering=1)), None
         if board and first_process():
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as missing:
-                raise UserError("--board needs TensorBoard: pip install tensorboard") from missing
+            from torch.utils.tensorboard import SummaryWriter
             writer = files.enter_context(SummaryWriter(run / "board" / stage, purge_step=first))
 
         def log(line: dict) -> None:

@@ -1,6 +1,7 @@
 """The claims study and a class's figures: what is asked, trained and compared, and how a verdict comes about."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from exercises import claims, expected, probes
 from parts.metrics import STUDENT
+from plumbing.command import UserError
 from plumbing.flags import parse
 from plumbing.run_folder import stage_names, take_over, write_config
 from spar import NAMES, Config, make_config
@@ -301,12 +303,19 @@ def test_a_class_is_summed_up_with_its_spread_and_nothing_twice(tmp_path):
     path, shared, given = tmp_path / "class.json", tmp_path / "class", {"reseed": 1}
     shared.mkdir()
     (shared / "P1.pt").write_bytes(b"weights")
-    known = expected.load(path, shared)
+    known = expected.load(path)
+    expected.is_of(shared, known, path)
     for name, psnr in (("lambda_s_0", 33.0), ("control", 30.0)):
         for pupil, more in ((2, 0.2), (1, -0.2), (2, 0.2)):
             figures = {expected.PSNR: psnr + more, expected.UNDERSTANDING: 0.9}
             expected.keep(known, name, {"reseed": pupil, **figures}, path)
-    found = expected.load(path, shared)
+    found = expected.load(path)
+    for stage in ("T2", "T1"):  # a stage that comes later belongs to it as well
+        expected.is_of(shared, found, path)
+        (shared / f"{stage}.pt").write_bytes(b"its weights")
+    (shared / "T2.pt").write_bytes(b"other weights")
+    with pytest.raises(UserError, match=r"another shared run \(T2 differ\)"):
+        expected.is_of(shared, found, path)
     assert [*found["arms"]] == ["control", "lambda_s_0"] and len(found["arms"]["control"]["pupils"]) == 2
     head, _, control, other = expected.table(found).splitlines()
     assert "| 2 | 30 ± 0.28 | 0.9 ± 0 |" in control and "33 ± 0.28: higher | 0.9 ± 0" in other
@@ -329,8 +338,10 @@ def test_a_class_trains_arms_of_its_own_and_takes_no_other_runs_figures_for_them
     (tmp_path / "runs" / "class" / "P1.pt").write_bytes(b"weights")
     lines = ask("runs/class", "--arms", "control", "--commands").stdout.splitlines()
     assert len(lines) == 5 and "--out runs/expected/class/control-1 --reseed 1 " in lines[0]
-    published = str(ROOT / "results" / "class.json")
-    assert "another shared run" in ask("runs/class", "--commands", "--results", published).stderr
+    published = shutil.copy(ROOT / "results" / "class.json", tmp_path / "published.json")
+    assert "another shared run" in ask("runs/class", "--commands", "--results", str(published)).stderr
+    told = ask("runs/nowhere", "--report", "--results", str(published)).stdout  # which needs no run
+    assert "| 8, 10 | the whole method (`–`) | 5 |" in told and published.with_suffix(".png").exists()
 
 
 # ---------------------------------------------------------------- probes

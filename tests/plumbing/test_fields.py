@@ -322,8 +322,8 @@ def look_minutes(end, tmp_path, monkeypatch):
 def board(end, tmp_path, monkeypatch):
     """TensorBoard is told what log.jsonl is told, and forgets what is done again as that does."""
     with monkeypatch.context() as without, pytest.raises(UserError, match="pip install tensorboard"):
-        without.setitem(sys.modules, "torch.utils.tensorboard", None)
-        end("P2", board=True)
+        without.setitem(sys.modules, "tensorboard", None)
+        parse("", ["--board"])  # before the first stage begins
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert end("T3") == end("T3", board=True)
     for first in (0, 10):
