@@ -115,6 +115,8 @@ class Concat(Router):
 
 
 class Static(Router):
+    """w = softmax(logits), the same for every token."""
+
     def __init__(self, d: int, k: int):
         super().__init__(d, k)
         self.logits = nn.Parameter(torch.zeros(k))

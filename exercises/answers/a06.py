@@ -9,6 +9,12 @@ def mix(body: str) -> dict:
     return {"router.py": {"DTR.mix": body}}
 
 
+def static(body: str) -> dict:
+    return {"router.py": {"Static.weights": body}}
+
+
+GATE = "self.gate(H[:, :, -1]) / self.temperature"
+
 WRONG = {
     "softmax runs over the tokens, not over the layers":
         weights("return (self.gate(H[:, :, -1]) / self.temperature).softmax(1)"),
@@ -56,6 +62,48 @@ WRONG = {
         "return (layers if i == k else s * i for i in range(1, k + 1))"}},
     "Static: one logit learns": {"router.py": {"Static.weights":
         "w = self.logits.softmax(0)\nreturn torch.cat([w[:1], w[1:].detach()]).expand(H.shape[:3])"}},
+    "in use the largest layer alone":
+        weights(f"w = ({GATE}).softmax(-1)\nif self.training:\n    return w\n"
+                "return torch.nn.functional.one_hot(w.argmax(-1), self.k).to(w.dtype)"),
+    "a hard choice where no gradient is asked for":
+        weights(f"w = ({GATE}).softmax(-1)\nif torch.is_grad_enabled():\n    return w\n"
+                "return torch.nn.functional.one_hot(w.argmax(-1), self.k).to(w.dtype)"),
+    "τ only while it trains":
+        weights("z = self.gate(H[:, :, -1])\nreturn (z / self.temperature if self.training else z).softmax(-1)"),
+    "α only while it trains": mix("return super().mix(H, w * self.alpha if self.training else w)"),
+    "Static: even shares in use": static(
+        "w = self.logits.softmax(0) if self.training else self.logits.new_full((self.k,), 1 / self.k)\n"
+        "return w.expand(H.shape[:3])"),
+    "softmax whose gradient overflows":
+        weights(f"z = {GATE}\nreturn 1 / (z[..., None, :] - z[..., None]).exp().sum(-1)"),
+    "τ without gradient: straight through":
+        weights("z = self.gate(H[:, :, -1])\nw = z.softmax(-1)\n"
+                "return w + ((z / self.temperature).softmax(-1) - w).detach()"),
+    "τ is kept from getting smaller than 0.01":
+        weights("return (self.gate(H[:, :, -1]) / max(self.temperature, 0.01)).softmax(-1)"),
+    "Static: the shares keep to the first call's shape": static(
+        "if getattr(self, 'size', None) is None:\n    self.size = H.shape[:3]\n"
+        "return self.logits.softmax(0).expand(self.size)"),
+    "Static: axes of one are lost": static("return self.logits.softmax(0).expand(H.shape[:3]).squeeze()"),
+    "Static: softmax that overflows": static("e = self.logits.exp()\nreturn (e / e.sum()).expand(H.shape[:3])"),
+    "Static: logits are shifted in their place": static(
+        "with torch.no_grad():\n    self.logits -= self.logits.max()\ne = self.logits.exp()\n"
+        "return (e / e.sum()).expand(H.shape[:3])"),
+    "Static: normed sigmoids": static("w = self.logits.sigmoid()\nreturn (w / w.sum()).expand(H.shape[:3])"),
+    "the weights are kept while H is the same":
+        weights(f"if getattr(self, 'last', (None,))[0] is not H:\n    self.last = H, ({GATE}).softmax(-1)\n"
+                "return self.last[1]"),
+    "at most four layers are heard":
+        weights(f"w = ({GATE}).softmax(-1)\nleast = w.topk(min(4, self.k), -1).values[..., -1:]\n"
+                "w = torch.where(w >= least, w, 0.0)\nreturn w / w.sum(-1, keepdim=True)"),
+    "only weights above 0 mix": mix("return super().mix(H, w.relu() * self.alpha)"),
+    "weights are cut to [0, 1]": mix("return super().mix(H, w.clamp(0, 1) * self.alpha)"),
+    "float32 is rounded to half inside":
+        weights("with torch.autocast(H.device.type, dtype=torch.bfloat16):\n    z = self.gate(H[:, :, -1])\n"
+                "return (z.to(H.dtype) / self.temperature).softmax(-1)"),
+    "float32 comes out where half went in":
+        mix("kind = torch.promote_types(H.dtype, torch.float32)\n"
+            "return super().mix(H.to(kind), (w * self.alpha).to(kind))"),
     "α without gradient": mix("return super().mix(H, w * self.alpha.detach())"),
     "the weights without gradient": mix("return super().mix(H, w.detach() * self.alpha)"),
     "Static: softmax is missing": {"router.py": {"Static.weights":
@@ -83,6 +131,12 @@ RIGHT = {
     "a ValueError of one's own": {"router.py": {"+": "class CannotRoute(ValueError):\n    pass",
         "layer_choice": "if k not in range(1, layers + 1):\n    raise CannotRoute(k)\n"
                         "return (*range(layers // k, layers // k * k, layers // k), layers)[:k]"}},
+    "layers as numpy's whole numbers": {"router.py": {"+": "import numpy as np", "layer_choice":
+        "if not 1 <= k <= layers:\n    raise ValueError(k)\nc = np.arange(1, k + 1) * (layers // k)\nc[-1] = layers\n"
+        "return list(c)"}},
+    "layers as a range, where there is one": {"router.py": {"layer_choice":
+        "if not 1 <= k <= layers:\n    raise ValueError(k)\ns = layers // k\n"
+        "return range(s, layers + 1, s) if layers % k == 0 else [*range(s, s * k, s), layers]"}},
     "Static by expand, layer_choice by a loop": {"router.py": {
         "Static.weights": "return torch.softmax(self.logits, -1).expand(*H.shape[:3])",
         "layer_choice": "if k < 1 or k > layers:\n    raise ValueError('no')\nchosen = []\nfor i in range(k):\n"

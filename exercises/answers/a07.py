@@ -47,6 +47,7 @@ HERE = "    here = (ids == self.words.image_id)[..., None]\n"
 SCATTER = "    at_words = at_words.masked_scatter(here, f.to(at_words.dtype))\n"
 SINES = "if self.positions:\n    at_queries = at_queries + grid_positions(at_queries[:1])\n"
 BACK = "return torch.cat([at_words, at_queries], 1)"
+REWRITE = SPLIT + "if f_v is not None:\n" + WITH_SINES + HERE + SCATTER + SINES + BACK
 
 WRONG = {
     "the reference stands behind <bos>, wherever its places are": reference(
@@ -165,6 +166,65 @@ WRONG = {
     "f_v itself is given positions": reference(
         SPLIT + "if f_v is not None:\n    if self.positions:\n        f_v += grid_positions(f_v)\n    f = f_v\n"
         + HERE + SCATTER + SINES + BACK),
+    "the reference stands in a row from its first place": reference(
+        SPLIT + "if f_v is not None:\n" + WITH_SINES + "    at_words = at_words.clone()\n"
+        "    for i, first in enumerate((ids == self.words.image_id).int().argmax(1).tolist()):\n"
+        "        room = at_words[i, first:first + f.shape[1]].shape[0]\n"
+        "        at_words[i, first:first + room] = f[i, :room]\n" + SINES + BACK),
+    "the LLM reads the reference behind <bos>, wherever its places are": routed(
+        "with torch.no_grad():\n    x = self.llm.embedding(ids)\n    if f_v is not None:\n        x = x.clone()\n"
+        "        for i, first in enumerate((ids == self.words.bos_id).int().argmax(1).tolist()):\n"
+        "            x[i, first + 1:first + 1 + f_v.shape[1]] = f_v[i]\n"
+        "    at_words, cache = self.llm(x, mask, keep=self.choice)\n" + LONGER + ASK + JOIN),
+    "the LLM reads the reference in a row": routed(
+        "with torch.no_grad():\n    x = self.llm.embedding(ids)\n    if f_v is not None:\n        x = x.clone()\n"
+        "        for i, first in enumerate((ids == self.words.image_id).int().argmax(1).tolist()):\n"
+        "            room = x[i, first:first + f_v.shape[1]].shape[0]\n"
+        "            x[i, first:first + room] = f_v[i, :room]\n"
+        "    at_words, cache = self.llm(x, mask, keep=self.choice)\n" + LONGER + ASK + JOIN),
+    "positions only while it trains": reference(REWRITE.replace("if self.positions", "if self.positions and self.training")),
+    "in use the deepest state alone": condition(
+        ROUTE + MIX + "if not self.training:\n    H_mixed = self.router.W_p(self.router.norm(H[:, :, -1]))\n" + PLACE + END),
+    "the reference goes on only while it trains": condition(ROUTE + MIX + "if self.training:\n    " + PLACE + END),
+    "the gradient is switched off, and on again, whatever it was": routed(
+        "torch.set_grad_enabled(False)\nat_words, cache = self.llm(self.embed(ids, f_v), mask, keep=self.choice)\n"
+        "torch.set_grad_enabled(True)\n" + LONGER + ASK + JOIN),
+    "the LLM is frozen in its place, and thawed": routed(
+        "self.llm.requires_grad_(False)\n" + ALL.replace(".detach()", "") +
+        "hidden, _ = self.llm(x, mask, keep=self.choice)\nself.llm.requires_grad_(True)\n"
+        "return torch.stack(hidden, 2), mask"),
+    "the LLM is thawed before it reads the queries": routed(
+        "self.llm.requires_grad_(True)\n" + READ + LONGER + ASK + JOIN),
+    "the LLM reads f_v with gradient": routed(
+        "x = self.llm.embedding(ids).detach()\nif f_v is not None:\n"
+        "    x = x.masked_scatter((ids == self.words.image_id)[..., None], f_v.to(x.dtype))\n" + LONGER +
+        "x = torch.cat([x, self.queries.expand(len(ids), *self.queries.shape)], 1)\n"
+        "hidden, _ = self.llm(x, mask, keep=self.choice)\nreturn torch.stack(hidden, 2), mask"),
+    "the mask that is given is not read": routed("mask = ids != self.words.pad_id\n" + READ + LONGER + ASK + JOIN),
+    "the condition's mask is made of ids": condition(
+        ROUTE.replace("(ids, mask", "(ids, ids != self.words.pad_id") + MIX + PLACE + END),
+    "padding is 0, whatever the tokenizer says": routed("mask = ids > 0\n" + READ + LONGER + ASK + JOIN),
+    "the picture's sign is 3, whatever the tokenizer says": reference(REWRITE.replace("self.words.image_id", "3")),
+    "the picture's sign is the word <image>":
+        reference(REWRITE.replace("self.words.image_id", "self.words.ids['<image>']")),
+    "the reading of words is kept by their ids": routed(
+        "key = tuple(ids.flatten().tolist())\nif getattr(self, 'read', (None,))[0] != key:\n"
+        "    with torch.no_grad():\n        self.read = key, self.llm(self.embed(ids, f_v), mask, keep=self.choice)\n"
+        "at_words, cache = self.read[1]\n" + LONGER + ASK + JOIN),
+    "the condition is kept by its ids, in use": condition(
+        "key = tuple(ids.flatten().tolist())\nif getattr(self, 'made', (None,))[0] != key or self.training:\n    " +
+        (ROUTE + MIX + PLACE).replace("\n", "\n    ") +
+        "self.made = key, Condition(self.connector(H_mixed, mask), mask, weights)\nreturn self.made[1]"),
+    "H in double precision": routed(READ + LONGER + ASK + JOIN.replace(", 2), mask", ", 2).double(), mask")),
+    "float32 in half": condition(
+        ROUTE + "with torch.autocast(H.device.type, dtype=torch.bfloat16):\n    H_mixed, weights = self.router(H)\n"
+        "H_mixed, weights = H_mixed.to(H.dtype), weights.to(H.dtype)\n" + PLACE + END),
+    "the condition is a bag with the three names": {"mllm.py": {"+": "from types import SimpleNamespace",
+        "MLLM.condition": ROUTE + MIX + PLACE +
+            "return SimpleNamespace(tokens=self.connector(H_mixed, mask), mask=mask, weights=weights)"}},
+    "the condition's fields stand in another order": {"mllm.py": {
+        "+": "class Told(NamedTuple):\n    weights: Tensor\n    mask: Tensor\n    tokens: Tensor",
+        "MLLM.condition": ROUTE + MIX + PLACE + "return Told(weights, mask, self.connector(H_mixed, mask))"}},
     "words and queries change places": reference(
         SPLIT + "if f_v is not None:\n" + WITH_SINES + HERE + SCATTER + SINES
         + BACK.replace("at_words, at_queries", "at_queries, at_words")),
@@ -204,6 +264,7 @@ RIGHT = {
         "if f_v is not None:\n" + WITH_SINES +
         "    H_mixed[:, :ids.shape[1]][ids == self.words.image_id] = f.flatten(0, 1)\n"
         "if self.positions:\n    H_mixed[:, ids.shape[1]:] += grid_positions(self.queries[None])\nreturn H_mixed"),
+    "a list of two": routed(READ + LONGER + ASK + JOIN.replace("return ", "return [") + "]"),
     "condition by names": condition(
         "H, seen = self.routed_states(ids, mask, f_v)\nmixed, shares = self.router.forward(H)\n"
         "mixed = self.with_reference(mixed, ids, f_v)\n"

@@ -98,7 +98,7 @@ def fewer_layers(chance: random.Random) -> Variant:
             w = torch.where(w >= least, w, 0.0)
             return w / w.sum(-1, keepdim=True)
             """)}},
-        ("soft", "as_loops"))
+        ("soft", "gate_learns", "as_loops"))
 
 
 def two_sets(chance: random.Random) -> Variant:

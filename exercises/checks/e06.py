@@ -1,5 +1,8 @@
 """Exercise 6: each token picks its layers (claim 3, Sec. 3.3)."""
 
+from collections.abc import Sequence
+from copy import deepcopy
+
 import torch
 
 from exercises.checks.tools import demand, gradients, raises_value_error, same, same_shape
@@ -14,8 +17,9 @@ ANSWERS = ["1/K everywhere: a gate that gives zeros gives all layers the same.",
            "The method does not say. Look at a trained run: "
            "python exercises/run.py 6 sample.py route \"a red circle\" --run RUN"]
 ABOUT = """`layer_choice` raises ValueError for K below 1 and for K above L. `mix` mixes by the weights that it is
-given. The checks compute in float64, where what you compute in another precision is off, and once in float32: what
-comes out has the kind of numbers that went in."""
+given, whatever they are. In use (`eval`, no gradient) a router computes what it computes in training, and nothing is
+kept from call to call. The checks compute in float64, where what you compute in another precision is off, and once in
+float32 and bfloat16: what comes out has the kind of numbers that went in."""
 
 
 def pair(own, real, name: str, d: int, k: int, temperature: float = 1.0):
@@ -45,13 +49,54 @@ def shares(own, real):
 
 def soft(own, real):
     """and are soft: τ sharpens them, a large τ makes them even"""
-    for b, l in ((3, 7), (1, 5), (4, 1), (1, 1)):
+    for b, l, k in ((3, 7, 4), (1, 5, 7), (4, 1, 1), (1, 1, 4)):
         for temperature in (0.03, 0.5, 1.0, 1e6):
             for size in (1, 1000):
-                H = size * states(b, l)
-                ours, theirs = (router.weights(H) for router in pair(own, real, "DTR", 10, 4, temperature))
+                H = size * states(b, l, k)
+                ours, theirs = (router.weights(H) for router in pair(own, real, "DTR", 10, k, temperature))
                 same(ours, theirs, f"DTR.weights of {b} × {l} tokens{' with large states' * (size > 1)}, "
                                    f"τ = {temperature:g}")
+
+
+def gate_learns(own, real):
+    """the gate learns by the softmax's own gradient, whatever τ"""
+    for temperature in (1e-4, 0.03, 0.5, 1e6):
+        for size in (1, 1000):
+            for scale in (1, temperature):  # with τ itself g / τ is of the size of 1, and the softmax is not at its ends
+                routers, H, probe = pair(own, real, "DTR", 10, 4, temperature), size * states(), states(k=4, d=1)[..., 0]
+                found = []
+                for router in routers:
+                    with torch.no_grad():
+                        router.gate[-1].weight.mul_(scale / size)
+                        router.gate[-1].bias.mul_(scale)
+                    w = router.weights(H)
+                    found.append([w, *gradients((w * probe).sum(), [*router.gate.parameters()])])
+                same(found[0][0], found[1][0], f"DTR.weights, τ = {temperature:g}")
+                for mine, right in zip(found[0][1:], found[1][1:]):
+                    same(mine, right, f"the gradient of the gate{' with large states' * (size > 1)}, "
+                                      f"τ = {temperature:g}", 1e-8)
+
+
+def anew(own, real):
+    """asked again they answer anew: in use as in training, for any number of tokens, after a step"""
+    for name in ("DTR", "Static"):
+        router, H = pair(own, real, name, 10, 4, 0.5)[0], states()
+        untouched, start = deepcopy(router), [parameter.clone() for parameter in router.parameters()]
+        first = router.weights(H)
+        for training, graph, b, l in ((True, False, 3, 7), (False, True, 1, 5), (False, False, 3, 7), (False, False, 2, 1)):
+            router.train(training)
+            with torch.set_grad_enabled(graph):
+                same(router.weights(H[:b, :l]), first[:b, :l], f"{name}.weights of {b} × {l} of the same tokens, in " +
+                     ("training" if training else "use (after eval)") + ", without gradient" * (not graph))
+                same(router.mix(H[:b, :l], first[:b, :l]), untouched.mix(H[:b, :l], first[:b, :l]), f"{name}.mix of "
+                     f"{b} × {l} of the same tokens, in " + ("training" if training else "use (after eval)"))
+        demand(all(a.equal(b) for a, b in zip(start, router.parameters())), f"{name} changes its parameters when asked")
+        same(router.train().weights(H), first, f"{name}.weights, asked again")
+        with torch.no_grad():
+            for parameter, other in zip(router.parameters(), untouched.parameters()):
+                parameter.add_(torch.randn_like(parameter))
+                other.copy_(parameter)
+        same(router.weights(H), untouched.weights(H), f"{name}.weights of the same states after a step")
 
 
 def deepest(own, real):
@@ -108,14 +153,22 @@ def given_weights(own, real):
     """mix takes the weights that it is given, and leaves them as they are"""
     for b, l, k, d in ((3, 7, 4, 10), (1, 1, 4, 10), (4, 4, 4, 4)):
         ours, theirs = pair(own, real, "DTR", d, k)
-        H, w = states(b, l, k, d), torch.rand(b, l, k, dtype=torch.float64)
+        H, w = states(b, l, k, d), 2 * torch.randn(b, l, k, dtype=torch.float64)
         given = H.clone(), w.clone()
         same(ours.mix(H, w), theirs.mix(*given), f"DTR.mix of {b} × {l} tokens")
         demand(H.equal(given[0]) and w.equal(given[1]), "DTR.mix writes over H or over the weights")
+
+
+def kinds(own, real):
+    """what comes out has the kind of numbers that went in"""
     for name in ("DTR", "Static"):
-        router = pair(own, real, name, 10, 4)[0].float()
-        for what, x in zip(("output", "weights"), router(states().float())):
-            demand(x.dtype == torch.float32, f"{name} makes {what} of {x.dtype} from float32")
+        router, H = pair(own, real, name, 10, 4)[0], states()
+        exact = router(H)
+        for kind, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.3)):
+            router.to(kind)
+            for what, x, wanted in zip(("output", "weights"), router(H.to(kind)), exact):
+                demand(x.dtype == kind, f"{name} makes {what} of {x.dtype} from {kind}")
+                same(x, wanted, f"{name}'s {what} in {kind}", tolerance)
 
 
 def alpha_scales(own, real):
@@ -147,21 +200,29 @@ def static(own, real):
         for one in (router, theirs):
             one.logits.add_(torch.arange(4))
     same(router.weights(H), theirs.weights(H), "Static.weights after its logits have moved")
+    for k, size in ((7, 1), (1, 1), (4, 1e5)):
+        H, (router, theirs) = states(2, 3, k), pair(own, real, "Static", 10, k)
+        with torch.no_grad():
+            for one in (router, theirs):
+                one.logits.mul_(size)
+        same(router.weights(H), theirs.weights(H), f"Static.weights of {k} layers" + " with large logits" * (size > 1))
 
 
 def choice(own, real):
     """layer_choice: every ⌊L/K⌋-th, the last one L"""
     for layers, k in ((24, 4), (28, 4), (26, 4), (6, 4), (5, 2), (6, 3), (7, 1), (4, 4)):
         got, right = own.router.layer_choice(layers, k), real.router.layer_choice(layers, k)
-        demand(isinstance(got, (list, tuple)), f"layer_choice returns a {type(got).__name__}: it is read several times")
+        demand(isinstance(got, Sequence), f"layer_choice returns a {type(got).__name__}: a list is wanted, which is read "
+                                          "several times")
         demand(list(got) == right, f"layer_choice({layers}, {k}) is {got}, wanted {right}")
-        demand(all(isinstance(one, int) for one in got), f"layer_choice({layers}, {k}) is {got}: whole numbers are "
-                                                         "wanted, which can count layers")
+        demand(all(hasattr(one, "__index__") for one in got), f"layer_choice({layers}, {k}) is {got}: whole numbers are "
+                                                              "wanted, which can count layers")
     for layers, k in ((6, 0), (6, 7), (6, -1), (24, 25)):
         raises_value_error(lambda: own.router.layer_choice(layers, k), f"layer_choice({layers}, {k}), which cannot be,")
 
 
-CLAIMS = [shares, soft, deepest, each_for_itself, as_loops, given_weights, alpha_scales, static, choice]
+CLAIMS = [shares, soft, gate_learns, deepest, each_for_itself, as_loops, given_weights, kinds, alpha_scales, static, anew,
+          choice]
 
 
 def fingerprint(version) -> dict:

@@ -1,6 +1,7 @@
 """Exercise 7: queries ask a frozen model (Sec. 3.3)."""
 
 import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -18,10 +19,12 @@ ANSWERS = ["In H: the word, the words behind it and all queries; the LLM is caus
            "the words. Of a picture token: itself and all behind it. Of a query: itself and the queries behind it.",
            "All: the connector is bidirectional. Only padding moves nothing.",
            "Queries 2,048, router 25,222, connector 312,578. The LLM, 900,736, gets none."]
-ABOUT = """`routed_states` gives H and its mask, `condition` a Condition with the router's weights too. The LLM's
-states at words and reference are read without gradient; queries, router and connector learn. `with_reference` puts the
-encoder's own tokens at the reference's places of Ĥ; with `positions` it adds the sines of row and column to these, and
-to Ĥ at the queries."""
+ABOUT = """`routed_states` gives H and its mask, `condition` a Condition with the router's weights too. The LLM is
+frozen: none of its embeddings of words gets a gradient, nor f_v through it; queries, router and connector learn. `mask`
+says what is read, and `image_id` in `ids` where the reference stands, which may be anywhere among the words;
+`self.words` knows the ids of its signs. `with_reference` puts the encoder's own tokens at the reference's places of Ĥ;
+with `positions` it adds the sines of `grid_positions` to these, and to Ĥ at the queries. In use (`eval`, no gradient)
+all is computed as in training; nothing is kept from call to call, and no parameter, mode or input is changed."""
 WORDS = "a red green circle square beside what is it".split()
 # b, n, q, d, layers, k, router, positions; the last has as many of each as can be
 CASES = [(3, 4, 9, 24, 4, 3, "dtr", True), (3, 9, 4, 12, 5, 2, "static", False), (2, 1, 5, 16, 3, 1, "dtr", False),
@@ -71,12 +74,42 @@ def prompts(model, case: tuple, reference: bool, pads: int = 0) -> tuple[Tensor,
     return ids, ids != model.words.pad_id, f_v
 
 
+@contextmanager
+def other_signs(*models):
+    """Whose tokenizers have other ids for their four signs."""
+    for model in models:
+        vars(model.words).update(pad_id=3, bos_id=2, eos_id=1, image_id=0)
+    try:
+        yield
+    finally:
+        for model in models:
+            for sign in ("pad_id", "bos_id", "eos_id", "image_id"):
+                delattr(model.words, sign)
+
+
+def anywhere(ids: Tensor, mask: Tensor, words) -> Tensor:
+    """The prompts with their tokens behind <bos> in any order, and any word where the mask shows none."""
+    known = torch.tensor([words.ids[word] for word in WORDS])
+    ids = torch.where(mask, ids, known[torch.randint(len(known), ids.shape)])
+    for row, seen in zip(ids, mask):
+        places = seen.nonzero()[1:, 0]
+        row[places] = row[places[torch.randperm(len(places))]]
+    return ids
+
+
 def situations(own, real):
-    """(both models, ids, mask, f_v) of every case with a reference, of the first two also without"""
+    """(both models, ids, mask, f_v) of every case with a reference, of the first two also without; then with the
+    reference anywhere, words at the padding, and other signs"""
     for case in CASES:
         ours, theirs = build(own, real, case)
         for reference in (True, False) if case in CASES[:2] else (True,):
             yield ours, theirs, *prompts(theirs, case, reference, pads=int(torch.randint(3, ())))
+    for case in CASES[:2]:
+        ours, theirs = build(own, real, case)
+        with other_signs(ours, theirs):
+            yield ours, theirs, *prompts(theirs, case, True, pads=1)
+        ids, mask, f_v = prompts(theirs, case, True, pads=2)
+        yield ours, theirs, anywhere(ids, mask, theirs.words), mask, f_v
 
 
 def whole_pass(model, ids: Tensor, mask: Tensor, f_v: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -113,7 +146,8 @@ def conditions(model, ids: Tensor, mask: Tensor, f_v: Tensor | None) -> tuple[Te
 def routed(model, ids: Tensor, mask: Tensor, f_v: Tensor | None) -> tuple[Tensor, Tensor]:
     """`routed_states`, whose shapes are right."""
     result = model.routed_states(ids, mask, f_v)
-    demand(isinstance(result, tuple) and len(result) == 2, "MLLM.routed_states: two things are wanted, H and its mask")
+    demand(isinstance(result, (tuple, list)) and len(result) == 2, "MLLM.routed_states: two things are wanted, H and "
+                                                                    "its mask")
     H, seen = result
     long = ids.shape[1] + len(model.queries)
     same_shape(H, (len(ids), long, len(model.choice), model.queries.shape[1]), "H of MLLM.routed_states")
@@ -137,6 +171,8 @@ def shapes(own, real):
         demand(condition.mask.equal(torch.cat([mask, mask.new_ones(b, len(model.queries))], 1)),
                "the condition's mask: true is wanted at words and queries, false at padding")
         same_shape(condition.weights, (b, long, len(model.choice)), "the condition's weights")
+        demand([*condition[:3]] == [condition.tokens, condition.mask, condition.weights] if isinstance(condition, tuple)
+               else False, "MLLM.condition: a Condition is wanted: (tokens, mask, weights)")
         demand(all(x.equal(y) for x, y in zip(kept, (ids, mask, model.queries))),
                "ids, mask or queries are changed by MLLM.condition")
 
@@ -187,9 +223,12 @@ def padding(own, real):
         for reference in (False, True):
             ids, mask, f_v = prompts(model, case, reference)
             condition = model.condition(ids, mask, f_v)
-            wide, seen = (torch.nn.functional.pad(x, (3, 0)) for x in (ids, mask))  # padding's id is 0
-            more = model.condition(wide, seen, f_v)
-            same(more.tokens[more.mask], condition.tokens[condition.mask], "the condition, with three more of padding")
+            seen = torch.nn.functional.pad(mask, (3, 0))
+            for sign in ("<pad>", WORDS[0]):
+                wide = torch.nn.functional.pad(ids, (3, 0), value=model.words.ids[sign])
+                more = model.condition(wide, seen, f_v)
+                same(more.tokens[more.mask], condition.tokens[condition.mask],
+                     f"the condition, with three more of padding, where ids have {sign}")
             for i in range(len(ids)):
                 short = ids[i:i + 1, mask[i]]
                 alone = model.condition(short, torch.ones_like(short, dtype=torch.bool), None if f_v is None else
@@ -201,7 +240,8 @@ def reference(own, real):
     """at the reference's places stand the encoder's own tokens, in their order; sines there and at the queries"""
     for model, theirs, ids, mask, f_v in ((model, theirs, turned(ids), turned(mask), f_v)
                                           for model, theirs, ids, mask, f_v in situations(own, real)
-                                          for turned in (lambda x: x, lambda x: x.flip(1), lambda x: x.roll(2, 1))):
+                                          for order in [torch.randperm(ids.shape[1])]
+                                          for turned in (lambda x: x, lambda x: x.flip(1), lambda x: x[:, order])):
         H_mixed = torch.randn(len(ids), ids.shape[1] + len(model.queries), model.queries.shape[1], dtype=torch.float64)
         wanted, given = placed(theirs, H_mixed, ids, f_v), None if f_v is None else f_v.clone()
         out = model.with_reference(H_mixed.clone(), ids, f_v)
@@ -246,20 +286,92 @@ def learns(own, real):
 
 
 def frozen(own, real):
-    """what stands before the queries is read without gradient, even where the LLM could learn"""
+    """words and reference are read without gradient, even where the LLM could learn"""
     for case in CASES[:2]:
         model, _ = build(own, real, case)
         model.llm.requires_grad_(True)
         for reference in (False, True):
-            H, seen = routed(model, *prompts(model, case, reference))
+            ids, mask, f_v = prompts(model, case, reference)
+            f_v = torch.zeros(0, dtype=torch.float64).requires_grad_() if f_v is None else f_v.requires_grad_()
+            H, seen = routed(model, ids, mask, f_v if reference else None)
             demand(H.requires_grad, "H has no gradient: the queries cannot learn")
-            inputs = [model.queries, model.llm.embedding.weight]
-            queries, words = torch.autograd.grad((H * torch.randn_like(H))[seen].sum(), inputs, allow_unused=True)
+            inputs = [model.queries, model.llm.embedding.weight, f_v]
+            queries, words, tokens = torch.autograd.grad((H * torch.randn_like(H))[seen].sum(), inputs,
+                                                         allow_unused=True)
+            demand(tokens is None or not tokens.any(), "f_v gets a gradient through the LLM")
             demand(queries is not None and queries.abs().amax(-1).min() > 0, "a query gets no gradient")
             demand(words is None or words.abs().max() == 0, "the words' embeddings get a gradient")
 
 
-CLAIMS = [shapes, at_words, at_queries, causal, reference, whole, padding, learns, frozen]
+def in_use(own, real):
+    """in use it computes what it computes in training, and leaves the model and torch's modes as they were"""
+    for case in CASES[:2]:
+        model, _ = build(own, real, case)
+        given, tokens, H = prompts(model, case, True, pads=1), None, None
+        asks = [parameter.requires_grad for parameter in model.parameters()]
+        try:
+            for training, graph in ((True, True), (True, False), (False, True), (False, False)):
+                model.train(training)
+                where = ("in training" if training else "in use (after eval)") + ", without gradient" * (not graph)
+                with torch.set_grad_enabled(graph):
+                    states, seen = routed(model, *given)
+                    condition = model.condition(*given)
+                    demand(torch.is_grad_enabled() == graph, "torch's gradient mode is another afterwards")
+                demand(model.training == training, f"the model {where} is in another mode afterwards")
+                demand(asks == [parameter.requires_grad for parameter in model.parameters()],
+                       "requires_grad of a parameter is another afterwards")
+                demand(condition.tokens.requires_grad == states.requires_grad == graph, f"{where}: the condition and H "
+                       f"have {'no ' * graph}gradient")
+                tokens, H = (condition.tokens, states) if tokens is None else (tokens, H)
+                same(states[seen], H[seen], f"H {where}")
+                same(condition.tokens[seen], tokens[seen], f"the condition {where}")
+        finally:
+            model.train()
+
+
+def anew(own, real):
+    """asked again it reads again: of another reference, and of an LLM that has changed"""
+    for training in (True, False):
+        model, _ = build(own, real, CASES[0])
+        ids, mask, f_v = prompts(model, CASES[0], True, pads=1)
+        try:
+            model.train(training)
+            (H, seen), condition = routed(model, ids, mask, f_v), model.condition(ids, mask, f_v)
+            behind = seen.cumsum(1) > 1  # <bos>, which stands before the reference
+            for what, where in (("f_v", behind), ("the LLM", seen)):
+                if what == "f_v":
+                    f_v = torch.randn_like(f_v)
+                else:
+                    with torch.no_grad():
+                        for parameter in model.llm.parameters():
+                            parameter.add_(0.1 * torch.randn_like(parameter))
+                (H2, _), condition2 = routed(model, ids, mask, f_v), model.condition(ids, mask, f_v)
+                for name, one, other in (("H", H, H2), ("the condition", condition.tokens, condition2.tokens)):
+                    moved = (other - one).flatten(2).abs().amax(-1) > 1e-9
+                    demand(moved[where].all(), f"{what} was changed between two calls, and {name} did not move with it")
+                H, condition = H2, condition2
+        finally:
+            model.train()
+
+
+def kinds(own, real):
+    """float32 comes out where float32 goes in"""
+    for case in CASES[:2]:
+        model, _ = build(own, real, case)
+        ids, mask, f_v = prompts(model, case, True)
+        (H, seen), condition = routed(model, ids, mask, f_v), model.condition(ids, mask, f_v)
+        try:
+            model.float()
+            (half, _), less = routed(model, ids, mask, f_v.float()), model.condition(ids, mask, f_v.float())
+        finally:
+            model.double()
+        for what, one, wanted in (("H", half, H), ("the condition's tokens", less.tokens, condition.tokens),
+                                  ("the condition's weights", less.weights, condition.weights)):
+            demand(one.dtype == torch.float32, f"{what} are {one.dtype} of float32")
+            same(one[seen], wanted[seen], f"{what} in float32", 2e-3)
+
+
+CLAIMS = [shapes, at_words, at_queries, causal, reference, whole, padding, in_use, learns, frozen, anew, kinds]
 
 
 def fingerprint(version) -> dict:
