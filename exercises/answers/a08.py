@@ -14,6 +14,8 @@ def losses(*changes: tuple[str, str]) -> dict:
 COPY = "copy.deepcopy(encoder).requires_grad_(False)"
 CALL = "losses[\"L_s\"] = self_distillation(f_v, encoder_before(images))"
 GAN = "losses[\"L_gan\"] = discriminator.generator_loss(reconstruction.float())"
+FWD = "reconstruction, f_v, latents = tokenizer(images)"
+GUARD = "    with torch.no_grad():\n        z_target = target_latent()"
 
 
 def copied(body: str) -> dict:
@@ -76,8 +78,53 @@ WRONG = {
     "L_gan of the pictures": losses((GAN, "losses[\"L_gan\"] = discriminator.generator_loss(images)")),
     "L_gan of a reconstruction without gradient":
         losses((GAN, "losses[\"L_gan\"] = discriminator.generator_loss(reconstruction.detach())")),
-    "the discriminator stays frozen": losses((GAN, "discriminator.requires_grad_(False)\n            " + GAN)),
-    "the discriminator stays in eval": losses((GAN, "discriminator.eval()\n            " + GAN)),
+    "the discriminator stays frozen": losses((GAN, "discriminator.requires_grad_(False)\n        " + GAN)),
+    "the discriminator stays in eval": losses((GAN, "discriminator.eval()\n        " + GAN)),
+    "E_s' keeps its first answer": copied(
+        f"before, said = {COPY}, []\n\ndef ask(images):\n    if not said:\n        said.append(before(images))\n"
+        "    return said[0]\n\nreturn ask"),
+    "the tokens of E_s' are asked once and kept": losses((
+        CALL, "if not hasattr(encoder_before, 'said'):\n        encoder_before.said = encoder_before(images).detach()\n    "
+        + CALL.replace("encoder_before(images)", "encoder_before.said"))),
+    "the copy is kept on the encoder: the next stage finds the old one": copied(
+        f"if '_before' not in encoder.__dict__:\n    encoder.__dict__['_before'] = {COPY}\n"
+        "return encoder.__dict__['_before']"),
+    "a running average, kept up by a hook on the encoder": copied(
+        f"before = {COPY}\n\ndef follow(module, given, out):\n    with torch.no_grad():\n"
+        "        for old, new in zip(before.parameters(), encoder.parameters()):\n            old.lerp_(new, 0.001)\n\n"
+        "encoder.register_forward_hook(follow)\nreturn before"),
+    "the decoder's picture is not resized": losses((
+        FWD, "f_v = tokenizer.features(images)\nlatents = tokenizer.latents(f_v)\n"
+        "reconstruction = tokenizer.decoder(latents.fused)")),
+    "the decoded picture has the encoder's own side": losses((
+        FWD, "f_v = tokenizer.features(images)\nlatents = tokenizer.latents(f_v)\n"
+        "reconstruction = tokenizer.decode(latents.fused, tokenizer.vision.grid * tokenizer.vision.token // 2)")),
+    "a new encoder that loads the weights, without ImageNet's scale": copied("""
+        layer, patch, width = encoder.layers[0], encoder.token // 2, encoder.cls.shape[-1]
+        before = VisionEncoder(encoder.grid * patch, patch, width, len(encoder.layers), layer.attn.heads,
+                               layer.mlp[0].out_features / width, encoder.projector[-1].out_features)
+        before.to(encoder.cls.device).load_state_dict(encoder.state_dict())
+        return before.requires_grad_(False)"""),
+    "the target's latents with gradient": losses((GUARD, "    z_target = target_latent()")),
+    "the weights by name, cloned but not detached, and nothing detaches": {"tokenizer.py": {
+        "frozen_copy": "weights = {name: value.clone() for name, value in encoder.named_parameters()}\n"
+                       "return lambda images: torch.func.functional_call(encoder, weights, images)",
+        "self_distillation": "return F.mse_loss(f_v, f_v_before)"}},
+    "nothing guards the copy from a gradient, inside a function": {"tokenizer.py": {
+        "frozen_copy": "before = copy.deepcopy(encoder)\nreturn lambda images: before(images)",
+        "self_distillation": "return squared(f_v, f_v_before)"}},
+    "the encoder is frozen, copied, and set to train": copied(
+        "encoder.requires_grad_(False)\nbefore = copy.deepcopy(encoder)\nencoder.requires_grad_(True)\nreturn before"),
+    "the encoder goes to eval, is copied, and goes to train": copied(
+        f"encoder.eval()\nbefore = {COPY}\nencoder.train()\nreturn before"),
+    "all of the tokenizer is set to train": losses(
+        (FWD, "tokenizer.train()\ntokenizer.requires_grad_(True)\n" + FWD)),
+    "the discriminator is in train afterwards, whatever it was": losses(
+        (GAN, "discriminator.eval()\n        " + GAN + "\n        discriminator.train()")),
+    "gradients are switched on afterwards, whatever was": losses(
+        (GUARD, "    torch.set_grad_enabled(False)\n    z_target = target_latent()\n    torch.set_grad_enabled(True)")),
+    "only for contiguous tokens": term(
+        "difference = f_v.view(-1) - f_v_before.detach().view(-1)\nreturn difference @ difference / len(difference)"),
     "the encoder goes to eval with its copy": copied(f"encoder.eval()\nreturn {COPY}"),
     "L_lpips has its pictures swapped":
         losses(("perceptual(reconstruction, images)", "perceptual(images, reconstruction)")),
@@ -122,6 +169,40 @@ WRONG = {
 }
 
 RIGHT = {
+    "a module that hides the copy in a list": copied("""
+        class Before(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.held = [copy.deepcopy(encoder).requires_grad_(False)]  # no part of any state_dict
+
+            def forward(self, images):
+                with torch.no_grad():
+                    return self.held[0](images)
+
+        return Before()"""),
+    "a module that calls the encoder with copied weights": copied("""
+        class Before(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weights = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
+
+            def forward(self, images):
+                return torch.func.functional_call(encoder, self.weights, (images,))
+
+        return Before()"""),
+    "a copy whose weights are buffers": copied("""
+        before = copy.deepcopy(encoder)
+        for module in before.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, weight.detach())
+        return before"""),
+    "E_s' asked picture by picture": losses((CALL, CALL.replace(
+        "encoder_before(images)", "torch.cat([encoder_before(one) for one in images.split(1)])"))),
+    "E_s' asked by the name of its argument": losses((CALL, CALL.replace("(images)", "(images=images)"))),
+    "E_s' asked by vmap": losses((CALL, "with torch.no_grad():\n"
+                                        "        wanted = torch.func.vmap(lambda one: encoder_before(one[None])[0])(images)\n"
+                                        "    losses[\"L_s\"] = self_distillation(f_v, wanted)")),
     "F.mse_loss, nothing detached: the copy is frozen": term("return F.mse_loss(f_v, f_v_before)"),
     "no_grad alone: the copy's weights could train": {"tokenizer.py": {
         "frozen_copy": "return copy.deepcopy(encoder)",

@@ -26,7 +26,7 @@ ANSWERS = ["On this world, T3 of 390 steps, means of five --reseeds: with λ_s =
 ABOUT = """`frozen_copy` gives E_s', called like the encoder: E_s'(images). L_s, L_p, L_f and L_mse are means of squared
 differences; the targets, E_p'(I) and E_s'(I), get no gradient. L_p is left out where the tokenizer has no pixel stream,
 L_gan, `discriminator.generator_loss`, where there is no discriminator yet; its own step comes later, so it is left as
-it was. Losses are not weighed yet. The source computes L_gan in float32, outside autocast; no check asks for it."""
+it was, as is all else: modes, what trains, torch's gradient mode. Losses are not weighed yet. The source computes L_gan in float32, outside autocast; no check asks for it."""
 
 SIZES = dict(side=16, patch=2, vision_width=16, vision_layers=2, vision_heads=2, d=24, llm_layers=3, llm_heads=2,
              llm_kv_heads=1, llm_mlp=20, k=2, p=8, pixel_layers=1, pixel_heads=2, stream_blocks=1,
@@ -59,10 +59,20 @@ class OneWay(nn.Module):
         return (1.5 * images - 0.7 * targets.detach()).abs().mean()
 
 
+VISION = dict(side=16, patch=2, width=12, layers=1, heads=2, mlp_ratio=2, d=10)
+
+
+def vision_of(version, **changes):
+    return move(version.tokenizer.VisionEncoder(**VISION | changes), 0.3)
+
+
+def decoder_of() -> PixelDecoder:
+    return PixelDecoder(p=4, widths=(8, 16, 32), depths=(0, 1, 1), vit_stages=1)
+
+
 def tokenizer_of(version, variant: str = "dual"):
-    vision = version.tokenizer.VisionEncoder(side=16, patch=2, width=12, layers=1, heads=2, mlp_ratio=2, d=10)
-    decoder = PixelDecoder(p=4, widths=(8, 16, 32), depths=(0, 1, 1), vit_stages=1)
-    return move(version.tokenizer.Tokenizer(vision, decoder, 10, 4, 1, 2, 1, variant), 0.3)
+    vision = version.tokenizer.VisionEncoder(**VISION)
+    return move(version.tokenizer.Tokenizer(vision, decoder_of(), 10, 4, 1, 2, 1, variant), 0.3)
 
 
 def around(tokenizer) -> dict:
@@ -76,6 +86,27 @@ def states(*modules: nn.Module) -> list[tuple[str, bool]]:
     """Which modules are in training mode, which weights train."""
     return [(name, module.training) for one in modules for name, module in one.named_modules()] + \
         [(name, parameter.requires_grad) for one in modules for name, parameter in one.named_parameters()]
+
+
+def some_of_each(*modules: nn.Module) -> None:
+    """Some weights frozen, some modules in eval: so that what is put back differs from what is set."""
+    for module in modules:
+        for i, one in enumerate(module.modules()):
+            one.training = i % 2 == 0
+        for i, parameter in enumerate(module.parameters()):
+            parameter.requires_grad_(i % 3 != 0)
+
+
+def leaves(value: torch.Tensor) -> list:
+    """All that a backward from here gives a gradient."""
+    found, todo, seen = [], [value.grad_fn], {None}
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            found += [node.variable] if hasattr(node, "variable") else []
+            todo += [one for one, _ in node.next_functions]
+    return found
 
 
 def wanted(tokenizer, images, given: dict) -> dict:
@@ -114,6 +145,8 @@ def square(own, real):
         for size in (0.1, 1.0, 30.0):
             f_v, before = torch.randn(b, n, d), torch.randn(b, n, d)
             f_v = before + size * (f_v - before)
+            if size == 1.0:  # not in one piece
+                f_v, before = (x.mT.contiguous().mT for x in (f_v, before))
             total = math.fsum((float(f_v[i, j, k]) - float(before[i, j, k])) ** 2
                               for i in range(b) for j in range(n) for k in range(d))
             value = own.tokenizer.self_distillation(f_v.clone(), before.clone())
@@ -200,19 +233,79 @@ def reach(own, real):
                 same(one / largest, other / largest, f"the gradient of {name} for {key}, over the largest", 1e-3)
 
 
-def same_pictures(own, real):
-    """E_s' sees the pictures themselves"""
-    tokenizer, images, seen = tokenizer_of(own), pictures(), []
-    before = copy.deepcopy(tokenizer.vision).requires_grad_(False)
-    before.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
-    given = around(tokenizer) | {"encoder_before": before}
-    own.tokenizer.tokenizer_losses(tokenizer, images, {"L_mse": 1.0, "L_s": 1.0}, **given)
-    demand(seen, "E_s' was not asked")
-    for one in seen:
-        same(one, images, "what E_s' sees")
+def other_sides(own, real):
+    """pictures of another side than the encoder's own, and a decoder of another factor than a token's pixels, will do"""
+    for patch, side, shown in ((2, 16, 24), (3, 12, 12), (3, 12, 24)):
+        vision, decoder = vision_of(own, side=side, patch=patch), decoder_of()
+        tokenizer = move(own.tokenizer.Tokenizer(vision, decoder, 10, 4, 1, 2, 1), 0.3)
+        target = [torch.empty(3, (shown // (2 * patch)) ** 2, 4)]
+        given = around(tokenizer) | {"target_latent": lambda: target[0]}
+        for _ in range(2):  # and other pictures at the next step
+            images, target[0] = pictures(side=shown), torch.randn_like(target[0])
+            losses, copies = own.tokenizer.tokenizer_losses(tokenizer, images, dict.fromkeys(TERMS, 1.0), **given)
+            right = wanted(tokenizer, images, given)
+            right["L_s"] = own.tokenizer.self_distillation(tokenizer.features(images), given["encoder_before"](images))
+            for name, value in right.items():
+                demand(name in losses, f"{name} is missing")
+                same(losses[name], value, f"{name} of pictures of {shown}², tokens of {2 * patch}² pixels", 1e-4)
+            same(copies, tokenizer(images)[0], f"the reconstruction of pictures of {shown}²", 1e-4)
+
+
+def as_it_was(own, real):
+    """modes, what trains, and torch's own switches are left as they were"""
+    tokenizer, images = tokenizer_of(own), pictures()
+    given = around(tokenizer)
+    parts = tokenizer, given["discriminator"]
+    some_of_each(*parts)
+    before = states(*parts)
+    own.tokenizer.frozen_copy(tokenizer.vision)
+    demand(states(*parts) == before, "frozen_copy leaves the encoder in another mode, or others of its weights training")
+    own.tokenizer.tokenizer_losses(tokenizer, images, dict.fromkeys(TERMS, 1.0), **given)
+    demand(states(*parts) == before, "tokenizer_losses leaves the tokenizer or the discriminator in another mode, or "
+           "others of their weights training")
+    with torch.no_grad():
+        losses, _ = own.tokenizer.tokenizer_losses(tokenizer, images, dict.fromkeys(TERMS, 1.0), **given)
+        demand(not torch.is_grad_enabled() and not any(value.requires_grad for value in losses.values()),
+               "tokenizer_losses switches gradients on where they are off")
 
 
 # ---------------------------------------------------------------- claims: the copy
+
+
+def every_picture(own, real):
+    """E_s' is what the encoder was, for any pictures, however often both are asked and wherever the encoder goes"""
+    for options in ({}, {"imagenet": True}):
+        vision = vision_of(own, **options)
+        was, before = copy.deepcopy(vision), own.tokenizer.frozen_copy(vision)
+        for b, side in ((3, 16), (3, 16), (2, 24)):
+            images = pictures(b, side)
+            with torch.no_grad():
+                same(before(images), was(images), "what E_s' says once the encoder has moved", 1e-5)
+            move(vision, 1.0)
+            for _ in range(3):
+                vision(images)
+        with torch.no_grad():
+            same(own.tokenizer.frozen_copy(vision)(images), vision(images), "what a later copy says", 1e-5)
+
+
+def targets(own, real):
+    """no gradient reaches the targets: not E_p'(I), nor E_s', whatever it is made of"""
+    tokenizer, images = tokenizer_of(own), pictures()
+    target, before = torch.randn(3, 16, 4, requires_grad=True), own.tokenizer.frozen_copy(tokenizer.vision)
+    move(tokenizer.vision)
+    given = around(tokenizer) | {"target_latent": lambda: 1.0 * target, "encoder_before": before}
+    losses, _ = own.tokenizer.tokenizer_losses(tokenizer, images, dict.fromkeys(TERMS, 1.0), **given)
+    for name in ("L_p", "L_f"):
+        demand(not gradients(losses[name], [target])[0].any(), f"{name} has a gradient for its target, E_p'(I)")
+    ours = {id(parameter) for parameter in tokenizer.parameters()}
+    demand({id(leaf) for leaf in leaves(losses["L_s"])} <= ours, "L_s has a gradient for weights of E_s'")
+    with torch.no_grad():
+        held = before(images)
+    names, parameters = zip(*tokenizer.vision.named_parameters())
+    right = gradients(own.tokenizer.self_distillation(tokenizer.features(images), held), parameters)
+    largest = max(float(g.abs().max()) for g in right)
+    for name, one, other in zip(names, gradients(losses["L_s"], parameters), right):
+        same(one / largest, other / largest, f"the gradient of L_s for the encoder's {name}, over the largest", 1e-3)
 
 
 def stays(own, real):
@@ -291,10 +384,12 @@ def apart(own, real):
 def where(own, real):
     """E_s' lives where the encoder lives"""
     with torch.device("meta"):
-        model = own.spar.SPAR(own.spar.make_config(**SIZES), WordTokenizer(WORDS))
-    before = own.tokenizer.frozen_copy(model.tokenizer.vision)
-    devices = {p.device.type for p in before.parameters()} if isinstance(before, nn.Module) else {"meta"}
-    demand(devices == {"meta"}, f"E_s' is on {', '.join(devices)}, the encoder is on meta")
+        vision = own.tokenizer.VisionEncoder(**VISION)
+    before = own.tokenizer.frozen_copy(vision)
+    held = [*before.parameters(), *before.buffers()] if isinstance(before, nn.Module) else []
+    demand({x.device.type for x in held} <= {"meta"}, "E_s' is not on the encoder's device")
+    answer = before(torch.zeros(1, 3, 16, 16, device="meta"))
+    demand(answer.device.type == "meta", f"E_s' answers on {answer.device.type}, the encoder is on meta")
 
 
 def curves(pen, corner: tuple[int, int], title: str, lines: dict[str, list[float]], size=(300, 180)) -> None:
@@ -340,7 +435,8 @@ def picture(own, path: Path) -> Path:
     return path
 
 
-CLAIMS = [square, pull, asked_for, terms, reach, same_pictures, stays, first_steps, no_gradient, apart, where]
+CLAIMS = [square, pull, asked_for, terms, reach, other_sides, as_it_was, stays, every_picture, first_steps, no_gradient,
+          targets, apart, where]
 
 
 def fingerprint(version) -> dict:
