@@ -112,7 +112,8 @@ def decide(number: int, claim, own: Version, seed: int) -> str:
     seeded(seed)
     try:
         claim(own, real())
-        return ""
+        kept = torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+        return "" if kept else "torch's gradient mode, or its default dtype, is another afterwards"
     except Wrong as wrong:
         return str(wrong)
     except (Exception, SystemExit) as error:
@@ -127,6 +128,9 @@ def decide(number: int, claim, own: Version, seed: int) -> str:
         if "used in the graph" in said or "does not require grad" in said:  # torch's words for it
             return "no gradient comes through: something is detached, or computed without gradient, that must not be"
         return f"{type(error).__name__}: {said}"[:200] + f" ({Path(at.filename).name}:{line_of(at)})"
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
 
 
 def line_of(frame: traceback.FrameSummary) -> int:

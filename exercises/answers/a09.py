@@ -30,7 +30,38 @@ CLEAN = "with torch.no_grad():\n    z, f_v = clean_latent(batch[\"images\"])"
 REFERENCE = "    with torch.no_grad():\n        f_v_reference = features(batch[\"references\"])"
 FLOW = "flow_losses(dit, z, tokens, mask, batch[\"noise\"])"
 
+RET = "return {\"L_fm\": L_fm, \"L_align\": alignment_loss(align_head(f_dit), teacher)}"
+ASK = "if \"L_align\" not in weights:"
+
 WRONG = {
+    "L_align's weight is taken out of weights": unified((ASK, "if weights.pop(\"L_align\", None) is None:")),
+    "hooks stay on the block": forward(
+        ("for number, block", "kept = []\nself.blocks[self.align_block - 1].register_forward_hook(\n"
+                              "    lambda module, given, out: kept.append(out))\nfor number, block"),
+        (CAPTURE, ""), ("return x, f_dit", "return x, kept[-1]")),
+    "f_dit is kept on the DiT": forward((CAPTURE, "    if number == self.align_block:\n        self.f_dit = x"),
+                                        ("return x, f_dit", "return x, self.f_dit")),
+    "the teacher's tokens are normed in place": loss(
+        "f_v = f_v.detach()\nf_v /= f_v.norm(dim=-1, keepdim=True)\n"
+        "return -(F.normalize(projected, dim=-1) * f_v).sum(-1).mean()"),
+    "the DiT and φ_a are left in eval": unified(("L_fm, f_dit =", "dit.eval()\nalign_head.eval()\nL_fm, f_dit =")),
+    "gradients are switched on afterwards, whatever was": unified(
+        (CLEAN, "torch.set_grad_enabled(False)\nif True:\n    z, f_v = clean_latent(batch[\"images\"])"),
+        ("L_fm, f_dit =", "torch.set_grad_enabled(True)\nL_fm, f_dit =")),
+    "the batch gets another key": unified(("L_fm, f_dit =", "batch['teacher'] = teacher\nL_fm, f_dit =")),
+    "L_fm is left out where there is an external teacher": unified(
+        (RET, "found = " + RET[7:] + "\nreturn found if external_teacher is None else {'L_align': found['L_align']}")),
+    "φ_a's forward belongs to the first of its copies": head(
+        "super().__init__()\nself.a, self.b, self.c = nn.Linear(c, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, d)\n"
+        "self.forward = lambda x: self.c(F.silu(self.b(F.silu(self.a(x)))))"),
+    "L_align only of contiguous tokens": loss(
+        "d = projected.shape[-1]\nreturn -F.cosine_similarity(projected.view(-1, d), f_v.detach().view(-1, d)).mean()"),
+    "1e-5 is added to the product of the lengths": loss(
+        "p, t = projected, f_v.detach()\n"
+        "return -((p * t).sum(-1) / (p.norm(dim=-1) * t.norm(dim=-1) + 1e-5)).mean()"),
+    "1e-5 is added to each length": loss(
+        "p, t = projected, f_v.detach()\n"
+        "unit = lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-5)\nreturn -(unit(p) * unit(t)).sum(-1).mean()"),
     "L_fm alone gets no gradient": unified(("    return {\"L_fm\": L_fm}", "    return {\"L_fm\": L_fm.detach()}")),
     "f_v is asked for where nothing reads it":
         unified(("L_fm, f_dit =", "teacher = teacher.detach()\nL_fm, f_dit =")),
@@ -147,6 +178,15 @@ WRONG = {
 }
 
 RIGHT = {
+    "the external teacher in eval": unified(
+        (CLEAN, "if external_teacher is not None:\n    external_teacher.eval()\n" + CLEAN)),
+    "the external teacher frozen": unified(
+        (TEACHER, TEACHER.replace("external_teacher(batch", "external_teacher.requires_grad_(False)(batch"))),
+    "a weight of 0 does not ask for L_align": unified((ASK, "if not weights.get(\"L_align\"):")),
+    "f_v of the teacher asked by features": unified(
+        (TEACHER, "teacher = (external_teacher or features)(batch[\"images\"])")),
+    "condition is given None for requests":
+        unified(("condition(*batch[\"words\"])", "condition(*batch[\"words\"], None)")),
     "unit vectors, multiplied":
         loss("a, b = F.normalize(projected.float(), dim=-1), F.normalize(f_v.detach().float(), dim=-1)\n"
              "return -(a * b).sum(-1).mean()"),

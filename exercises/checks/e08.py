@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from exercises.checks.tools import demand, gradients, same, same_shape
+from exercises.checks.tools import demand, gradients, same, same_shape, some_of_each, states
 from parts.adversary import Discriminator
 from parts.dcae import PixelDecoder
 from parts.words import WordTokenizer
@@ -80,21 +80,6 @@ def around(tokenizer) -> dict:
     target = torch.randn(3, 16, 4)
     return dict(target_latent=lambda: target, perceptual=OneWay(), discriminator=move(Discriminator(4, 2)),
                 encoder_before=move(copy.deepcopy(tokenizer.vision)).requires_grad_(False))
-
-
-def states(*modules: nn.Module) -> list[tuple[str, bool]]:
-    """Which modules are in training mode, which weights train."""
-    return [(name, module.training) for one in modules for name, module in one.named_modules()] + \
-        [(name, parameter.requires_grad) for one in modules for name, parameter in one.named_parameters()]
-
-
-def some_of_each(*modules: nn.Module) -> None:
-    """Some weights frozen, some modules in eval: so that what is put back differs from what is set."""
-    for module in modules:
-        for i, one in enumerate(module.modules()):
-            one.training = i % 2 == 0
-        for i, parameter in enumerate(module.parameters()):
-            parameter.requires_grad_(i % 3 != 0)
 
 
 def leaves(value: torch.Tensor) -> list:

@@ -1,12 +1,13 @@
 """Exercise 9: be your own teacher (claim 2, Sec. 3.4)."""
 
+import copy
 import math
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from exercises.checks.tools import demand, gradients, same, same_shape
+from exercises.checks.tools import demand, gradients, same, same_shape, some_of_each, states
 
 TITLE, MINUTES = "Be your own teacher", 30
 CUT = {"diffusion.py": ["alignment_loss", "DiT.through_blocks", "AlignmentHead.__init__", "unified_losses"]}
@@ -18,10 +19,11 @@ ANSWERS = ["Blocks 1 to align_block (2 of the toy's 4), with what leads into the
            "Not on the seeds of the claims study (results/README.md): to equal L_fm it saves about none. It takes both "
            "arms to the same L_fm and to equal drawing, several seeds, and the seconds that L_align costs."]
 ABOUT = """`alignment_loss` gives the teacher no gradient, whoever calls it. φ_a is Linear, SiLU, Linear, SiLU,
-Linear, all but the last `hidden` wide. In `unified_losses` the teacher is the tokenizer's f'_v of the *clean* pictures
-wanted, or the external one's; the noises come in rounds of the whole batch, `(draws b)`; requests stand before edits;
-what the tokenizer says, of targets and references, gets no gradient. The losses are not weighed yet: `weights` says
-which are asked for, and without L_align there may be no f_v: `clean_latent` gives None beside z then."""
+Linear, all but the last `hidden` wide, made in this order, and each starts as torch starts it. In `unified_losses` the
+teacher is the tokenizer's f'_v of the *clean* pictures wanted, or the external one's; the noises come in rounds of the
+whole batch, `(draws b)`; requests stand before edits; what the tokenizer says, of targets and references, gets no
+gradient. The losses are not weighed yet: `weights` says which are asked for. It, the batch and the DiT are left as they
+were, modes too, with nothing kept on them. Without L_align there may be no f_v: `clean_latent` gives None beside z."""
 
 
 # ---------------------------------------------------------------- what is judged, in small
@@ -138,10 +140,15 @@ def case(own, real, words: int = 3, edits: int = 2, draws: int = 2, h: int = 2, 
     return world, batch
 
 
-def outsider(world):
-    """-> (a teacher from elsewhere, what it says of pictures)"""
-    other = shaken(nn.Linear(3, world.d))
-    return other, lambda images: other(images.flatten(2).transpose(1, 2))
+class Outsider(nn.Module):
+    """A teacher from elsewhere."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.eye = shaken(nn.Linear(3, d))
+
+    def forward(self, images):
+        return self.eye(images.flatten(2).transpose(1, 2))
 
 
 def losses_of(own, world, batch, weights=("L_fm", "L_align"), **more) -> dict:
@@ -194,8 +201,8 @@ def ends(own, real):
     """L_align is −1 for equal directions, 1 for opposite ones, whatever the lengths"""
     loss, zero = own.diffusion.alignment_loss, None
     for b, n, d in ((3, 5, 7), (4, 4, 4), (2, 3, 2)):
-        f_v = torch.randn(b, n, d)
-        lengths = lambda: torch.rand(b, n, 1) * 9 + 0.1
+        f_v = nn.functional.normalize(torch.randn(b, n, d), dim=-1)
+        lengths = lambda: torch.cat([torch.full((b, 1, 1), 0.1), torch.rand(b, n - 1, 1) * 9 + 0.1], 1)
         for what, sign in (("equal directions", 1), ("opposite directions", -1)):
             value = loss(sign * lengths() * f_v, lengths() * f_v)
             same_up_to_1(value, torch.tensor(-float(sign)), f"L_align of {what}")
@@ -208,9 +215,11 @@ def token_by_token(own, real):
     """it is the mean over all tokens of their cosines, each token by itself"""
     loss = own.diffusion.alignment_loss
     for b, n, d in ((3, 5, 7), (4, 4, 4), (1, 6, 2), (2, 1, 3)):
-        projected, f_v = torch.randn(b, n, d) + 0.5, 3 * torch.randn(b, n, d) - 1
-        value = loss(projected.clone(), f_v.clone())
+        projected, f_v = torch.randn(b, d, n).mT + 0.5, 3 * torch.randn(b, d, n).mT - 1  # not in one piece
+        given = projected.clone(), f_v.clone()
+        value = loss(projected, f_v)
         same_shape(value, (), "alignment_loss")
+        demand(projected.equal(given[0]) and f_v.equal(given[1]), "alignment_loss changes what it is given")
         total = sum(float(projected[i, j] @ f_v[i, j] / projected[i, j].norm() / f_v[i, j].norm())
                     for i in range(b) for j in range(n))
         same_up_to_1(value, torch.tensor(-total / (b * n)), "alignment_loss")
@@ -243,6 +252,11 @@ def head_is(own, real):
         found = gradients(new(x.requires_grad_()).square().sum(), [x, *new.parameters()])
         demand(all(g.abs().max() > 0 for g in found), "a new φ_a hands on no gradient, or a part of it gets none: it "
                                                       "could not begin to learn")
+        other, said = copy.deepcopy(ours), ours(x)
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight.zero_()
+        demand(ours(x).equal(said) and not other(x).any(), "a copy of φ_a computes with the weights of the first")
 
 
 # ---------------------------------------------------------------- claims: the DiT and what is read from it
@@ -343,11 +357,13 @@ def asked_for(own, real):
 def another_teacher(own, real):
     """an external teacher takes the tokenizer's place, on the pictures wanted"""
     world, batch = case(own, real)
-    other, teach = outsider(world)
-    got = losses_of(own, world, batch, external_teacher=teach)
-    same_up_to_1(got["L_align"], wanted(world, batch, teach)["L_align"], "L_align of an external teacher")
-    given = gradients(got["L_align"], list(other.parameters()))
-    demand(max(g.abs().max() for g in given) == 0, "L_align has a gradient for the external teacher")
+    other = Outsider(world.d)
+    got, right = losses_of(own, world, batch, external_teacher=other), wanted(world, batch, other)
+    demand(set(got) == {"L_fm", "L_align"}, f"with an external teacher: got {', '.join(sorted(got))}")
+    same(got["L_fm"] / right["L_fm"].detach(), torch.ones(()), "L_fm beside an external teacher, over what is right", 2e-5)
+    same_up_to_1(got["L_align"], right["L_align"], "L_align of an external teacher")
+    learning = [weight for weight in other.parameters() if weight.requires_grad]
+    demand(not learning or not any(g.any() for g in gradients(got["L_align"], learning)), "L_align has a gradient for the external teacher")
 
 
 def who_gets_a_gradient(own, real):
@@ -370,6 +386,33 @@ def who_gets_a_gradient(own, real):
                 same(one / scale, other / scale, f"the gradient of {name} for {part}, over the largest", 2e-3)
 
 
+def as_it_was(own, real):
+    """batch, weights, DiT and φ_a are left as they were, and so is torch's gradient mode"""
+    world, batch = case(own, real)
+    parts, weights = (world.dit, world.head), {"L_fm": 1.0, "L_align": 0.5}
+    some_of_each(*parts)
+
+    def found() -> list:
+        held = [(sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+                for part in parts for module in part.modules()]
+        return [states(*parts), held, sorted(batch)]
+
+    before, asked = found(), dict(weights)
+    kept = {key: copy.deepcopy(value) for key, value in batch.items()}
+    for _ in range(2):
+        own.diffusion.unified_losses(batch, weights, condition=world.condition, features=world.features,
+                                     clean_latent=world.clean_latent, dit=world.dit, align_head=world.head)
+        demand(weights == asked, "unified_losses changes the weights that it is given")
+        for what, one, other in zip(("modes or what trains", "hooks or attributes", "the batch's keys"), before, found()):
+            demand(one == other, f"unified_losses leaves {what} otherwise than it found them")
+    for key, value in kept.items():
+        pairs = zip(batch[key], value) if isinstance(value, tuple) else [(batch[key], value)]
+        demand(all(one.equal(other) for one, other in pairs), f"unified_losses changes the batch's {key}")
+    with torch.no_grad():
+        losses_of(own, world, batch)
+        demand(not torch.is_grad_enabled(), "unified_losses switches gradients on where they are off")
+
+
 def picture(own, path):
     """Two arms of a tiny DiT, λ_a 0 and 0.5: L_fm, and how alike each place's token is to the teacher's."""
     from PIL import Image, ImageDraw
@@ -380,24 +423,26 @@ def picture(own, path):
     torch.manual_seed(0)
     steps, images = 100, DrawnWorld(16, 0).pictures(range(64))
     eye = nn.Sequential(nn.Conv2d(3, 24, 4, 4), nn.Flatten(2)).requires_grad_(False)
-    latent = lambda pictures: (2 * nn.functional.avg_pool2d(pictures, 4), eye(pictures).transpose(1, 2))
+    see = lambda pictures: eye(pictures).transpose(1, 2)
+    latent = lambda pictures: (2 * nn.functional.avg_pool2d(pictures, 4), see(pictures))
     smooth, maps = {}, []
     for weight in (0.0, 0.5):
         torch.manual_seed(1)
         dit = own.diffusion.DiT(3, 32, 4, 2, 2, 8, align_block=2, positions=True)
         head, words = own.diffusion.AlignmentHead(32, 32, 24), torch.ones(1, 1, 8)
         optimizer = torch.optim.AdamW([*dit.parameters(), *head.parameters()], 2e-3)
-        ask = lambda ids, mask: World.Asked(words.expand(len(ids), 1, 8), mask)
+        asked = {"L_fm": 1.0} | ({"L_align": weight} if weight else {})
+        ask = lambda ids, mask, f_v=None: World.Asked(words.expand(len(ids), 1, 8), mask)
         values = []
         for step in range(steps):
             chosen = torch.randint(64, (16,))
             noise = own.diffusion.Noise(torch.rand(32), torch.randn(32, 3, 4, 4))
             batch = {"words": (torch.ones(16, 1, dtype=torch.long), torch.ones(16, 1, dtype=torch.bool)),
                      "images": images[chosen], "noise": noise}
-            losses = own.diffusion.unified_losses(batch, {"L_fm": 1.0, "L_align": weight}, condition=ask,
-                                                  features=eye, clean_latent=latent, dit=dit, align_head=head)
+            losses = own.diffusion.unified_losses(batch, dict(asked), condition=ask, features=see,
+                                                  clean_latent=latent, dit=dit, align_head=head)
             optimizer.zero_grad()
-            (losses["L_fm"] + weight * losses["L_align"]).backward()
+            sum(asked[name] * value for name, value in losses.items()).backward()
             optimizer.step()
             values.append(losses["L_fm"].item())
             if weight and step in (0, steps // 8, steps - 1):
@@ -428,7 +473,7 @@ def picture(own, path):
 
 
 CLAIMS = [ends, token_by_token, directions, head_is, captured, velocity_too, who_learns, both, target, asked_for,
-          another_teacher, who_gets_a_gradient]
+          another_teacher, who_gets_a_gradient, as_it_was]
 
 
 def fingerprint(version) -> dict:
@@ -450,7 +495,7 @@ def fingerprint(version) -> dict:
 
     def unified():
         world, batch = case(version, version)
-        losses, (_, teach) = losses_of(version, world, batch), outsider(world)
+        losses, teach = losses_of(version, world, batch), Outsider(world.d)
         parameters = [p for part in world.trained().values() for p in part]
         found = [losses_of(version, world, batch, external_teacher=teach)["L_align"]]
         found += [value for name in sorted(losses) for value in (losses[name], sum(

@@ -1,7 +1,7 @@
 """What the checks share: comparisons that never broadcast, and the words of a refusal."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Wrong(Exception):
@@ -48,3 +48,18 @@ def same(value, wanted: Tensor, what: str, tolerance: float = 1e-9) -> None:
     scale = max(1.0, wanted.detach().abs().max().item()) if wanted.numel() else 1.0
     near = ": is something rounded on the way, or cast to float32?" if tolerance < 1e-8 and error < 1e-5 * scale else ""
     demand(error <= tolerance * scale, f"{what}: off by {error:.2g}{near}")
+
+
+def states(*modules: nn.Module) -> list[tuple[str, bool]]:
+    """Which modules are in training mode, which weights train."""
+    return [(name, module.training) for one in modules for name, module in one.named_modules()] + \
+        [(name, parameter.requires_grad) for one in modules for name, parameter in one.named_parameters()]
+
+
+def some_of_each(*modules: nn.Module) -> None:
+    """Some weights frozen, some modules in eval: so that what is put back differs from what is set."""
+    for module in modules:
+        for i, one in enumerate(module.modules()):
+            one.training = i % 2 == 0
+        for i, parameter in enumerate(module.parameters()):
+            parameter.requires_grad_(i % 3 != 0)
