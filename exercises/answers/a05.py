@@ -62,6 +62,10 @@ def guided_but(*changes: str) -> dict:
     return guide(changed(GUIDED, changes))
 
 
+def before_the_loop(text: str) -> dict:
+    return steps_but("    x, path, previous, gap_before = noise,", f"    {text}\n    x, path, previous, gap_before = noise,")
+
+
 SHIFTED = "shift * s / (1 + (shift - 1) * s)"
 HALF = "gap / (2 * gap_before) * (clean - previous)"
 STEP = "x = after / now * x + (1 - after / now) * estimate"
@@ -70,6 +74,47 @@ DRAWN = "torch.randn(x.shape, generator=generator).to(x)"
 LINE = "without + guidance * (with_words - without)"
 
 WRONG = {
+    "renoise begins the generator again at its seed": before_the_loop(
+        "if generator is not None:\n        generator = torch.Generator().manual_seed(generator.initial_seed())"),
+    "renoise draws from a copy of the generator, which does not move on": before_the_loop(
+        "if generator is not None:\n        state = generator.get_state()\n        generator = torch.Generator()\n"
+        "        generator.set_state(state)"),
+    "renoise: a seed for each step, from the generator's first": steps_but(DRAWN,
+        "torch.randn(x.shape, generator=generator and torch.Generator().manual_seed(generator.initial_seed() + "
+        "len(path))).to(x)"),
+    "renoise: the third channel has the noise of the first":
+        steps_but(DRAWN, DRAWN + "[:, torch.arange(x.shape[1]) % 2]"),
+    "σ by repeated subtraction, never quite 0": steps_but(
+        "sigmas = [1 - i / steps for i in range(steps + 1)]",
+        "sigmas = [1.0]\n    for _ in range(steps):\n        sigmas.append(abs(sigmas[-1] - 1 / steps))"),
+    "dpm: log-SNR of a σ that is cut off at 1e-6": steps_but(
+        "log_snr(after) - log_snr(now)", "log_snr(max(after, 1e-6)) - log_snr(min(now, 1 - 1e-6))",
+        "previous is not None and after > 0", "previous is not None"),
+    "dpm: one correction for all numbers of a latent":
+        steps_but("(clean - previous)", "(clean - previous).mean((1, 2, 3), keepdim=True)"),
+    "dpm: the correction of the first channel for all": steps_but("(clean - previous)", "(clean - previous)[:, :1]"),
+    "dpm is Euler where a generator is given":
+        steps_but("previous is not None and", "previous is not None and generator is None and"),
+    "the velocity is scaled where it stands": steps_but("clean = x - now * v", "clean = x - v.mul_(now)",
+                                                        "x = x + (after - now) * v", "x = x + (after / now - 1) * v"),
+    "x₀ is cut off at 10": steps_but("clean = x - now * v", "clean = (x - now * v).clamp(-10, 10)"),
+    "a sampler's name may be a piece of one": steps_but("sampler not in SAMPLERS", "sampler not in ' '.join(SAMPLERS)"),
+    "a sampler's name may begin with one": steps_but(
+        "sampler not in SAMPLERS", "not sampler.startswith(SAMPLERS)", 'sampler == "euler"',
+        'sampler.startswith("euler")', 'sampler == "renoise"', 'sampler.startswith("renoise")'),
+    "an unknown sampler is told from the second step on": steps_but(
+        "sampler not in SAMPLERS or steps < 1", "sampler not in SAMPLERS and steps > 1 or steps < 1"),
+    "gradients are switched off for good": before_the_loop("torch.set_grad_enabled(False)"),
+    "guidance asks once where it is about 1": guided_but("guidance == 1", "round(guidance) == 1"),
+    "the condition's tokens are halved where they stand": guided_but("    tokens = torch", "    condition[0].mul_(0.5)\n    tokens = torch"),
+    "tokens are normalised where they stand": guided_but(
+        "    tokens = torch", "    for words in (condition[0], nothing[0]):\n        words.div_(words.norm(dim=-1, keepdim=True))\n    tokens = torch"),
+    "hidden tokens are set to 0 where they stand": guided_but(
+        "    if guidance == 1", "    for words, seen in (condition, nothing):\n        words[~seen] = 0\n    if guidance == 1"),
+    "the masks are written over: all is seen": guided_but(
+        "    tokens = torch", "    condition[1].fill_(True)\n    nothing[1].fill_(True)\n    tokens = torch"),
+    "at guidance 1 the mask is written over": guided_but(
+        "        return lambda x", "        condition[1].fill_(True)\n        return lambda x"),
     "guidance in double precision": guide("""
         def velocity(x, sigma):
             if guidance == 1:
@@ -227,6 +272,15 @@ WRONG = {
 }
 
 RIGHT = {
+    "one tensor for σ, filled anew each step": steps_but(
+        "    x, path, previous, gap_before = noise,", "    here = noise.new_empty(len(noise))\n    x, path, previous, gap_before = noise,",
+        "velocity(x, x.new_full((len(x),), now))", "velocity(x, here.fill_(now))"),
+    "leapfrog": steps_but(
+        "estimate, gap = clean, log_snr(after) - log_snr(now)", "gap = after - now",
+        "if previous is not None and after > 0:\n                estimate = clean + " + HALF,
+        "there = x + gap * v\n            if previous is not None:\n                r = gap / gap_before\n"
+        "                there = x * (1 - r * r) + r * r * previous + gap * (1 + r) * v",
+        "previous, gap_before = clean, gap", "previous, gap_before = x, gap", STEP, "x = there"),
     "Adams–Bashforth: from two velocities": steps_but(
         "estimate, gap = clean, log_snr(after) - log_snr(now)", "gap = after - now",
         " and after > 0:\n                estimate = clean + " + HALF,
