@@ -74,7 +74,57 @@ SCORES_KEPT = """
     return out
 """
 
+SCORE, SAVE = "hide(q_tile @ k_tile.mT * scale, mask)", "ctx.save_for_backward(q, k, v, key_mask, out, lse)"
+SUMS, VALUES, LSE = "weight.sum(-1)", "weight @ v_tile", "lse[:, :, rows] = top + total.log2()"
+NARROW = "dtype=torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else torch.float64"
+
 WRONG = {
+    "the maximum is that of hidden keys, too": but(
+        SCORE, "q_tile @ k_tile.mT * scale", "weight = (score - base[..., None]).exp2()",
+        "weight = (score - base[..., None]).exp2()\n            if mask is not None:\n"
+        "                weight = weight.masked_fill(~mask, 0)"),
+    "hidden scores are −10,000, as BERT has them; who sees nothing gets zeros": but(
+        SCORE, "q_tile @ k_tile.mT * scale\n            if mask is not None:\n"
+        "                score = score.masked_fill(~mask, -10000.0)",
+        "values / torch.where(total > 0, total, 1.0)[..., None]",
+        "values.masked_fill(~seen[..., None], 0) / total[..., None]",
+        "total, values = torch.zeros_like(top), torch.zeros_like(q_tile)",
+        "total, values = torch.zeros_like(top), torch.zeros_like(q_tile)\n        seen = torch.zeros_like(top, dtype=torch.bool)",
+        "            top = new_top",
+        "            top = new_top\n            seen = seen | (True if mask is None else mask.any(-1))"),
+    "hidden keys are set to 0, and their weights too": but(
+        SCORE, "q_tile @ k_tile.mT * scale\n            if mask is not None:\n                score = score * mask",
+        "weight = (score - base[..., None]).exp2()",
+        "weight = (score - base[..., None]).exp2() * (1 if mask is None else mask)"),
+    "lse is the logarithm of the unscaled sum, which overflows":
+        but(LSE, "lse[:, :, rows] = (total * top.exp2()).log2()"),
+    "lse from a sum of its own, without a maximum": but(
+        "total, values = torch.zeros_like(top), torch.zeros_like(q_tile)",
+        "total, values, plain = torch.zeros_like(top), torch.zeros_like(q_tile), torch.zeros_like(top)",
+        "            top = new_top", "            top, plain = new_top, plain + score.exp2().sum(-1)",
+        LSE, "lse[:, :, rows] = plain.log2()"),
+    "half precision in float32, all else in float64": but(
+        "wide(q).new_empty(q.shape[:-1])", f"q.new_empty(q.shape[:-1], {NARROW})", "wide(q[:, :, rows])",
+        "q[:, :, rows].to(lse.dtype)", "for_each_query_head(k, columns, q)",
+        "for_each_query_head(k, columns, q).to(lse.dtype)", "for_each_query_head(v, columns, q)",
+        "for_each_query_head(v, columns, q).to(lse.dtype)"),
+    "float16 stays as it is, bfloat16 alone becomes float32": but(
+        "    scale, shift", "    wide = lambda x: x.float() if x.dtype == torch.bfloat16 else x\n    scale, shift",
+        "for_each_query_head(k, columns, q)", "for_each_query_head(k, columns, q).to(lse.dtype)",
+        "for_each_query_head(v, columns, q)", "for_each_query_head(v, columns, q).to(lse.dtype)"),
+    "a tile's values are summed in half precision":
+        but(VALUES, "wide(weight.to(q.dtype) @ v_tile.to(q.dtype))"),
+    "a tile's weights are summed in half precision": but(SUMS, "wide(weight.to(q.dtype).sum(-1))"),
+    "weights, sums and values of a tile in half precision": but(
+        "(score - base[..., None]).exp2()", "(score - base[..., None]).exp2().to(q.dtype)",
+        SUMS, f"wide({SUMS})", VALUES, f"wide({VALUES}.to(q.dtype))"),
+    "hidden keys and values are set to 0 where they stand": but(
+        "    out, lse = torch.empty", "    for x in (k, v) if key_mask is not None else ():\n"
+        "        x.masked_fill_(~key_mask[:, None, :, None], 0)\n    out, lse = torch.empty"),
+    "leaves something for backward only where q learns":
+        but(SAVE, f"if ctx.needs_input_grad[0]:\n        {SAVE}"),
+    "leaves something for backward only where q, k and v learn":
+        but(SAVE, f"if all(ctx.needs_input_grad[:3]):\n        {SAVE}"),
     "32 tiles, however long": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
                                   "torch.arange(q.shape[2], device=q.device).chunk(32)",
                                   "tiles_of_keys(k, rows, shift, causal)", "torch.arange(k.shape[2]).chunk(32)"),
@@ -160,6 +210,27 @@ NATURAL = but("scale, shift = LOG2E /", "scale, shift = 1 /", ".exp2()", ".exp()
               "(top + total.log()) * LOG2E")
 
 RIGHT = {
+    "leaves something for backward where anything learns":
+        but(SAVE, f"if any(ctx.needs_input_grad):\n        {SAVE}"),
+    "tiles of 512 queries, against all keys": forward("""
+        n, m = q.shape[2], k.shape[2]
+        scale, columns = 1 / math.sqrt(q.shape[-1]), torch.arange(m)
+        keys, values = for_each_query_head(k, columns, q), for_each_query_head(v, columns, q)
+        outs, sums = [], []
+        for rows in torch.arange(n).split(512):
+            score = hide(wide(q[:, :, rows]) @ keys.mT * scale, visible(rows, columns, m - n, causal, key_mask))
+            outs.append((score.softmax(-1).nan_to_num(0) @ values).to(q.dtype))
+            sums.append(score.logsumexp(-1) / math.log(2))
+        out = torch.cat(outs, 2)
+        ctx.save_for_backward(q, k, v, key_mask, out, torch.cat(sums, 2))
+        ctx.causal = causal
+        return out"""),
+    "all queries against tiles of 256 keys": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
+                                                 "[torch.arange(q.shape[2])]", "tiles_of_keys(k, rows, shift, causal)",
+                                                 "torch.arange(k.shape[2]).split(256)"),
+    "tiles of 1024": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
+                         "torch.arange(q.shape[2], device=q.device).split(1024)",
+                         "tiles_of_keys(k, rows, shift, causal)", "torch.arange(k.shape[2]).split(1024)"),
     "tiles of 400": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
                         "torch.arange(q.shape[2], device=q.device).split(400)",
                         "tiles_of_keys(k, rows, shift, causal)", "torch.arange(k.shape[2]).split(400)"),

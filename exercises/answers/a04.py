@@ -16,6 +16,20 @@ def times(body: str) -> dict:
 NORMAL = "x = torch.randn(b, generator=generator)\n"
 
 WRONG = {
+    "with a shift the generator is not used": times(
+        "if shift == 1:\n    return torch.randn(b, generator=generator).sigmoid()\n"
+        "return (torch.randn(b) + math.log(shift)).sigmoid()"),
+    "with a shift the order does not come from the generator": times(
+        NORMAL + "if shift != 1:\n    x = x[torch.randperm(b)]\nreturn (x + math.log(shift)).sigmoid()"),
+    "with a shift the times are float64": times(
+        NORMAL + "s = x.sigmoid()\nif shift != 1:\n    s = s.double()\n    s = shift * s / (1 + (shift - 1) * s)\nreturn s"),
+    "with a shift the times of a batch are sorted": times(
+        NORMAL + "s = x.sigmoid()\nif shift != 1:\n    s = s.sort().values\nreturn shift * s / (1 + (shift - 1) * s)"),
+    "the ends are cut off at 0.02 and 0.98": times(NORMAL + "return (x + math.log(shift)).sigmoid().clamp(0.02, 0.98)"),
+    "squares cut off at 1000": loss("return (velocity - (noise - z)).square().clamp(max=1000).mean()"),
+    "a loss of what lies in one piece alone": loss("return (velocity.view(-1) - (noise - z).view(-1)).square().mean()"),
+    "noise added to what lies in one piece alone": noisy(
+        "b = len(z)\nreturn ((1 - sigma)[:, None] * z.view(b, -1) + sigma[:, None] * noise.view(b, -1)).view(z.shape)"),
     "every time is drawn for two places": {"diffusion.py": {"logit_normal_times":
         "x = torch.randn(-(-b // 2), generator=generator).repeat(2)[:b]\nreturn (x + math.log(shift)).sigmoid()"}},
     "times rounded to hundredths": {"diffusion.py": {"logit_normal_times":
@@ -108,6 +122,10 @@ WRONG = {
 }
 
 RIGHT = {
+    "a diagonal matrix": noisy("return torch.tensordot(torch.diag(1 - sigma), z, 1) + "
+                               "torch.tensordot(torch.diag(sigma), noise, 1)"),
+    "a sum over the rows, one after the other": loss(
+        "return sum((v - (n - a)).pow(2).sum() for v, a, n in zip(velocity, z, noise)) / velocity.numel()"),
     "lerp": noisy("return torch.lerp(z, noise, sigma.view(-1, 1, 1, 1))"),
     "from z a part of the way": noisy("return z + sigma[:, None, None, None] * (noise - z)"),
     "einsum": noisy("return torch.einsum('b,bphw->bphw', 1 - sigma, z) + torch.einsum('b,bphw->bphw', sigma, noise)"),

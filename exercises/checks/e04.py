@@ -16,14 +16,20 @@ PREDICT = ["z = 2, ε = 0.5, σ = 0.25: where is x_t, and what is v there? Which
 ANSWERS = ["x_t = 0.75 · 2 + 0.25 · 0.5 = 1.625; v = ε − z = −1.5: from the clean point towards the noise, as σ grows.",
            "No: many pairs of z and ε lead through one x_t; the variance of ε − z among them is left.",
            "Around 1/2 with shift 1; the median with shift 3 is 3/(1 + 3) = 0.75, nearer to the noise."]
-ABOUT = """z and ε are `b p h w`, σ is `b`. Times need not be one from each slice: independent ones are right
+ABOUT = """z and ε are `b p h w`, not always in one piece in memory, σ is `b`. Times need not be one from each slice: independent ones are right
 too, if their distribution is."""
 SHAPES = ((3, 4, 5, 2), (4, 4, 4, 4), (2, 3, 5, 2), (1, 2, 3, 4))  # all different, all equal, b = w, b = 1
 MARGIN = 3.3  # of √n times the distance between two distribution functions: by chance once in 10⁹
 
 
+def turned(shape, dtype=torch.float64):
+    """Random numbers whose channels lie side by side in memory, as the DiT's velocity has them."""
+    b, p, h, w = shape
+    return torch.randn(b, h, w, p, dtype=dtype).permute(0, 3, 1, 2)
+
+
 def latents(shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype), torch.rand(shape[0], dtype=dtype)
+    return turned(shape, dtype), torch.randn(shape, dtype=dtype), torch.rand(shape[0], dtype=dtype)
 
 
 def untouched(function, *given, what: str):
@@ -58,11 +64,11 @@ def squares(own, real):
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float64):
             z, noise, _ = latents(shape, dtype)
-            velocity = 3 * torch.randn(shape, dtype=dtype)
-            pairs = zip(velocity.flatten().tolist(), (noise - z).flatten().tolist())
-            wanted = torch.tensor(sum((a - b) ** 2 for a, b in pairs) / velocity.numel(), dtype=torch.float64)
-            loss = untouched(own.diffusion.flow_matching_loss, velocity, z, noise, what="flow_matching_loss")
-            same(loss, wanted, f"the loss of {shape}", 1e-5)
+            for velocity in (turned(shape, dtype), 3 * torch.randn(shape, dtype=dtype), 100 * turned(shape, dtype)):
+                pairs = zip(velocity.flatten().tolist(), (noise - z).flatten().tolist())
+                wanted = torch.tensor(sum((a - b) ** 2 for a, b in pairs) / velocity.numel(), dtype=torch.float64)
+                loss = untouched(own.diffusion.flow_matching_loss, velocity, z, noise, what="flow_matching_loss")
+                same(loss, wanted, f"the loss of {shape}", 1e-5)
 
 
 def gradient(own, real):
@@ -90,11 +96,12 @@ def along(own, real):
 
 def least(own, real):
     """for a cloud of points the least loss is not 0: it is what x_t cannot tell about ε − z"""
-    n = 100_000
+    clouds, points = 1000, (4, 5, 5)
+    n = clouds * math.prod(points)
     for mean, std in ((1.5, 0.3), (-0.5, 2.0)):
         for at in (0.1, 0.5, 0.9):
-            z = mean + std * torch.randn(n, 1, 1, 1, dtype=torch.float64)
-            noise, sigma = torch.randn_like(z), torch.full((n,), at, dtype=z.dtype)
+            z = mean + std * torch.randn(clouds, *points, dtype=torch.float64)
+            noise, sigma = torch.randn_like(z), torch.full((clouds,), at, dtype=z.dtype)
             x_t = own.diffusion.add_noise(z, noise, sigma)
             same_shape(x_t, z.shape, "add_noise")
             spread = (1 - at) ** 2 * std**2 + at**2
@@ -125,6 +132,12 @@ def times_of(own, b, *given, **named):
     return sigma
 
 
+def has_its_ends(sigma, shift=1.0):
+    low, high = (torch.logit(sigma.double()) - math.log(shift)).aminmax()
+    demand(low < -3.3 and high > 3.3, f"of {len(sigma)} times with shift {shift} none lies below {sigma.min():.3f}, or "
+           f"none above {sigma.max():.3f}: the ends are cut off")  # of 50,000 by chance once in 10¹⁰
+
+
 def bell(own, real):
     """a time σ is the sigmoid of a standard normal: half lie below ½, most near it"""
     sigma = times_of(own, 50_000)
@@ -134,56 +147,61 @@ def bell(own, real):
     width = sigma.double().logit().std().item()
     demand(abs(width - 1) < 6 / (2 * len(sigma)) ** 0.5, f"log(σ / (1 − σ)) has a standard deviation of {width:.3f}")
     demand(distance(sigma) < MARGIN, "the times σ are not distributed as the sigmoid of a standard normal")
-    low, high = sigma.double().logit().aminmax()
-    demand(low < -3.3 and high > 3.3, f"of 50,000 times none lies below {sigma.min():.3f}, or none above "
-           f"{sigma.max():.3f}: the ends are cut off")  # by chance once in 10¹⁰
+    has_its_ends(sigma)
 
 
 def shifted(own, real):
     """a shift s moves it to s σ / (1 + (s − 1) σ): above 1 towards the noise"""
     for shift in (3.0, 0.5, 1.7):
-        sigma, wanted = times_of(own, 20_000, shift=shift), shift / (1 + shift)
+        sigma, wanted = times_of(own, 50_000, shift=shift), shift / (1 + shift)
         demand(abs(sigma.median().item() - wanted) < 0.02,
                f"with shift {shift} the median of σ is {sigma.median():.3f}, not {wanted:.3f}")
         demand(distance(sigma, shift) < MARGIN, f"with shift {shift} the times σ are not distributed as they should be")
+        has_its_ends(sigma, shift)
 
 
 def any_place(own, real):
-    """every place of a batch may get any time, whatever the size of the batch"""
-    for b in (1, 3):
-        batches = torch.stack([times_of(own, b) for _ in range(1000)])
-        for place in range(b):
-            demand(distance(batches[:, place]) < MARGIN, f"place {place} in batches of {b} does not get all times")
-    sigma = times_of(own, 20_000).double()
-    demand(len(sigma.unique()) > 19_000, f"of 20,000 times only {len(sigma.unique())} differ")
-    for what, other in (("its place in the batch", torch.arange(20_000.)), ("its neighbour's", sigma.roll(1)),
-                        ("that half a batch away", sigma.roll(10_000))):
-        demand(abs(torch.corrcoef(torch.stack([sigma, other.double()]))[0, 1]) < 6 / 20_000**0.5,
-               f"a time σ can be told from {what}")
+    """every place of a batch may get any time, whatever the size of the batch and the shift"""
+    for shift in (1.0, 3.0):
+        for b in (1, 3):
+            batches = torch.stack([times_of(own, b, shift=shift) for _ in range(1000)])
+            for place in range(b):
+                demand(distance(batches[:, place], shift) < MARGIN,
+                       f"place {place} in batches of {b} with shift {shift} does not get all times")
+        sigma = times_of(own, 20_000, shift=shift).double()
+        demand(len(sigma.unique()) > 19_000, f"of 20,000 times only {len(sigma.unique())} differ")
+        for what, other in (("its place in the batch", torch.arange(20_000.)), ("its neighbour's", sigma.roll(1)),
+                            ("that half a batch away", sigma.roll(10_000))):
+            demand(abs(torch.corrcoef(torch.stack([sigma, other.double()]))[0, 1]) < 6 / 20_000**0.5,
+                   f"with shift {shift} a time σ can be told from {what}")
 
 
 def drawn(own, real):
     """the generator alone decides which times are drawn, and without one torch's own"""
-    def draw(seed):
-        return times_of(own, 7, torch.Generator().manual_seed(seed))
+    for shift in (1.0, 3.0):
+        def draw(generator=None):
+            return times_of(own, 7, torch.Generator().manual_seed(generator) if isinstance(generator, int) else
+                            generator, shift)
 
-    state = torch.get_rng_state()
-    demand(draw(1).equal(draw(1)) and not draw(1).equal(draw(2)), "not the generator decides which times are drawn")
-    generator = torch.Generator().manual_seed(1)
-    demand(not times_of(own, 7, generator).equal(times_of(own, 7, generator)), "a generator's next times are the same")
-    demand(torch.get_rng_state().equal(state), "with a generator given, torch's own was used or set, too")
-    demand(not times_of(own, 7).equal(times_of(own, 7)), "without a generator, all times drawn are the same")
-    torch.set_rng_state(state)
-    again = times_of(own, 7)
-    torch.set_rng_state(state)
-    demand(times_of(own, 7).equal(again), "without a generator, torch.manual_seed does not decide")
+        state, with_shift = torch.get_rng_state(), f"with shift {shift} "
+        demand(draw(1).equal(draw(1)) and not draw(1).equal(draw(2)),
+               with_shift + "not the generator decides which times are drawn")
+        one = torch.Generator().manual_seed(1)
+        demand(not draw(one).equal(draw(one)), with_shift + "a generator's next times are the same")
+        demand(torch.get_rng_state().equal(state), with_shift + "torch's own generator was used or set beside the given")
+        demand(not draw().equal(draw()), with_shift + "and without a generator, all times drawn are the same")
+        torch.set_rng_state(state)
+        again = draw()
+        torch.set_rng_state(state)
+        demand(draw().equal(again), with_shift + "and without a generator, torch.manual_seed does not decide")
 
 
 def light(own, real):
     """times are float32, as the latents of which they make x_t"""
-    z, noise, _ = latents((3, 4, 5, 2), torch.float32)
-    x_t = own.diffusion.add_noise(z, noise, times_of(own, 3))
-    demand(x_t.dtype == z.dtype, f"z is {z.dtype}, and x_t, with the times drawn, {x_t.dtype}: the DiT would refuse it")
+    for shift in (1.0, 3.0):
+        z, noise, _ = latents((3, 4, 5, 2), torch.float32)
+        x_t = own.diffusion.add_noise(z, noise, times_of(own, 3, shift=shift))
+        demand(x_t.dtype == z.dtype, f"z is {z.dtype}, and x_t, with the times drawn, {x_t.dtype}: the DiT would refuse it")
 
 
 CLAIMS = [ends, straight, squares, gradient, along, least, bell, shifted, any_place, drawn, light]
