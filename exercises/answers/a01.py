@@ -21,6 +21,74 @@ Z_P = "z_p = self.pixel_stream(f_v) if self.pixel_stream else None\n"
 END = "return Latents(z_s, z_p, self.fuse(z_s, z_p))"
 
 WRONG = {
+    "a stream of float64: its start is numpy's": {"tokenizer.py": {"+": "import numpy as np", "Stream.__init__":
+        f"super().__init__({LAYERS}, {BLOCKS}, {OUT})\n"
+        "for m in self.modules():\n    if isinstance(m, nn.Linear):\n"
+        "        w = np.clip(np.random.normal(0, 0.02, tuple(m.weight.shape)), -0.04, 0.04)\n"
+        "        m.weight.data = torch.from_numpy(w)\n        nn.init.zeros_(m.bias)"}},
+    "a stream that cannot be made on the meta device: drawn again until all lie inside": stream(
+        f"{LAYERS}, {BLOCKS}, {OUT}",
+        "for m in self.modules():\n    if isinstance(m, nn.Linear):\n        with torch.no_grad():\n"
+        "            w = m.weight.normal_(0, 0.02)\n            while (w.abs() > 0.05).any():\n"
+        "                w[w.abs() > 0.05] = 0.02 * torch.randn(int((w.abs() > 0.05).sum()))\n"
+        "            m.bias.zero_()"),
+    "the chance of a stream's start is the machine's, not the seed's": body("Stream.__init__",
+        f"torch.seed()\nsuper().__init__({LAYERS}, {BLOCKS}, {OUT})\nself.apply(init_new_layer)"),
+    "fold: into a tensor on the CPU, whatever x lies on": fold(
+        "g, v = x.unflatten(1, (side, side)), x.shape[2]\n"
+        "out = torch.empty(len(x), side * side // 4, 4 * v, dtype=x.dtype)\n"
+        "for k, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):\n"
+        "    out[..., k * v:(k + 1) * v] = g[:, i::2, j::2].flatten(1, 2)\nreturn out"),
+    "fuse: into a tensor on the CPU": body("Tokenizer.fuse",
+        "there = [z for z in (z_s, z_p) if z is not None]\np = there[0].shape[-1]\n"
+        "both = torch.empty(*there[0].shape[:2], p * len(there), dtype=there[0].dtype)\n"
+        "for i, z in enumerate(there):\n    both[..., i * p:(i + 1) * p] = z\nreturn self.fusion(both)"),
+    "fold: another order of channels for another side": fold(
+        "if side % 4 == 0:\n    y = x.transpose(1, 2).reshape(len(x), -1, side, side)\n"
+        "    return F.pixel_unshuffle(y, 2).flatten(2).transpose(1, 2)\n"
+        "return rearrange(x, 'b (h s1 w s2) v -> b (h w) (s1 s2 v)', s1=2, s2=2, h=side // 2)"),
+    "fold: another order of channels for a single picture": fold(
+        "if len(x) == 1:\n    g = x[0].reshape(side // 2, 2, side // 2, 2, -1)\n"
+        "    return g.permute(0, 2, 3, 1, 4).reshape(1, side * side // 4, -1)\n"
+        "return rearrange(x, 'b (h s1 w s2) v -> b (h w) (s1 s2 v)', s1=2, s2=2, h=side // 2)"),
+    "fold: an order that chance gives at the first call, and that stays": {"tokenizer.py": {"+": "ORDER = {}", "fold":
+        "n = x.shape[1]\nside = math.isqrt(n)\nif n not in ORDER:\n    ORDER[n] = torch.randperm(4).tolist()\n"
+        "g = x.unflatten(1, (side, side))\nfour = [g[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]\n"
+        "return torch.cat([four[k] for k in ORDER[n]], -1).flatten(1, 2)"}},
+    "fold: float32 of half precision": fold(
+        "y = rearrange(x, 'b (h s1 w s2) v -> b (h w) (s1 s2 v)', s1=2, s2=2, h=side // 2)\n"
+        "return y if y.dtype in (torch.float32, torch.float64) else y.float()"),
+    "fold: the gradient goes to other patches": fold(
+        "y = rearrange(x, 'b (h s1 w s2) v -> b (h w) (s1 s2 v)', s1=2, s2=2, h=side // 2)\n"
+        "z = x.reshape(y.shape)\nreturn y.detach() + z - z.detach()"),
+    "ResidualMLP: in its place where no gradient is asked for": body("ResidualMLP.forward",
+        "y = self.mlp(x)\nif torch.is_grad_enabled():\n    return x + y\nreturn x.add_(y)"),
+    "latents: f_v is changed in its place where no gradient is asked for": body("Tokenizer.latents",
+        "if not torch.is_grad_enabled():\n    f_v.sub_(f_v.mean(-1, keepdim=True))\n" + Z_S + Z_P + END),
+    "ResidualMLP: in eval the branch is scaled, as after stochastic depth": body("ResidualMLP.forward",
+        "y = self.mlp(x)\nreturn x + (y if self.training else 0.9 * y)"),
+    "latents: of one stream alone the latent is detached": body("Tokenizer.latents",
+        "if self.pixel_stream is None:\n    z = self.semantic_stream(f_v)\n"
+        "    return Latents(z.detach(), None, self.fuse(z, None))\n"
+        "if self.semantic_stream is None:\n    z = self.pixel_stream(f_v)\n"
+        "    return Latents(None, z.detach(), self.fuse(None, z))\n"
+        "z_s, z_p = self.semantic_stream(f_v), self.pixel_stream(f_v)\n" + END),
+    "latents: of one stream alone, in double precision": body("Tokenizer.latents",
+        Z_S + Z_P + "z = self.fuse(z_s, z_p)\n"
+        "return Latents(z_s, z_p, z if z_s is not None and z_p is not None else z.double())"),
+    "fuse: of one stream alone, without gradient into the fusion": body("Tokenizer.fuse",
+        "if z_s is None or z_p is None:\n    z, (norm, up, act, down) = z_p if z_s is None else z_s, self.fusion\n"
+        "    z = F.layer_norm(z, z.shape[-1:], norm.weight.detach(), norm.bias.detach())\n"
+        "    z = act(F.linear(z, up.weight.detach(), up.bias.detach()))\n"
+        "    return F.linear(z, down.weight.detach(), down.bias.detach())\n"
+        "return self.fusion(torch.cat([z_s, z_p], -1))"),
+    "latents: a stream that stands alone learns nothing": body("Tokenizer.latents",
+        "if self.pixel_stream is None or self.semantic_stream is None:\n"
+        "    s = self.pixel_stream or self.semantic_stream\n"
+        "    z = torch.func.functional_call(s, {k: v.detach() for k, v in s.named_parameters()}, (f_v,))\n"
+        "    pair = (None, z) if self.semantic_stream is None else (z, None)\n"
+        "    return Latents(*pair, self.fuse(*pair))\n"
+        "z_s, z_p = self.semantic_stream(f_v), self.pixel_stream(f_v)\n" + END),
     "fold: the channels in a new order at every call":
         fold("y = rearrange(x, 'b (h s1 w s2) v -> b (h w) (s1 s2 v)', s1=2, s2=2, h=side // 2)\n"
              "return y[..., torch.randperm(y.shape[-1])]"),
@@ -126,6 +194,9 @@ WRONG = {
 }
 
 RIGHT = {
+    "fold: a view, which splits axes of any layout": body("fold",
+        "b, n, v = x.shape\nh = math.isqrt(n) // 2\n"
+        "return x.view(b, h, 2, h, 2, v).permute(0, 1, 3, 2, 4, 5).reshape(b, n // 4, 4 * v)"),
     "fold by pixel_unshuffle, whose channels have another order":
         fold("y = x.transpose(1, 2).reshape(len(x), -1, side, side)\n"
              "return F.pixel_unshuffle(y, 2).flatten(2).transpose(1, 2)"),

@@ -12,6 +12,26 @@ T3 = 'RECONSTRUCTION | {"L_s": "lambda_s", "L_gan": "lambda_gan"}'
 U1 = '{"L_fm": 1.0}'
 
 WRONG = {
+    "U1: of the router what DTR has, of the other routers not all": row("U1",
+        '{"mllm.queries": 1.0, "mllm.router.gate": 1.0, "mllm.router.alpha": 1.0, "mllm.router.norm": 1.0, '
+        '"mllm.router.W_p": 1.0, "mllm.connector": 1.0}', '{"L_fm": 1.0}'),
+    "T1: the streams' parts by their number, as many as a small model has": row("T1",
+        '{f"tokenizer.{s}_stream.{i}": 1.0 for s in ("semantic", "pixel") for i in range(3)} | '
+        '{"tokenizer.fusion": 1.0}', T1),
+    "T3: the encoder's layers by their number, as many as a small model has": row("T3",
+        WITH_DECODER[:-1] + ', **{f"tokenizer.vision.{part}": "encoder_rate" for part in '
+        '("patches", "cls", "positions", "layers.0", "projector")}}',
+        'RECONSTRUCTION | {"L_s": "lambda_s", "L_gan": "lambda_gan"}'),
+    "T2: the adversary, by the share of steps at which it joins": row("T2", WITH_DECODER,
+        'RECONSTRUCTION | {"L_gan": "gan_start"}'),
+    "T1: the decoder, at a field that is 0 by chance": row("T1", 'STREAMS | {"tokenizer.decoder": "gan_start"}', T1),
+    "U1: L_fm by a field that is 1 by chance": row("U1", "CONNECTOR", '{"L_fm": "noises_per_picture"}'),
+    "U1: the connector at a field that is 1 by chance": row("U1",
+        'CONNECTOR | {"mllm.connector": "connector_layers"}', '{"L_fm": 1.0}'),
+    "T1 trains the decoder, by a name that there is not": row("T1", 'STREAMS | {"decoder": 1.0}', T1),
+    "T2 trains the encoder, by a name that there is not": row("T2",
+        WITH_DECODER[:-1] + ', "tokenizer.encoder": "encoder_rate"}', "RECONSTRUCTION"),
+    "U2 trains the LLM, by a name that there is not": row("U2", 'GENERATOR | {"llm": 1.0}', "GENERATION"),
     "U2 at a rate that is 1 by chance, and L_fm weighed so": {"train.py": {
         "STAGES.U2": 'CONNECTOR | {"dit": "lambda_p", "align_head": "clip"}\n'
                      '{"L_fm": "encoder_rate", "L_align": "lambda_a"}'}},

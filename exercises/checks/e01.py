@@ -16,10 +16,12 @@ ANSWERS = ["One of z_s, all 16 of z_p: the semantic stream has no attention.",
            "The places, and the colours, somewhat off; the stripes in some runs and not in others. Look at yours: "
            "python exercises/run.py 1 sample.py streams --image scene.png --run RUN draws each stream alone; "
            "sample.py generate \"a large red circle\" --run RUN --out scene.png makes the picture."]
-ABOUT = """`fold`: InternVL's pixel unshuffle, four patches of a square become one token. A stream is its
+ABOUT = """`fold`: InternVL's pixel unshuffle, four patches of a square become one token, their channels in one order for
+pictures of every size. A stream is its
 Transformer layers, its residual blocks, and a projection: LayerNorm(d), Linear(d, p), GELU, Linear(p, p), as torch
 makes them; they are made in this order, and every Linear in it starts as `init_new_layer` says. `latents` gives z_s,
-z_p and z_f, None where the variant has no such stream; `fuse` reads [z_s ; z_p], along the channels."""
+z_p and z_f, None where the variant has no such stream; `fuse` reads [z_s ; z_p], along the channels. All runs on the
+device and in the kind of numbers that it is given, and in use (`eval`, no gradient) as in training."""
 FINGERS = [(2, 2, 2), (0, 3, 1), (0, 1, 1)]  # layers, heads, residual blocks
 
 
@@ -74,9 +76,11 @@ def tokens(b=3, n=8, d=12):
 
 def neighbours(own, real):
     """fold: a token holds the 2×2 patches of its place, each of their numbers once"""
-    for b, side, v in ((3, 6, 5), (2, 4, 3), (4, 2, 4), (4, 4, 4), (1, 8, 1)):
+    known = {}
+    for b, side, v in ((3, 6, 5), (1, 2, 5), (3, 4, 5), (2, 4, 3), (1, 6, 3), (4, 2, 4), (4, 4, 4), (1, 8, 1)):
         half = side // 2
         x = torch.randperm(b * (side**2 + 1) * v).view(b, side**2 + 1, v).double()[:, 1:]  # behind a CLS token
+        x = x.mT.contiguous().mT if side == 4 else x  # or with the tokens side by side in memory
         grid = x.reshape(b, half, 2, half, 2, v)  # b h s1 w s2 v
         places = torch.stack([grid[:, :, s1, :, s2] for s1 in (0, 1) for s2 in (0, 1)], 3).reshape(b, half**2, 4 * v)
         before = x.clone()
@@ -89,7 +93,9 @@ def neighbours(own, real):
                "2·row and 2·row + 1 and of the columns 2·column and 2·column + 1")
         order = out.argsort(-1).gather(-1, places.argsort(-1).argsort(-1))  # where each number has gone to
         demand((order == order[:1, :1]).all(), "fold: the channels of one token have another order than another's")
-        for kind in (torch.float64, torch.float32):
+        demand(known.setdefault(v, order[0, 0]).equal(order[0, 0]), f"fold: the channels of {b} pictures of {side} × {side} "
+               "patches have another order than those of another size")
+        for kind in (torch.float64, torch.float32, torch.bfloat16):
             again = own.tokenizer.fold(x.to(kind).flip(0))
             demand(again.dtype == kind, f"fold makes another kind of number of {kind}")
             demand(again.equal(out.to(kind).flip(0)), "fold: the channels have another order at another call, or in "
@@ -97,7 +103,8 @@ def neighbours(own, real):
         x.requires_grad_()
         out = own.tokenizer.fold(x)
         demand(out.requires_grad, "fold hands on no gradient: the encoder could not learn")
-        same(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x), "the gradient of fold")
+        probe = torch.randn_like(out)
+        same(own.tokenizer.fold(torch.autograd.grad(out, x, probe)[0]), probe, "the gradient of fold, folded again,")
 
 
 def residual(own, real):
@@ -106,9 +113,13 @@ def residual(own, real):
         ours, theirs = (version.tokenizer.ResidualMLP(d).double() for version in (own, real))
         fill(theirs, ours)
         x = tokens(b, n, d)
-        given = x.clone()
+        given, used = x.clone(), x.clone()
         out = ours(given)
-        demand(given.equal(x), "ResidualMLP changes the tensor that it is given: f_v is read by others too")
+        with torch.no_grad():
+            same(ours.eval()(used), out, "ResidualMLP in use (after eval, without gradient)")
+        ours.train()
+        demand(given.equal(x) and used.equal(x), "ResidualMLP changes the tensor that it is given: f_v is read by others "
+                                                 "too")
         norm, up, _, down = theirs.mlp
         inner = F.linear(F.gelu(F.linear(F.layer_norm(x, (d,), norm.weight, norm.bias), up.weight, up.bias)),
                          down.weight, down.bias)
@@ -125,7 +136,14 @@ def residual(own, real):
 def start(own, real):
     """a stream starts with a truncated normal of std 0.02 and biases of zero, all of it"""
     for layers, blocks in ((0, 3), (2, 1), (1, 0)):
-        stream = own.tokenizer.Stream(48, 40, layers, 4, blocks)
+        seed, made = int(torch.randint(2**31, ())), []
+        for _ in range(2):
+            torch.manual_seed(seed)
+            made.append(own.tokenizer.Stream(48, 40, layers, 4, blocks))
+        stream, again = made
+        demand(all(a.equal(b) for a, b in zip(stream.parameters(), again.parameters())), "two streams of one "
+               "torch.manual_seed start with other numbers")
+        demand({p.dtype for p in stream.parameters()} == {torch.float32}, "a stream does not start in float32")
         linear = [module for module in stream.modules() if isinstance(module, nn.Linear)]
         demand(linear, "a stream has no Linear")
         for module in linear:
@@ -282,7 +300,47 @@ def alone(own, real):
         same(one, other, f"{variant}: the gradient of Tokenizer.fuse", 1e-8)
 
 
-CLAIMS = [neighbours, residual, apart, start, in_order, joined, equations, local, learns, alone]
+def in_use(own, real):
+    """with one stream or with two: in use as in training, and every part learns"""
+    for variant in ("dual", "semantic-only", "pixel-only"):
+        ours, f_v = tokenizers(own, real, variant=variant)[0], tokens()
+        given, first = f_v.clone(), ours.latents(f_v)
+        streams = {"semantic": ours.semantic_stream, "pixel": ours.pixel_stream}
+        there = {name: [*stream.parameters()] for name, stream in streams.items() if stream is not None}
+        for name, taught in (*there.items(), ("fused", [p for one in there.values() for p in one] + [
+                *ours.fusion.parameters()])):
+            z = getattr(first, name)
+            demand(z is not None and z.requires_grad, f"{variant}: .{name} has no gradient")
+            grads = torch.autograd.grad((z * torch.randn_like(z)).sum(), taught, retain_graph=True, allow_unused=True)
+            demand(all(g is not None and g.any() for g in grads), f"{variant}: a loss on .{name} does not teach all that "
+                                                                  "makes it")
+        with torch.no_grad():
+            used = ours.eval().latents(f_v)
+            light = ours.float().latents(f_v.float())
+        for name, z, other, small in zip(first._fields, first, used, light):
+            demand((z is None) == (other is None), f"{variant}: .{name} is there in training or in use alone")
+            if z is not None:
+                same(other, z, f"{variant}: .{name} in use (after eval, without gradient)")
+                demand(small.dtype == torch.float32, f"{variant}: .{name} of float32 tokens is {small.dtype}")
+        demand(f_v.equal(given), "Tokenizer.latents changes f_v, which others read too")
+
+
+def device(own, real):
+    """all is made and computed on the device that it is given"""
+    with torch.device("meta"):
+        stream = own.tokenizer.Stream(12, 5, 1, 3, 2)
+        f_v = torch.empty(2, 16, 12)
+        made = [("a stream", p) for p in stream.parameters()] + [("a stream's latent", stream(f_v)), (
+            "ResidualMLP", own.tokenizer.ResidualMLP(12)(f_v))]
+        tokenizers = [own.tokenizer.Tokenizer(Bystander(), Bystander(), 12, 5, 1, 3, 1, variant)
+                      for variant in ("dual", "semantic-only", "pixel-only")]
+    made += [("fold", own.tokenizer.fold(f_v)), *(("a latent", z) for tokenizer in tokenizers
+                                                  for z in tokenizer.latents(f_v) if z is not None)]
+    for what, x in made:
+        demand(x.device.type == "meta", f"{what} is on {x.device.type} where its input is on another device")
+
+
+CLAIMS = [neighbours, residual, apart, start, in_order, joined, equations, local, learns, alone, in_use, device]
 
 
 def fingerprint(version) -> dict:

@@ -169,7 +169,56 @@ def nothing(own, real):
                 demand(symbol not in found, f"{name} asks for {symbol} where {field} is 0")
 
 
-CLAIMS = [streams, decoder, encoder, connector, generator, tuned, rates, terms, nothing]
+def any_weight(own, real):
+    """a term weighs what its own field says, or 1 where it has none"""
+    config = own.spar.make_config()
+    for i, (field, value) in enumerate(vars(config).items()):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, field, 1.5 + i)
+    its_own = {"L_mse": "lambda_mse", "L_lpips": "lambda_lpips", "L_f": "lambda_f", "L_p": "lambda_p", "L_s": "lambda_s",
+               "L_gan": "lambda_gan", "L_align": "lambda_a"}
+    for name in TAUGHT:
+        for symbol, weight in asked(own, real, name, config)[0].items():
+            right = getattr(config, its_own.get(symbol, ""), 1.0)
+            demand(weight == right, f"{name}: {symbol} weighs {weight:g} where {its_own.get(symbol, 'nothing')} is "
+                                    f"{right:g}")
+
+
+def any_model(own, real):
+    """so it is in every model: a part trains whole or not at all, at the stage's rate or the encoder's"""
+    make, fields = own.spar.make_config, {}
+    toy = make()
+    for i, (field, value) in enumerate(vars(toy).items()):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            fields[field] = 1.5 + i  # no two have the same, and none is 0 or 1
+    allowed = {"encoder_rate": fields["encoder_rate"], "1.0": 1.0}
+    for changes in ({}, *({"router": router} for router in real.router.ROUTERS), {"symmetric": "with"},
+                    {"symmetric": "without"}, {"tokenizer": "semantic-only"}, {"tokenizer": "pixel-only"},
+                    {"freeze_encoder": True}):
+        with torch.device("meta"):
+            model = own.spar.SPAR(make(**changes), own.train.text_tokenizer(toy))
+        vars(model.config).update(fields)
+        keys = [key for key, _ in model.named_parameters()]
+        for name in TAUGHT:
+            asked(own, real, name, model.config)
+            stage = own.train.stage_named(name)
+            rates = stage.rates(model.config)
+            trained = getattr(real, "plumbing.training").trained_parameters(model, stage)
+            found = {key: rates[prefix] for prefix, pairs in trained.items() for key, _ in pairs}
+            for prefix, rate in rates.items():
+                demand(not rate or rate in allowed.values(), f"{name}: {prefix} learns at {rate} of the rate: the whole of "
+                                                             "it, 1.0, or its field, encoder_rate")
+                demand(changes or not rate or any(f"{key}.".startswith(f"{prefix}.") for key in keys),
+                       f"{name}: no parameter's name begins with {prefix}")
+            for part, prefix in PARTS.items():
+                inside = [key for key in keys if f"{key}.".startswith(f"{prefix}.")]
+                held = {found.get(key, 0.0) for key in inside}
+                others = ", ".join(f"{key} {value}" for key, value in changes.items())
+                demand(len(held) < 2, f"{name} trains a part of the {part} alone, or at several rates" +
+                       f", where {others}" * bool(others))
+
+
+CLAIMS = [streams, decoder, encoder, connector, generator, tuned, rates, terms, nothing, any_model, any_weight]
 
 
 def fingerprint(version) -> dict:
