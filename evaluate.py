@@ -120,7 +120,8 @@ def editing(model: SPAR, world: DrawnWorld, how: Protocol, rewrite: bool = True)
 
 
 def evaluation_id(run: Path, how: Protocol) -> str:
-    digest = hashlib.sha256(json.dumps([vars(how), "ema"]).encode())
+    asked = {key: value for key, value in vars(how).items() if (key, value) != ("shift", Protocol.shift)}
+    digest = hashlib.sha256(json.dumps([asked, "ema"]).encode())
     for path in sorted(run.glob("[PTU][123].pt")):
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in sorted(content["ema"].items()):
@@ -145,8 +146,9 @@ def evaluate(run: Path, how: Protocol = Protocol(), device: str = "cpu", only: s
     else:
         tables = drawn_tables(run, model, before, how, only.split(","))
     seconds = time.time() - start
-    results = {"eval_id": evaluation_id(run, how), "seed": model.config.seed, "seconds": round(seconds, 1),
-               "data": model.config.data, "protocol": vars(how)} | machine(run, seconds)
+    results = {"eval_id": evaluation_id(run, how), "preset": model.config.preset, "seed": model.config.seed,
+               "stages": model.finished_stages, "seconds": round(seconds, 1), "data": model.config.data,
+               "protocol": vars(how)} | machine(run, seconds)
     results |= {name: table for name, table in tables.items() if name in only.split(",")}
     results["ablation"] = config_diff(model.config)
     write_text(run / "results.json", json.dumps(results, indent=1) + "\n")
@@ -191,9 +193,14 @@ def print_tables(results: dict) -> None:
         print(f"eval_id {results['eval_id']}   seed {results['seed']}   {results['seconds']:.0f} s")
 
 
+def asked_alike(results: dict) -> tuple:
+    """What the results of runs that are compared have in common: on which data they were measured, and how."""
+    return results.get("data"), vars(Protocol()) | results.get("protocol", {})
+
+
 def over_runs(several: list[dict]) -> dict[str, dict]:
     """Results of runs -> the tables that all have: of each figure the mean over runs and the 95 % interval of it."""
-    if any(one.get(key) != several[0].get(key) for one in several for key in ("protocol", "data")):
+    if any(asked_alike(one) != asked_alike(several[0]) for one in several):
         raise UserError("these runs were measured by other protocols or on other data: measure them alike first")
     means = {}
     for name in (name for name in TABLES if all(name in one for one in several)):

@@ -41,10 +41,11 @@ class Protocol:
     steps: int | None = None  # None, here and below: as the run draws
     guidance: float | None = None
     sampler: str | None = None
+    shift: float = 3.0  # of the sampler's σ; 3.0 is in no `eval_id`, which is older than this field
 
     def of(self, config: "Config") -> "Protocol":
         """With the run's own numbers where none is given."""
-        return replace(self, **config.sampling(self.steps, self.guidance, self.sampler))
+        return replace(self, shift=config.sampling_shift, **config.sampling(self.steps, self.guidance, self.sampler))
 
 
 @dataclass

@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT)]
 import plumbing.command  # before torch, whose threads wait as it says
 from PIL import Image, ImageDraw
 
+from evaluate import asked_alike
 from exercises.checks.e10 import Run, differing, figure, read_control, spread_of
 from exercises.checks.tools import Wrong
 from plumbing.command import Parser, UserError, run_command
@@ -53,8 +54,7 @@ def pool(path: str, runs: list[Path], control: list[Path]) -> tuple[Arm, list[Ar
     try:
         controls, others = each_once(read_control(control)), each_once(read_control(runs))
         for one in controls + others:
-            if one.results["protocol"] != controls[0].results["protocol"] or (
-                    one.results.get("data") != controls[0].results.get("data")):
+            if asked_alike(one.results) != asked_alike(controls[0].results):
                 raise UserError(f"{one.where} was measured by another protocol or on other data than "
                                 f"{controls[0].where}: measure them alike first")
         for one in controls:

@@ -36,7 +36,8 @@ def make_run(run: Path, psnr: float, understanding: float, count: int = 50, **ch
 
 def measure(run: Path, tables: dict, how: Protocol) -> None:
     config = load_config(run)
-    results = {"eval_id": evaluation_id(run, how), "seed": config.seed, "data": "", "protocol": vars(how)} | tables
+    results = {"eval_id": evaluation_id(run, how), "preset": config.preset, "seed": config.seed, "data": config.data,
+               "stages": sorted(path.stem for path in run.glob("[PTU][123].pt")), "protocol": vars(how)} | tables
     (run / "results.json").write_text(json.dumps(results | {"ablation": config_diff(config)}), encoding="utf-8")
 
 
@@ -46,7 +47,7 @@ def make(folder: Path) -> tuple[Path, dict, Path]:
     for seed, (psnr, understanding) in enumerate(CONTROL):
         make_run(control / f"seed{seed}", psnr, understanding, seed=seed)
     run = make_run(folder / "mine", 31.4321, 0.75, lambda_s=0.0)
-    (folder / "predictions.md").write_text("lower, since nothing holds the encoder\n", encoding="utf-8")
+    (folder / "predictions.md").write_text("# What I expect\n\n## 10 Does it hold here?\n\n> lower\n", encoding="utf-8")
     os.utime(folder / "predictions.md", (1e9, 1e9))
     return run, sheet_of("understanding.overall", 0.75, "-", "holds"), control
 
@@ -165,7 +166,145 @@ def first_seed_as_control(run, sheet, control):
     sheet.update(control=0.91, difference=-0.16)
 
 
+def field(flag: str, **changes):
+    """The arm has other fields, and the sheet this flag."""
+    def change(run, sheet, control):
+        configured(**{"lambda_s": 0.05} | changes)(run, sheet, control)
+        sheet.update(flag=flag)
+    return change
+
+
+def figures(arm: float, held: tuple, verdict: str, sign: str = "+", digits: int = 4, **fields):
+    """Understanding of the arm and of the control's runs, written with so many digits."""
+    def change(run, sheet, control):
+        for folder in (run, control):
+            shutil.rmtree(folder)
+        for seed, value in enumerate(held):
+            make_run(control / f"seed{seed}", 30.0 + seed, value, seed=seed)
+        make_run(run, 31.0, arm, lambda_s=0.0)
+        mean = sum(held) / len(held)
+        spread = (sum((value - mean) ** 2 for value in held) / (len(held) - 1)) ** 0.5
+        sheet.update(control=round(mean, digits), mine=round(arm, digits), spread=round(spread, digits),
+                     difference=round(round(arm, digits) - round(mean, digits), digits), verdict=verdict)
+        sheet["prediction"]["sign"] = sign
+        sheet.update(fields)
+    return change
+
+
+def measured_again(run: Path, **tables) -> None:
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    kept = {key: results[key] for key in ("reconstruction", "understanding")}
+    measure(run, kept | tables, Protocol(**results["protocol"]))
+
+
+def lost_t3(run: Path) -> None:
+    (run / "T3.pt").rename(run / "T2.pt")
+    measured_again(run)
+
+
+def reseeded_control(control: Path) -> None:
+    shutil.rmtree(control)
+    for k, pair in enumerate(CONTROL):
+        make_run(control / f"control-{k + 1}", *pair, reseed=k + 1)
+
+
+def control_of_one_seed(run, sheet, control):
+    shutil.rmtree(control)
+    for k, pair in enumerate(CONTROL):
+        make_run(control / f"again{k}", *pair, seed=0)
+
+
+def shifted_sampler(run, sheet, control):
+    """Pictures are judged, and the sampler's shift was changed beside the router."""
+    configured(lambda_s=0.05, router="last", sampling_shift=1.0)(run, sheet, control)
+    for one, value in zip((*sorted(control.iterdir()), run), (0.70, 0.72, 0.74, 0.50)):
+        measured_again(one, generation_direct={"overall": value})
+    sheet.update(flag="--router last", figure="generation_direct.overall", control=0.72, mine=0.5, difference=-0.22,
+                 spread=0.02)
+
+
+def any_value(run, sheet, control):
+    """The control was trained with another λ_s, the arm with the preset's 0.05."""
+    shutil.rmtree(control)
+    for seed, pair in enumerate(CONTROL):
+        make_run(control / f"seed{seed}", *pair, seed=seed, lambda_s=0.0)
+    configured(lambda_s=0.05)(run, sheet, control)
+    sheet.update(flag="--lambda-s 7")
+
+
+def before_the_arm(run, sheet, control):
+    for one in (*control.iterdir(), run):
+        results = json.loads((one / "results.json").read_text(encoding="utf-8"))
+        results["understanding"]["before_t3"] = 0.9943
+        (one / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    sheet.update(figure="understanding.before_t3", control=0.9943, mine=0.9943, difference=0.0, spread=0.0,
+                 verdict="does not hold")
+
+
+def the_same_weights_again(run, sheet, control):
+    again = shutil.copytree(run, run.parent / "again")
+    for name in ("config.json", "results.json"):
+        content = json.loads((again / name).read_text(encoding="utf-8")) | {"seed": 5}
+        (again / name).write_text(json.dumps(content), encoding="utf-8")
+    sheet.update(seeds=["again"])
+
+
+def one_sentence(run, sheet, control):
+    sheet.update(question="the anchor matters", hides="the anchor matters")
+    sheet["prediction"]["why"] = "the anchor matters"
+
+
+def reseeded(run, sheet, control):
+    """The README's own way: arm and control from one shared run, by --reseed."""
+    reseeded_control(control)
+    configured(reseed=7)(run, sheet, control)
+    make_run(run.parent / "again", 31.0, 0.77, lambda_s=0.0, reseed=8)
+    sheet.update(seeds=["again"], mine=0.76, difference=-0.16)
+
+
+def in_another_folder(run, sheet, control):
+    def at(one, *pair, data, **changes):
+        make_run(one, *pair, data=data, **changes)
+        results = json.loads((one / "results.json").read_text(encoding="utf-8"))
+        (one / "results.json").write_text(json.dumps(results | {"data": data}), encoding="utf-8")
+    for folder in (run, control):
+        shutil.rmtree(folder)
+    for seed, pair in enumerate(CONTROL):
+        at(control / f"seed{seed}", *pair, seed=seed, data="/home/teacher/pictures/openmoji-32")
+    at(run, 31.4321, 0.75, lambda_s=0.0, data="/home/ada/pictures/openmoji-32")
+
+
+def goes_on(control: Path) -> None:
+    for one in control.iterdir():
+        shutil.copy(one / "T3.pt", one / "U1.pt")
+        measured_again(one)
+
+
+NEAR = (0.9841, 0.9849, 0.9845)  # mean 0.9845, spread 0.0004: as the understanding of results/class.json
+
 WRONG = {
+    "another preset, and one flag": configured(preset="small"),
+    "the sampler's shift was changed too, and pictures are judged": shifted_sampler,
+    "an unfinished arm: T2's weights were measured": lambda run, sheet, control: lost_t3(run),
+    "an unfinished run in the control": lambda run, sheet, control: lost_t3(control / "seed1"),
+    "a control of one seed, repeated": control_of_one_seed,
+    "a figure of the encoder before T3": before_the_arm,
+    "a repeat with the same weights": the_same_weights_again,
+    "holds: everything rounded until the spread is 0": figures(0.9851, NEAR, "holds", "+", 2),
+    "does not hold: everything rounded until the spread is 0": figures(0.9847, NEAR, "does not hold", "+", 2),
+    "0 holds: everything rounded until the spread is 0": figures(0.9847, NEAR, "holds", "0", 2),
+    "holds: the control rounded, mine not": figures(0.9845, NEAR, "holds", "+", control=0.98, difference=0.0045),
+    "0 holds, where nothing varies": figures(0.9, (0.9, 0.9, 0.9), "holds", "0"),
+    "the flag of a boolean the other way round": field("--anchor", anchor=False),
+    "any value of the flag, where the arm has the preset's": any_value,
+    "the flag without its value": says(flag="--lambda-s"),
+    "the flag without its choice": field("--router", router="last"),
+    "hides: nothing.": says(hides="nothing."),
+    "hides: dots": says(hides="........"),
+    "the handout's blank is still in the question": says(question="Does ______________________________ matter?"),
+    "one sentence for question, why and hides": one_sentence,
+    "one decimal": psnr(control=30.3, mine=31.4, difference=1.2, spread=0.2),
+    "does not hold, where nothing varies": figures(0.9, (0.9, 0.9, 0.9), "does not hold", "0"),
     "two fields were changed": configured(router="last"),
     "nothing was changed": lambda run, sheet, control: configured(lambda_s=0.05)(run, sheet, control),
     "only the steps were changed": configured(lambda_s=0.05, steps=(20,) * 8 + (10,)),
@@ -213,6 +352,22 @@ WRONG = {
 }
 
 RIGHT = {
+    "a control that goes on to U1, where it moves nothing of the figure": lambda run, sheet, control: goes_on(control),
+    "cannot be told, where nothing varies": figures(0.9, (0.9, 0.9, 0.9), "cannot be told", "0"),
+    "an arm repeated with another --reseed, from one shared run": reseeded,
+    "rounded half up: 0.985 as 0.99": figures(0.985, (0.991, 0.993, 0.992), "holds", "-", mine=0.99,
+                                              difference=-0.007),
+    "rounded half up: 0.995 as 1.00": figures(0.995, (0.91, 0.93, 0.92), "holds", "+", mine=1.0, difference=0.08),
+    "the flag with the one that it asks for": field("--align external --teacher runs/other", align="external",
+                                                    teacher="runs/other"),
+    "one number for all nine stages": field("--lr 0.001", lr=(0.001,) * 9),
+    "a number for one stage": field("--batch T3=8", batch=(24, 16, 32, 16, 16, 8, 32, 32, 32)),
+    "nine numbers with blanks": field("--lr " + ", ".join(["0.001"] * 9), lr=(0.001,) * 9),
+    "nine numbers as 1e-3": field("--lr " + ",".join(["1e-3"] * 9), lr=(0.001,) * 9),
+    "LPIPS, which needs two flags": field("--vgg vgg.pt --lpips lpips.pt", vgg="vgg.pt", lpips="lpips.pt"),
+    "the same pictures in another folder": in_another_folder,
+    "the sign as ABOUT's own words": lambda run, sheet, control: (
+        inside("cannot be told")(run, sheet, control), predicts(sign="the same")(run, sheet, control)),
     "as it should be": lambda run, sheet, control: None,
     "does not hold, by another figure and its sign": psnr(sign="-", verdict="does not hold"),
     "holds, and higher": psnr(),

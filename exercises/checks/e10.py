@@ -8,14 +8,18 @@ seed. What the sheet's lines want stands in `ABOUT`.
 
 import json
 import math
+import re
+import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from evaluate import asked_alike, evaluation_id
 from exercises.checks.tools import Wrong, demand
 from plumbing.command import Parser, UserError
+from plumbing.flags import parse
 from plumbing.run_folder import config_diff, load_config
-from spar import HOW, Protocol
+from spar import HOW, NAMES, Protocol, make_config
 
 TITLE, MINUTES = "Does it hold here?", 45
 PREDICT = ["Will the figure of your arm be higher or lower than the control's, or can it not be told?",
@@ -24,14 +28,15 @@ PREDICT = ["Will the figure of your arm be higher or lower than the control's, o
 ABOUT = """The sheet, exercises/work/sheet.json; all down to the prediction is written before the arm is trained:
 
 - `question`: what is asked, in words
-- `flag`: what is changed, one thing: "--router last"
-- `figure`: its place in results.json, such as "reconstruction.psnr"
+- `flag`: what is changed, one thing, as train.py is told: "--router last" (a row of the table that changes two is
+  compared with the arm that has one of them; `half_of_U2` is no arm for the sheet)
+- `figure`: its place in results.json, such as "reconstruction.psnr"; numbers that follow have two decimals or more
 - `prediction`: its `sign` is "+" (the figure becomes higher), "-" (lower) or "0" (the same), its `why` a sentence
 - `control`: the control's figure, of several runs their mean
 - `mine`: the arm's
 - `difference`: mine − control
 - `spread`: the control's standard deviation over its runs, of n − 1
-- `verdict`: "cannot be told" where |difference| < 2 · spread, whatever the prediction; else "holds" where the
+- `verdict`: "cannot be told" where |difference| < 2 · spread, or 0, whatever the prediction; else "holds" where the
   difference has the sign of the prediction, and "does not hold" where it has not (so "0" never holds)
 - `hides`: one thing that this comparison does not show
 - `seeds`: only where the arm was repeated: the folders of the other runs; `mine` is then the mean of all"""
@@ -39,8 +44,10 @@ SHEET = {"question": "", "flag": "", "figure": "reconstruction.psnr", "predictio
          "control": None, "mine": None, "difference": None, "spread": None, "verdict": "", "hides": ""}  # make.py's
 VERDICTS = ("holds", "does not hold", "cannot be told")
 SIGNS = {"+": 1, "higher": 1, "up": 1, "more": 1, "-": -1, "−": -1, "–": -1, "lower": -1, "down": -1, "less": -1,
-         "0": 0, "=": 0, "same": 0}
-WITH_ANOTHER = {"teacher": "align"}  # a field that another one asks for
+         "0": 0, "=": 0, "same": 0, "the same": 0}
+PLACES = ("data", "data_u3", "teacher", "vgg", "lpips", "internvl", "dc_ae", "sana")  # files, at each one's own place
+WORK = Path(__file__).resolve().parent.parent / "work"
+WITH_ANOTHER = {"teacher": "align", "lpips": "vgg"}  # a field that another one asks for
 
 
 # ---------------------------------------------------------------- runs and their figures
@@ -51,12 +58,22 @@ class Run:
     where: Path
     results: dict
     settings: dict  # field -> value, where it is not the preset's; neither seeds nor how it is computed
+    reseed: int = 0
+
+    @property
+    def seeds(self) -> tuple:
+        """By which runs of one configuration differ."""
+        return self.results.get("seed"), self.reseed
+
+    @property
+    def preset(self) -> str:
+        return self.results.get("preset", "toy")
 
 
 def read_json(path: Path) -> dict:
     """Raises Wrong."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before UTF-8
     except OSError:
         raise Wrong(f"there is no {path}") from None
     except (ValueError, RecursionError) as error:
@@ -72,16 +89,22 @@ def read_run(path: Path) -> Run:
     settings, folder = results.get("ablation", {}), path if path.is_dir() else path.parent
     if (folder / "config.json").exists() and (path.is_dir() or path.name == "results.json"):
         try:
-            settings = config_diff(load_config(folder))
+            config = load_config(folder)
         except UserError as error:
             raise Wrong(str(error)) from None
+        settings = config_diff(config)
         recorded = results.get("ablation", {})
-        changed = differing(json.loads(json.dumps(settings)), recorded)
+        changed = differing(json.loads(json.dumps(settings)) | {"preset": config.preset}, recorded | {
+            "preset": results.get("preset", config.preset)})
         demand(not changed, f"{folder}: config.json and results.json differ in {', '.join(changed)}: the results are "
                             "another run's, or config.json was changed since")
+    reseed = settings.get("reseed", 0)
     settings = {key: value for key, value in json.loads(json.dumps(settings)).items()
                 if key not in ("seed", "reseed", *HOW)}
-    return Run(path, results, settings)
+    for content in (settings, results):  # the same pictures may lie in another folder
+        if content.get("data"):
+            content["data"] = Path(content["data"]).name
+    return Run(path, results, settings, reseed)
 
 
 def read_control(paths: list[Path]) -> list[Run]:
@@ -101,6 +124,7 @@ def differing(a: dict, b: dict) -> list[str]:
 def figure(results: dict, path: str) -> float:
     """The number at a dotted path, such as reconstruction.psnr. Raises Wrong."""
     keys, value = str(path).split("."), results
+    demand(keys[-1] != "before_t3", f"{path} is the encoder's as P1 left it, which the arm does not change")
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     told = f"results.json has no figure {path!r}: it is one such as reconstruction.psnr (a training loss is none)"
@@ -117,7 +141,7 @@ def spread_of(values: list[float]) -> float:
 
 
 def rule(difference: float, spread: float, sign: int) -> str:
-    if abs(difference) < 2 * spread:
+    if abs(difference) < 2 * spread or difference == 0:
         return "cannot be told"
     return "holds" if (difference > 0) - (difference < 0) == sign else "does not hold"
 
@@ -145,10 +169,14 @@ def number(sheet: dict, key: str) -> float:
     return float(value)
 
 
+def digits_of(written: float) -> int:
+    """Decimals that a number on the sheet has, two at least."""
+    return max(2, len(f"{written:.9f}".rstrip("0").partition(".")[2]))
+
+
 def rounds_to(value: float, written: float) -> bool:
-    """Whether this was written for that, with two decimals or more."""
-    return any(math.isclose(round(value, digits), written, rel_tol=0, abs_tol=1e-9) for digits in range(2, 9)) or (
-        math.isclose(value, written, rel_tol=1e-9, abs_tol=1e-9))
+    """Whether this was written for that, with two decimals or more, halves rounded either way."""
+    return abs(value - written) <= 0.5 * 10.0 ** -digits_of(written) + 1e-9
 
 
 def sign_of(prediction) -> int:
@@ -160,19 +188,30 @@ def sign_of(prediction) -> int:
     return found
 
 
-def field_of(flag) -> tuple[str, str]:
-    """"--router last" or "router=last" -> (router, last); "--no-anchor" -> (anchor, False)"""
-    words = str(flag).replace("=", " ").split()
-    demand(words, "flag on the sheet is empty: what was changed?")
-    name = words[0].lstrip("-").replace("-", "_")
-    if name.startswith("no_"):
-        return name[3:], "False"
-    return name, " ".join(words[1:])
+def told(flag, run: Run) -> dict:
+    """Which fields the sheet's flag names, and what train.py makes of them: "--router last" or "router=last". Raises
+    Wrong."""
+    text = re.sub(r",\s+", ",", str(flag).strip())
+    if not text.startswith("-"):
+        text = "--" + text.replace("=", " ", 1)
+    words = [word.replace("_", "-") if word.startswith("--") else word for word in shlex.split(text)]
+    demand(words[0] != "--", "flag on the sheet is empty: what was changed?")
+    asked = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    for field in WITH_ANOTHER:  # which train.py asks for beside the other
+        if WITH_ANOTHER[field] in asked and field not in asked and run.settings.get(field):
+            words += [f"--{field}", str(run.settings[field])]
+    try:
+        config, _ = parse(arguments=["--preset", run.preset, *words])
+    except (UserError, ValueError, TypeError) as error:
+        raise Wrong(f"flag on the sheet, {flag!r}: {error}") from None
+    names = [field for one in asked for name in [one.replace("-", "_")] for field in (name, name.removeprefix("no_"))]
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
-def words_of(sheet: dict, key: str, value) -> None:
-    text = "".join(value.split()) if isinstance(value, str) else ""
-    demand(len(text) >= 8, f"{key} on the sheet {'says too little' if text else 'is empty'}: {value!r}")
+def words_of(key: str, value) -> None:
+    letters = sum(sign.isalpha() for sign in value) if isinstance(value, str) else 0
+    demand(letters >= 8 and "__" not in value, f"{key} on the sheet {'says too little' if letters else 'is empty'}: "
+                                               f"{value!r}")
 
 
 # ---------------------------------------------------------------- claims
@@ -183,9 +222,12 @@ def complete(case: Case) -> None:
     prediction = case.sheet.get("prediction")
     demand(isinstance(prediction, dict), "prediction on the sheet wants a sign and a why")
     sign_of(prediction)
-    for key, value in (("question", case.sheet.get("question")), ("prediction: why", prediction.get("why")),
-                       ("hides", case.sheet.get("hides"))):
-        words_of(case.sheet, key, value)
+    said = {"question": case.sheet.get("question"), "prediction: why": prediction.get("why"),
+            "hides": case.sheet.get("hides")}
+    for key, value in said.items():
+        words_of(key, value)
+    demand(len({" ".join(value.lower().split()) for value in said.values()}) == 3,
+           "question, why and hides say the same on the sheet")
 
 
 def one_change(case: Case) -> None:
@@ -197,26 +239,22 @@ def one_change(case: Case) -> None:
     for other in case.repeats:
         changed = differing(other.settings, case.run.settings)
         demand(not changed, f"the arm's runs differ in {', '.join(changed)}: {other.where}, {case.run.where}")
+    for other in (*case.control, *case.repeats):
+        demand(other.preset == case.run.preset, f"{other.where} has the preset {other.preset}, {case.run.where} "
+               f"{case.run.preset}: there every number differs")
     changed = differing(case.run.settings, case.control[0].settings)
     changed = [key for key in changed if key != "steps" and WITH_ANOTHER.get(key) not in changed]
     demand(changed, "no field of the configuration differs from the control's: other steps or another seed are no "
                     "question")
     demand(len(changed) == 1, f"{len(changed)} fields differ from the control's: {', '.join(changed)}: which of them "
                               "made the difference?")
-    name, value = field_of(case.sheet.get("flag", ""))
-    demand(name == changed[0], f"the sheet's flag is {name}, what differs is {changed[0]}")
-    if value and name in case.run.settings:
-        is_now = case.run.settings[name]
-        now = ",".join(map(str, is_now)) if isinstance(is_now, list) else str(is_now)
-        demand(value.lower() == now.lower() or is_number(value) and is_number(now) and float(value) == float(now),
-               f"the sheet says {name} {value}, the run has {now}")
-
-
-def is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    named, plain = told(case.sheet.get("flag", ""), case.run), asdict(make_config(preset=case.run.preset))
+    demand(changed[0] in named, f"the sheet's flag names {', '.join(named) or 'no field'}, what differs is {changed[0]}")
+    for name, value in named.items():
+        has = case.run.settings.get(name, plain[name])
+        if name not in ("seed", "reseed", "steps", *HOW):
+            demand(value == (tuple(has) if isinstance(value, tuple) else has) or name in PLACES,
+                   f"the sheet says {name} {value}, the run has {has}")
 
 
 def same_terms(case: Case) -> None:
@@ -225,14 +263,21 @@ def same_terms(case: Case) -> None:
         demand(case.run.settings.get("steps") == other.settings.get("steps"),
                f"other steps: {case.run.where} {case.run.settings.get('steps', 'as the preset')}, "
                f"{other.where} {other.settings.get('steps', 'as the preset')}")
-        changed = differing(case.run.results["protocol"], other.results["protocol"])
+        (data, how), (other_data, other_how) = asked_alike(case.run.results), asked_alike(other.results)
+        changed = differing(how, other_how)
         demand(not changed, f"measured by other protocols: {', '.join(changed)} of {case.run.where} and {other.where}")
-        demand(case.run.results.get("data") == other.results.get("data"), f"measured on other data: {other.where}")
+        demand(data == other_data, f"measured on other data: {other.where}")
+        if "stages" in case.run.results and "stages" in other.results:
+            left_out = {one.settings.get("skip_stage") for one in (case.run, other)}
+            read = str(case.sheet.get("figure")).partition(".")[0] in ("reconstruction", "understanding")
+            counted = {*(NAMES[:NAMES.index("U1")] if read else NAMES)} - left_out  # U stages move neither
+            missing = sorted(counted & ({*case.run.results["stages"]} ^ {*other.results["stages"]}))
+            demand(not missing, f"measured after other stages: {', '.join(missing)} is finished in one alone of "
+                   f"{case.run.where} and {other.where}")
 
 
 def own_weights(case: Case) -> None:
-    """the results are those of the arm's weights"""
-    from evaluate import evaluation_id
+    """the results name the arm's own weights, and no run is there twice"""
     ids = [one.results.get("eval_id") for one in case.control]
     for arm in case.arms:
         folder = arm.where if arm.where.is_dir() else arm.where.parent
@@ -242,9 +287,11 @@ def own_weights(case: Case) -> None:
         demand(found == arm.results.get("eval_id"), f"{folder}: its weights give eval_id {found}, results.json has "
                f"{arm.results.get('eval_id')}: measure the run again, or take its own results")
         demand(found not in ids, f"{folder} is the control itself: the same weights")
-    seeds = [(one.results.get("seed"), one.results.get("eval_id")) for one in case.arms]
-    demand(len({seed for seed, _ in seeds}) == len(seeds), "an arm that is repeated needs another seed each time")
-    demand(len(set(ids)) == len(ids), "a run of the control is there twice")
+    for who, runs in (("the arm", case.arms), ("the control", case.control)):
+        weights = [one.results.get("eval_id") for one in runs]
+        demand(len({*weights}) == len(weights), f"a run of {who} is there twice: the same weights")
+        demand(len({one.seeds for one in runs}) == len(runs), f"{who}, when it is repeated, needs another --seed or "
+                                                             "--reseed each time")
 
 
 def numbers(case: Case) -> None:
@@ -254,7 +301,7 @@ def numbers(case: Case) -> None:
         written, values = number(case.sheet, key), [figure(one.results, path) for one in runs]
         mean = sum(values) / len(values)
         what = f"the mean of {path} over {len(values)} runs" if len(values) > 1 else f"{path} of {runs[0].where}"
-        demand(rounds_to(mean, written), f"{key} on the sheet is {written}, {what} is {mean:.4f}")
+        demand(rounds_to(mean, written), f"{key} on the sheet is {written}, {what} is {mean:.4f} (two decimals or more)")
 
 
 def arithmetic(case: Case) -> None:
@@ -271,7 +318,8 @@ def arithmetic(case: Case) -> None:
     if len(case.control) > 1:
         right = spread_of([figure(one.results, path) for one in case.control])
         demand(rounds_to(right, spread), f"spread on the sheet is {spread}, the standard deviation (n − 1) of the "
-                                         f"control's {len(case.control)} runs is {right:.4f}")
+                                         f"control's {len(case.control)} runs is {right:.4g}")
+        demand(spread or not right, f"spread on the sheet is 0, that of the control's runs {right:.2g}: write more digits")
     else:
         demand(spread > 0, "spread on the sheet is 0: one run has none of its own; take the one that was given")
 
@@ -284,7 +332,9 @@ def verdict_follows(case: Case) -> None:
     means = [sum(figure(one.results, path) for one in runs) / len(runs) for runs in (case.arms, case.control)]
     exact = spread_of([figure(one.results, path) for one in case.control]) if len(case.control) > 1 else spread
     sign = sign_of(sheet.get("prediction"))
-    allowed = {rule(difference, spread, sign), rule(means[0] - means[1], exact, sign)}  # rounded, or to the last digit
+    allowed, apart = {rule(means[0] - means[1], exact, sign)}, abs(abs(means[0] - means[1]) - 2 * exact)
+    if apart <= 0.5 * 10.0 ** -digits_of(difference) + 10.0 ** -digits_of(spread):  # by rounding on the sheet
+        allowed.add(rule(difference, spread, sign))
     expected = {1: "higher", 0: "the same", -1: "lower"}[sign]
     demand(said in allowed, f"verdict on the sheet is {said!r}: the difference is {difference:+.4g}, twice the spread "
                             f"{2 * spread:.4g}, and {expected!r} was expected of {path}")
@@ -294,8 +344,9 @@ def written_before(case: Case) -> str:
     """the prediction is older than the results"""
     folder = case.run.where if case.run.where.is_dir() else case.run.where.parent
     measured = (folder / "results.json").stat().st_mtime
-    notes = [folder / "predictions.md" for folder in (case.sheet_path.parent, Path(__file__).parent.parent / "work")]
-    written = min(path.stat().st_mtime for path in (case.sheet_path, *notes) if path.exists())
+    notes = [folder / "predictions.md" for folder in (case.sheet_path.parent, WORK)]
+    notes = [note for note in notes if note.exists() and "\n## 10 " in note.read_text(encoding="utf-8-sig")]
+    written = min(path.stat().st_mtime for path in (case.sheet_path, *notes))
     if written < measured:
         return ""
     day = "%Y-%m-%d %H:%M"

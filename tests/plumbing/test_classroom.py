@@ -5,6 +5,7 @@ import hashlib
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -329,7 +330,17 @@ def test_a_wrong_sheet_is_told_in_one_line(name, tmp_path):
     assert told and all(why and "\n" not in why and "Error" not in why for why in told)
 
 
-def test_a_late_prediction_is_a_remark(tmp_path):
+def test_a_sheet_may_begin_with_a_mark_as_some_editors_write_it(tmp_path):
+    run, sheet, control = a10.make(tmp_path)
+    (tmp_path / "sheet.json").write_text(json.dumps(sheet), encoding="utf-8-sig")
+    assert all(row["ok"] for row in e10.verdicts([str(run), str(tmp_path / "sheet.json"), "--control", str(control)]))
+
+
+def test_a_late_prediction_is_a_remark(tmp_path, monkeypatch):
+    monkeypatch.setattr(e10, "WORK", tmp_path / "work")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "predictions.md").write_text("# What I expect\n\n## 1 Two streams\n")  # of another exercise
+    os.utime(tmp_path / "work" / "predictions.md", (1e9, 1e9))
     row = judged(tmp_path / "late", a10.RIGHT["the prediction written late: a remark"])[-1]
     assert row["ok"] and "remark" in row["why"]
     assert not judged(tmp_path / "timely", lambda *_: None)[-1]["why"]

@@ -1,5 +1,6 @@
 """Claims about the measures: they equal values computed in other ways, and a run is measured the same twice."""
 
+import hashlib
 import inspect
 import json
 import math
@@ -13,7 +14,8 @@ import torch
 
 import train
 import evaluate as evaluate_module
-from evaluate import (TABLES, Protocol, drawn_tables, editing, evaluate, evaluation_id, generation, understanding)
+from evaluate import (TABLES, Protocol, asked_alike, drawn_tables, editing, evaluate, evaluation_id, generation,
+                      understanding)
 from parts.metrics import frechet_distance, mean_interval, psnr, share_interval, ssim
 from plumbing import pictures
 from plumbing.pictures import draw_report
@@ -127,6 +129,24 @@ def test_a_protocol_that_does_not_say_how_to_draw_draws_as_the_run_does(measured
     again = evaluate(run, Protocol(count=4))
     assert again["protocol"] == first["protocol"] and again["eval_id"] == first["eval_id"]
     assert again["generation_direct"] == first["generation_direct"]
+
+
+def test_the_samplers_shift_is_part_of_the_protocol_and_of_the_id_where_it_is_not_the_usual(measured, tmp_path):
+    """Figures of before there was such a field keep their id, and are compared with today's."""
+    first, run = measured[1], shutil.copytree(measured[0], tmp_path / "run")
+    assert first["protocol"]["shift"] == 3.0 and first["preset"] == "toy" and first["stages"] == [*NAMES]
+    before = {key: value for key, value in first["protocol"].items() if key != "shift"}
+    digest = hashlib.sha256(json.dumps([before, "ema"]).encode())
+    for path in sorted(run.glob("[PTU][123].pt")):
+        for name, value in sorted(torch.load(path, weights_only=True)["ema"].items()):
+            digest.update(name.encode() + value.numpy().tobytes())
+    assert digest.hexdigest()[:16] == first["eval_id"]
+    assert asked_alike(first) == asked_alike(first | {"protocol": before})
+    config = json.loads((run / "config.json").read_text()) | {"sampling_shift": 1.0}
+    (run / "config.json").write_text(json.dumps(config))
+    again = evaluate(run, QUICK, only="generation_direct")
+    assert again["protocol"]["shift"] == 1.0 and again["eval_id"] != first["eval_id"]
+    assert asked_alike(again) != asked_alike(first)
 
 
 def test_results_have_every_key_of_the_contract(measured):
