@@ -89,7 +89,8 @@ WRONG = {
         "values / torch.where(total > 0, total, 1.0)[..., None]",
         "values.masked_fill(~seen[..., None], 0) / total[..., None]",
         "total, values = torch.zeros_like(top), torch.zeros_like(q_tile)",
-        "total, values = torch.zeros_like(top), torch.zeros_like(q_tile)\n        seen = torch.zeros_like(top, dtype=torch.bool)",
+        "total, values = torch.zeros_like(top), torch.zeros_like(q_tile)\n"
+        "        seen = torch.zeros_like(top, dtype=torch.bool)",
         "            top = new_top",
         "            top = new_top\n            seen = seen | (True if mask is None else mask.any(-1))"),
     "hidden keys are set to 0, and their weights too": but(

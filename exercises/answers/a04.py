@@ -22,7 +22,8 @@ WRONG = {
     "with a shift the order does not come from the generator": times(
         NORMAL + "if shift != 1:\n    x = x[torch.randperm(b)]\nreturn (x + math.log(shift)).sigmoid()"),
     "with a shift the times are float64": times(
-        NORMAL + "s = x.sigmoid()\nif shift != 1:\n    s = s.double()\n    s = shift * s / (1 + (shift - 1) * s)\nreturn s"),
+        NORMAL + "s = x.sigmoid()\nif shift != 1:\n    s = s.double()\n"
+        "    s = shift * s / (1 + (shift - 1) * s)\nreturn s"),
     "with a shift the times of a batch are sorted": times(
         NORMAL + "s = x.sigmoid()\nif shift != 1:\n    s = s.sort().values\nreturn shift * s / (1 + (shift - 1) * s)"),
     "the ends are cut off at 0.02 and 0.98": times(NORMAL + "return (x + math.log(shift)).sigmoid().clamp(0.02, 0.98)"),

@@ -62,8 +62,11 @@ def guided_but(*changes: str) -> dict:
     return guide(changed(GUIDED, changes))
 
 
+BEGIN = "    x, path, previous, gap_before = noise,"
+
+
 def before_the_loop(text: str) -> dict:
-    return steps_but("    x, path, previous, gap_before = noise,", f"    {text}\n    x, path, previous, gap_before = noise,")
+    return steps_but(BEGIN, f"    {text}\n{BEGIN}")
 
 
 SHIFTED = "shift * s / (1 + (shift - 1) * s)"
@@ -106,11 +109,14 @@ WRONG = {
         "sampler not in SAMPLERS or steps < 1", "sampler not in SAMPLERS and steps > 1 or steps < 1"),
     "gradients are switched off for good": before_the_loop("torch.set_grad_enabled(False)"),
     "guidance asks once where it is about 1": guided_but("guidance == 1", "round(guidance) == 1"),
-    "the condition's tokens are halved where they stand": guided_but("    tokens = torch", "    condition[0].mul_(0.5)\n    tokens = torch"),
+    "the condition's tokens are halved where they stand": guided_but(
+        "    tokens = torch", "    condition[0].mul_(0.5)\n    tokens = torch"),
     "tokens are normalised where they stand": guided_but(
-        "    tokens = torch", "    for words in (condition[0], nothing[0]):\n        words.div_(words.norm(dim=-1, keepdim=True))\n    tokens = torch"),
+        "    tokens = torch", "    for words in (condition[0], nothing[0]):\n"
+        "        words.div_(words.norm(dim=-1, keepdim=True))\n    tokens = torch"),
     "hidden tokens are set to 0 where they stand": guided_but(
-        "    if guidance == 1", "    for words, seen in (condition, nothing):\n        words[~seen] = 0\n    if guidance == 1"),
+        "    if guidance == 1", "    for words, seen in (condition, nothing):\n        words[~seen] = 0\n"
+        "    if guidance == 1"),
     "the masks are written over: all is seen": guided_but(
         "    tokens = torch", "    condition[1].fill_(True)\n    nothing[1].fill_(True)\n    tokens = torch"),
     "at guidance 1 the mask is written over": guided_but(
@@ -273,7 +279,7 @@ WRONG = {
 
 RIGHT = {
     "one tensor for σ, filled anew each step": steps_but(
-        "    x, path, previous, gap_before = noise,", "    here = noise.new_empty(len(noise))\n    x, path, previous, gap_before = noise,",
+        BEGIN, f"    here = noise.new_empty(len(noise))\n{BEGIN}",
         "velocity(x, x.new_full((len(x),), now))", "velocity(x, here.fill_(now))"),
     "leapfrog": steps_but(
         "estimate, gap = clean, log_snr(after) - log_snr(now)", "gap = after - now",

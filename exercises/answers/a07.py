@@ -182,9 +182,11 @@ WRONG = {
         "            room = x[i, first:first + f_v.shape[1]].shape[0]\n"
         "            x[i, first:first + room] = f_v[i, :room]\n"
         "    at_words, cache = self.llm(x, mask, keep=self.choice)\n" + LONGER + ASK + JOIN),
-    "positions only while it trains": reference(REWRITE.replace("if self.positions", "if self.positions and self.training")),
+    "positions only while it trains":
+        reference(REWRITE.replace("if self.positions", "if self.positions and self.training")),
     "in use the deepest state alone": condition(
-        ROUTE + MIX + "if not self.training:\n    H_mixed = self.router.W_p(self.router.norm(H[:, :, -1]))\n" + PLACE + END),
+        ROUTE + MIX + "if not self.training:\n    H_mixed = self.router.W_p(self.router.norm(H[:, :, -1]))\n" +
+        PLACE + END),
     "the reference goes on only while it trains": condition(ROUTE + MIX + "if self.training:\n    " + PLACE + END),
     "the gradient is switched off, and on again, whatever it was": routed(
         "torch.set_grad_enabled(False)\nat_words, cache = self.llm(self.embed(ids, f_v), mask, keep=self.choice)\n"

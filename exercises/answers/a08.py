@@ -84,7 +84,8 @@ WRONG = {
         f"before, said = {COPY}, []\n\ndef ask(images):\n    if not said:\n        said.append(before(images))\n"
         "    return said[0]\n\nreturn ask"),
     "the tokens of E_s' are asked once and kept": losses((
-        CALL, "if not hasattr(encoder_before, 'said'):\n        encoder_before.said = encoder_before(images).detach()\n    "
+        CALL, "if not hasattr(encoder_before, 'said'):\n        encoder_before.said = encoder_before(images).detach()"
+        "\n    "
         + CALL.replace("encoder_before(images)", "encoder_before.said"))),
     "the copy is kept on the encoder: the next stage finds the old one": copied(
         f"if '_before' not in encoder.__dict__:\n    encoder.__dict__['_before'] = {COPY}\n"
@@ -201,8 +202,8 @@ RIGHT = {
         "encoder_before(images)", "torch.cat([encoder_before(one) for one in images.split(1)])"))),
     "E_s' asked by the name of its argument": losses((CALL, CALL.replace("(images)", "(images=images)"))),
     "E_s' asked by vmap": losses((CALL, "with torch.no_grad():\n"
-                                        "        wanted = torch.func.vmap(lambda one: encoder_before(one[None])[0])(images)\n"
-                                        "    losses[\"L_s\"] = self_distillation(f_v, wanted)")),
+        "        wanted = torch.func.vmap(lambda one: encoder_before(one[None])[0])(images)\n"
+        "    losses[\"L_s\"] = self_distillation(f_v, wanted)")),
     "F.mse_loss, nothing detached: the copy is frozen": term("return F.mse_loss(f_v, f_v_before)"),
     "no_grad alone: the copy's weights could train": {"tokenizer.py": {
         "frozen_copy": "return copy.deepcopy(encoder)",

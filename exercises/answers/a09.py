@@ -52,8 +52,8 @@ WRONG = {
     "L_fm is left out where there is an external teacher": unified(
         (RET, "found = " + RET[7:] + "\nreturn found if external_teacher is None else {'L_align': found['L_align']}")),
     "φ_a's forward belongs to the first of its copies": head(
-        "super().__init__()\nself.a, self.b, self.c = nn.Linear(c, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, d)\n"
-        "self.forward = lambda x: self.c(F.silu(self.b(F.silu(self.a(x)))))"),
+        "super().__init__()\nself.a, self.b, self.c = nn.Linear(c, hidden), nn.Linear(hidden, hidden), "
+        "nn.Linear(hidden, d)\nself.forward = lambda x: self.c(F.silu(self.b(F.silu(self.a(x)))))"),
     "L_align only of contiguous tokens": loss(
         "d = projected.shape[-1]\nreturn -F.cosine_similarity(projected.view(-1, d), f_v.detach().view(-1, d)).mean()"),
     "1e-5 is added to the product of the lengths": loss(

@@ -16,12 +16,12 @@ ANSWERS = ["One of z_s, all 16 of z_p: the semantic stream has no attention.",
            "The places, and the colours, somewhat off; the stripes in some runs and not in others. Look at yours: "
            "python exercises/run.py 1 sample.py streams --image scene.png --run RUN draws each stream alone; "
            "sample.py generate \"a large red circle\" --run RUN --out scene.png makes the picture."]
-ABOUT = """`fold`: InternVL's pixel unshuffle, four patches of a square become one token, their channels in one order for
-pictures of every size. A stream is its
-Transformer layers, its residual blocks, and a projection: LayerNorm(d), Linear(d, p), GELU, Linear(p, p), as torch
-makes them; they are made in this order, and every Linear in it starts as `init_new_layer` says. `latents` gives z_s,
-z_p and z_f, None where the variant has no such stream; `fuse` reads [z_s ; z_p], along the channels. All runs on the
-device and in the kind of numbers that it is given, and in use (`eval`, no gradient) as in training."""
+ABOUT = """`fold`: InternVL's pixel unshuffle, four patches of a square become one token, their channels in one order
+for pictures of every size. A stream is its Transformer layers, its residual blocks, and a projection: LayerNorm(d),
+Linear(d, p), GELU, Linear(p, p), as torch makes them; they are made in this order, and every Linear in it starts as
+`init_new_layer` says. `latents` gives z_s, z_p and z_f, None where the variant has no such stream; `fuse` reads [z_s ;
+z_p], along the channels. All runs on the device and in the kind of numbers that it is given, and in use (`eval`, no
+gradient) as in training."""
 FINGERS = [(2, 2, 2), (0, 3, 1), (0, 1, 1)]  # layers, heads, residual blocks
 
 
@@ -93,8 +93,8 @@ def neighbours(own, real):
                "2·row and 2·row + 1 and of the columns 2·column and 2·column + 1")
         order = out.argsort(-1).gather(-1, places.argsort(-1).argsort(-1))  # where each number has gone to
         demand((order == order[:1, :1]).all(), "fold: the channels of one token have another order than another's")
-        demand(known.setdefault(v, order[0, 0]).equal(order[0, 0]), f"fold: the channels of {b} pictures of {side} × {side} "
-               "patches have another order than those of another size")
+        demand(known.setdefault(v, order[0, 0]).equal(order[0, 0]), f"fold: the channels of {b} pictures of {side} × "
+               f"{side} patches have another order than those of another size")
         for kind in (torch.float64, torch.float32, torch.bfloat16):
             again = own.tokenizer.fold(x.to(kind).flip(0))
             demand(again.dtype == kind, f"fold makes another kind of number of {kind}")
@@ -118,8 +118,8 @@ def residual(own, real):
         with torch.no_grad():
             same(ours.eval()(used), out, "ResidualMLP in use (after eval, without gradient)")
         ours.train()
-        demand(given.equal(x) and used.equal(x), "ResidualMLP changes the tensor that it is given: f_v is read by others "
-                                                 "too")
+        demand(given.equal(x) and used.equal(x), "ResidualMLP changes the tensor that it is given: f_v is read by "
+               "others too")
         norm, up, _, down = theirs.mlp
         inner = F.linear(F.gelu(F.linear(F.layer_norm(x, (d,), norm.weight, norm.bias), up.weight, up.bias)),
                          down.weight, down.bias)
@@ -312,8 +312,8 @@ def in_use(own, real):
             z = getattr(first, name)
             demand(z is not None and z.requires_grad, f"{variant}: .{name} has no gradient")
             grads = torch.autograd.grad((z * torch.randn_like(z)).sum(), taught, retain_graph=True, allow_unused=True)
-            demand(all(g is not None and g.any() for g in grads), f"{variant}: a loss on .{name} does not teach all that "
-                                                                  "makes it")
+            demand(all(g is not None and g.any() for g in grads), f"{variant}: a loss on .{name} does not teach all "
+                   "that makes it")
         with torch.no_grad():
             used = ours.eval().latents(f_v)
             light = ours.float().latents(f_v.float())

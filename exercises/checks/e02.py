@@ -175,8 +175,8 @@ def any_weight(own, real):
     for i, (field, value) in enumerate(vars(config).items()):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, field, 1.5 + i)
-    its_own = {"L_mse": "lambda_mse", "L_lpips": "lambda_lpips", "L_f": "lambda_f", "L_p": "lambda_p", "L_s": "lambda_s",
-               "L_gan": "lambda_gan", "L_align": "lambda_a"}
+    its_own = {"L_mse": "lambda_mse", "L_lpips": "lambda_lpips", "L_f": "lambda_f", "L_p": "lambda_p",
+               "L_s": "lambda_s", "L_gan": "lambda_gan", "L_align": "lambda_a"}
     for name in TAUGHT:
         for symbol, weight in asked(own, real, name, config)[0].items():
             right = getattr(config, its_own.get(symbol, ""), 1.0)
@@ -206,8 +206,8 @@ def any_model(own, real):
             trained = getattr(real, "plumbing.training").trained_parameters(model, stage)
             found = {key: rates[prefix] for prefix, pairs in trained.items() for key, _ in pairs}
             for prefix, rate in rates.items():
-                demand(not rate or rate in allowed.values(), f"{name}: {prefix} learns at {rate} of the rate: the whole of "
-                                                             "it, 1.0, or its field, encoder_rate")
+                demand(not rate or rate in allowed.values(), f"{name}: {prefix} learns at {rate} of the rate: the "
+                       "whole of it, 1.0, or its field, encoder_rate")
                 demand(changes or not rate or any(f"{key}.".startswith(f"{prefix}.") for key in keys),
                        f"{name}: no parameter's name begins with {prefix}")
             for part, prefix in PARTS.items():

@@ -23,8 +23,9 @@ ANSWERS = ["Plainly the scores, 4096 × 4096 = 16.8 million; in tiles of 64 by 6
 ABOUT = """`forward` gets q `b (a g) n e`, k and v `b a m e`, key_mask `b m` or None; it gives out like q, and leaves
 what `backward` reads: `ctx.save_for_backward(q, k, v, key_mask, out, lse)` and `ctx.causal`. lse `b (a g) n` is log2
 Σ_j 2^score, where a score is q·k log2 e / √(width of a head), and −∞, or any number, for a query that sees no key. It,
-and all that is summed, weights too, is float64 where q is and else float32. What a tile needs stands in the file, use it or not: `TILE`, `visible`, `wide`, `for_each_query_head`,
-`hide`, `tiles_of_keys`, `LOWEST`. Any way is right whose memory does not grow with n·m."""
+and all that is summed, weights too, is float64 where q is and else float32. What a tile needs stands in the file, use
+it or not: `TILE`, `visible`, `wide`, `for_each_query_head`, `hide`, `tiles_of_keys`, `LOWEST`. Any way is right whose
+memory does not grow with n·m."""
 MASKS = ("random", "left", "right", "one key", "one row")
 
 
@@ -130,8 +131,9 @@ def maxima(own, real):
         q[..., 0] *= torch.randint(0, 2, q.shape[:-1]) * 2 - 1
         compare(own, (q, k, v), False, None, f"out with scores {words}, for some queries −1 times these", 1e-8)
         for is_causal, kind in ((True, None), (False, "random"), (True, "random")):
-            compare(own, (q, k, v), is_causal, None if kind is None else mask_of(kind, 3, m), f"out with scores {words}, "
-                    + " and ".join(["under a causal mask"] * is_causal + ["with a key mask"] * (kind is not None)), 1e-8)
+            key_mask, what = None if kind is None else mask_of(kind, 3, m), ["under a causal mask"] * is_causal
+            what += ["with a key mask"] * (kind is not None)
+            compare(own, (q, k, v), is_causal, key_mask, f"out with scores {words}, {' and '.join(what)}", 1e-8)
 
 
 def blind(own, real):
@@ -151,24 +153,25 @@ def blind(own, real):
 
 def gradients(own, real):
     """backward finds what it reads, whichever of q, k and v learn: its gradients are autograd's"""
+    exactly, plain = torch.float64, torch.float32
     for n, m, heads, is_causal, kind, names, large, dtype in (
-            (100, 150, (4, 2), True, "random", "qkv", 1, torch.float64), (150, 100, (2, 1), True, None, "qkv", 1, torch.float64),
-            (70, 130, (3, 3), False, None, "qkv", 1, torch.float64), (66, 140, (2, 2), False, "left", "qkv", 1, torch.float64),
-            (70, 130, (2, 1), False, None, "q", 1, torch.float64), (70, 130, (2, 1), True, "random", "kv", 1, torch.float64),
-            (66, 140, (2, 2), True, "random", "qkv", 2000, torch.float64),
-            (66, 140, (2, 2), True, "random", "qkv", 1, torch.float32)):
+            (100, 150, (4, 2), True, "random", "qkv", 1, exactly), (150, 100, (2, 1), True, None, "qkv", 1, exactly),
+            (70, 130, (3, 3), False, None, "qkv", 1, exactly), (66, 140, (2, 2), False, "left", "qkv", 1, exactly),
+            (70, 130, (2, 1), False, None, "q", 1, exactly), (70, 130, (2, 1), True, "random", "kv", 1, exactly),
+            (66, 140, (2, 2), True, "random", "qkv", 2000, exactly),
+            (66, 140, (2, 2), True, "random", "qkv", 1, plain)):
         given = inputs(n, m, heads, dtype=dtype)
         given[0] *= large
         learning = [x.requires_grad_() for name, x in zip("qkv", given) if name in names]
         key_mask = None if kind is None else mask_of(kind, 3, m)
         out, wanted = tiled(own, *given, is_causal, key_mask), plainly(*given, is_causal, key_mask)
-        exact = dtype == torch.float64
+        exact = dtype == exactly
         same(out, wanted, f"out in {dtype}", 1e-9 if exact and large == 1 else 1e-5)
         demand(out.dtype == dtype, f"out of {dtype} is {out.dtype}")
         probe = torch.randn_like(out)
-        pairs = zip(names, torch.autograd.grad(out, learning, probe), torch.autograd.grad(wanted, learning, probe.double()))
-        for name, ours, theirs in pairs:
-            same(ours, theirs, "out is right, not all that backward reads (q, k, v, key_mask, out, lse; ctx.causal; "
+        ours, theirs = torch.autograd.grad(out, learning, probe), torch.autograd.grad(wanted, learning, probe.double())
+        for name, one, other in zip(names, ours, theirs):
+            same(one, other, "out is right, not all that backward reads (q, k, v, key_mask, out, lse; ctx.causal; "
                  f"lse is log2 Σ 2^score): the gradient of {name}" + " with large scores" * (large > 1) +
                  f", where {', '.join(names)} learn" * (names != "qkv") + f" in {dtype}" * (not exact),
                  1e-8 if exact and large == 1 else 1e-4)
@@ -211,8 +214,8 @@ def memory(own, real):
         if (times := grows(384)) > 3.2:
             times = grows(1152)  # tiles may be larger than 384
         demand(times <= 3.2, f"three times as many queries and keys take {times:.1f} times the memory"
-               f"{', under a causal mask' * is_causal}{', with a key mask' * (share is not None)}: somewhere all queries "
-               "meet all keys at once (tiles of more than 1152 are not told from that)")
+               f"{', under a causal mask' * is_causal}{', with a key mask' * (share is not None)}: somewhere all "
+               "queries meet all keys at once (tiles of more than 1152 are not told from that)")
 
 
 def half(own, real):

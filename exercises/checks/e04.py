@@ -16,8 +16,8 @@ PREDICT = ["z = 2, ε = 0.5, σ = 0.25: where is x_t, and what is v there? Which
 ANSWERS = ["x_t = 0.75 · 2 + 0.25 · 0.5 = 1.625; v = ε − z = −1.5: from the clean point towards the noise, as σ grows.",
            "No: many pairs of z and ε lead through one x_t; the variance of ε − z among them is left.",
            "Around 1/2 with shift 1; the median with shift 3 is 3/(1 + 3) = 0.75, nearer to the noise."]
-ABOUT = """z and ε are `b p h w`, not always in one piece in memory, σ is `b`. Times need not be one from each slice: independent ones are right
-too, if their distribution is."""
+ABOUT = """z and ε are `b p h w`, not always in one piece in memory, σ is `b`. Times need not be one from each slice:
+independent ones are right too, if their distribution is."""
 SHAPES = ((3, 4, 5, 2), (4, 4, 4, 4), (2, 3, 5, 2), (1, 2, 3, 4))  # all different, all equal, b = w, b = 1
 MARGIN = 3.3  # of √n times the distance between two distribution functions: by chance once in 10⁹
 
@@ -188,7 +188,7 @@ def drawn(own, real):
                with_shift + "not the generator decides which times are drawn")
         one = torch.Generator().manual_seed(1)
         demand(not draw(one).equal(draw(one)), with_shift + "a generator's next times are the same")
-        demand(torch.get_rng_state().equal(state), with_shift + "torch's own generator was used or set beside the given")
+        demand(torch.get_rng_state().equal(state), with_shift + "torch's own generator was used, too, or set")
         demand(not draw().equal(draw()), with_shift + "and without a generator, all times drawn are the same")
         torch.set_rng_state(state)
         again = draw()
@@ -201,7 +201,7 @@ def light(own, real):
     for shift in (1.0, 3.0):
         z, noise, _ = latents((3, 4, 5, 2), torch.float32)
         x_t = own.diffusion.add_noise(z, noise, times_of(own, 3, shift=shift))
-        demand(x_t.dtype == z.dtype, f"z is {z.dtype}, and x_t, with the times drawn, {x_t.dtype}: the DiT would refuse it")
+        demand(x_t.dtype == z.dtype, f"z is {z.dtype}, and x_t, with the times drawn, {x_t.dtype}: the DiT refuses it")
 
 
 CLAIMS = [ends, straight, squares, gradient, along, least, bell, shifted, any_place, drawn, light]

@@ -170,7 +170,7 @@ def renoise(own, real):
     """renoise: x ← (1 − σ') x₀ + σ' ε', with noise ε' that no one has seen before"""
     for steps, shift in ((1, 1.0), (5, 1.0), (4, 3.0)):
         given, sigmas = torch.Generator().manual_seed(int(torch.randint(2**31, ()))), schedule(steps, shift)
-        noise = torch.randn(3, 3, 60, 50, generator=given, dtype=torch.float64)  # from it too, as `SPAR.generate` has it
+        noise = torch.randn(3, 3, 60, 50, generator=given, dtype=torch.float64)  # from it too, as in `generate`
         _, path = walk(own, curved, noise, steps, "renoise", shift, given)
         demand(len(path) == steps + 1, f"a path of {len(path)} latents for {steps} steps")
         drawn = [noise]
@@ -309,8 +309,9 @@ def orders(own, real):
         order, (least, most) = math.log(coarse / max(fine, 1e-15), 8), {"euler": (0.9, 1.1), "dpm": (1.4, 9)}[sampler]
         demand(least < order < most, f"{sampler} on {what} with shift {shift}: from {few} to {8 * few} steps the error "
                f"falls from {coarse:.1e} to {fine:.1e}, which is order {order:.2f}")
-    for what, (velocity, flow), shift in (("N(1.5, 1.7)", one, 1.0), ("two hills", hills, 1.0), ("N(−0.5, 4)", other, 1.0),
-                                          ("two hills", hills, 3.0), ("N(−0.5, 4)", other, 3.0)):
+    for what, (velocity, flow), shift in (
+            ("N(1.5, 1.7)", one, 1.0), ("two hills", hills, 1.0), ("N(−0.5, 4)", other, 1.0), ("two hills", hills, 3.0),
+            ("N(−0.5, 4)", other, 3.0)):
         first, second = (errors(own, velocity, flow, noise, sampler, (20,), shift)[0] for sampler in ("euler", "dpm"))
         demand(second < first, f"by 20 steps with shift {shift} dpm errs more than Euler on {what}: {second:.2g}, "
                f"{first:.2g}")

@@ -62,8 +62,9 @@ def gate_learns(own, real):
     """the gate learns by the softmax's own gradient, whatever τ"""
     for temperature in (1e-4, 0.03, 0.5, 1e6):
         for size in (1, 1000):
-            for scale in (1, temperature):  # with τ itself g / τ is of the size of 1, and the softmax is not at its ends
-                routers, H, probe = pair(own, real, "DTR", 10, 4, temperature), size * states(), states(k=4, d=1)[..., 0]
+            for scale in (1, temperature):  # with τ itself, g / τ is of the size of 1: no softmax at its ends
+                routers, H = pair(own, real, "DTR", 10, 4, temperature), size * states()
+                probe = states(d=1)[..., 0]
                 found = []
                 for router in routers:
                     with torch.no_grad():
@@ -83,7 +84,8 @@ def anew(own, real):
         router, H = pair(own, real, name, 10, 4, 0.5)[0], states()
         untouched, start = deepcopy(router), [parameter.clone() for parameter in router.parameters()]
         first = router.weights(H)
-        for training, graph, b, l in ((True, False, 3, 7), (False, True, 1, 5), (False, False, 3, 7), (False, False, 2, 1)):
+        for training, graph, b, l in ((True, False, 3, 7), (False, True, 1, 5), (False, False, 3, 7),
+                                      (False, False, 2, 1)):
             router.train(training)
             with torch.set_grad_enabled(graph):
                 same(router.weights(H[:b, :l]), first[:b, :l], f"{name}.weights of {b} × {l} of the same tokens, in " +
@@ -212,17 +214,17 @@ def choice(own, real):
     """layer_choice: every ⌊L/K⌋-th, the last one L"""
     for layers, k in ((24, 4), (28, 4), (26, 4), (6, 4), (5, 2), (6, 3), (7, 1), (4, 4)):
         got, right = own.router.layer_choice(layers, k), real.router.layer_choice(layers, k)
-        demand(isinstance(got, Sequence), f"layer_choice returns a {type(got).__name__}: a list is wanted, which is read "
-                                          "several times")
+        demand(isinstance(got, Sequence), f"layer_choice returns a {type(got).__name__}: a list is wanted, which is "
+               "read several times")
         demand(list(got) == right, f"layer_choice({layers}, {k}) is {got}, wanted {right}")
-        demand(all(hasattr(one, "__index__") for one in got), f"layer_choice({layers}, {k}) is {got}: whole numbers are "
-                                                              "wanted, which can count layers")
+        demand(all(hasattr(one, "__index__") for one in got), f"layer_choice({layers}, {k}) is {got}: whole numbers "
+               "are wanted, which can count layers")
     for layers, k in ((6, 0), (6, 7), (6, -1), (24, 25)):
         raises_value_error(lambda: own.router.layer_choice(layers, k), f"layer_choice({layers}, {k}), which cannot be,")
 
 
-CLAIMS = [shares, soft, gate_learns, deepest, each_for_itself, as_loops, given_weights, kinds, alpha_scales, static, anew,
-          choice]
+CLAIMS = [shares, soft, gate_learns, deepest, each_for_itself, as_loops, given_weights, kinds, alpha_scales, static,
+          anew, choice]
 
 
 def fingerprint(version) -> dict:

@@ -26,7 +26,8 @@ ANSWERS = ["On this world, T3 of 390 steps, means of five --reseeds: with λ_s =
 ABOUT = """`frozen_copy` gives E_s', called like the encoder: E_s'(images). L_s, L_p, L_f and L_mse are means of squared
 differences; the targets, E_p'(I) and E_s'(I), get no gradient. L_p is left out where the tokenizer has no pixel stream,
 L_gan, `discriminator.generator_loss`, where there is no discriminator yet; its own step comes later, so it is left as
-it was, as is all else: modes, what trains, torch's gradient mode. Losses are not weighed yet. The source computes L_gan in float32, outside autocast; no check asks for it."""
+it was, as is all else: modes, what trains, torch's gradient mode. Losses are not weighed yet. The source computes L_gan
+in float32, outside autocast; no check asks for it."""
 
 SIZES = dict(side=16, patch=2, vision_width=16, vision_layers=2, vision_heads=2, d=24, llm_layers=3, llm_heads=2,
              llm_kv_heads=1, llm_mlp=20, k=2, p=8, pixel_layers=1, pixel_heads=2, stream_blocks=1,
@@ -219,7 +220,7 @@ def reach(own, real):
 
 
 def other_sides(own, real):
-    """pictures of another side than the encoder's own, and a decoder of another factor than a token's pixels, will do"""
+    """pictures of another side than the encoder's own will do, and a decoder of another factor than its tokens'"""
     for patch, side, shown in ((2, 16, 24), (3, 12, 12), (3, 12, 24)):
         vision, decoder = vision_of(own, side=side, patch=patch), decoder_of()
         tokenizer = move(own.tokenizer.Tokenizer(vision, decoder, 10, 4, 1, 2, 1), 0.3)
@@ -244,7 +245,7 @@ def as_it_was(own, real):
     some_of_each(*parts)
     before = states(*parts)
     own.tokenizer.frozen_copy(tokenizer.vision)
-    demand(states(*parts) == before, "frozen_copy leaves the encoder in another mode, or others of its weights training")
+    demand(states(*parts) == before, "frozen_copy leaves the encoder in another mode, or other weights training")
     own.tokenizer.tokenizer_losses(tokenizer, images, dict.fromkeys(TERMS, 1.0), **given)
     demand(states(*parts) == before, "tokenizer_losses leaves the tokenizer or the discriminator in another mode, or "
            "others of their weights training")

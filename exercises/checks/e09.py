@@ -360,10 +360,12 @@ def another_teacher(own, real):
     other = Outsider(world.d)
     got, right = losses_of(own, world, batch, external_teacher=other), wanted(world, batch, other)
     demand(set(got) == {"L_fm", "L_align"}, f"with an external teacher: got {', '.join(sorted(got))}")
-    same(got["L_fm"] / right["L_fm"].detach(), torch.ones(()), "L_fm beside an external teacher, over what is right", 2e-5)
+    share = got["L_fm"] / right["L_fm"].detach()
+    same(share, torch.ones(()), "L_fm beside an external teacher, over what is right", 2e-5)
     same_up_to_1(got["L_align"], right["L_align"], "L_align of an external teacher")
     learning = [weight for weight in other.parameters() if weight.requires_grad]
-    demand(not learning or not any(g.any() for g in gradients(got["L_align"], learning)), "L_align has a gradient for the external teacher")
+    taught = learning and any(g.any() for g in gradients(got["L_align"], learning))
+    demand(not taught, "L_align has a gradient for the external teacher")
 
 
 def who_gets_a_gradient(own, real):
@@ -403,7 +405,8 @@ def as_it_was(own, real):
         own.diffusion.unified_losses(batch, weights, condition=world.condition, features=world.features,
                                      clean_latent=world.clean_latent, dit=world.dit, align_head=world.head)
         demand(weights == asked, "unified_losses changes the weights that it is given")
-        for what, one, other in zip(("modes or what trains", "hooks or attributes", "the batch's keys"), before, found()):
+        whats = "modes or what trains", "hooks or attributes", "the batch's keys"
+        for what, one, other in zip(whats, before, found()):
             demand(one == other, f"unified_losses leaves {what} otherwise than it found them")
     for key, value in kept.items():
         pairs = zip(batch[key], value) if isinstance(value, tuple) else [(batch[key], value)]

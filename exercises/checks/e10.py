@@ -249,7 +249,8 @@ def one_change(case: Case) -> None:
     demand(len(changed) == 1, f"{len(changed)} fields differ from the control's: {', '.join(changed)}: which of them "
                               "made the difference?")
     named, plain = told(case.sheet.get("flag", ""), case.run), asdict(make_config(preset=case.run.preset))
-    demand(changed[0] in named, f"the sheet's flag names {', '.join(named) or 'no field'}, what differs is {changed[0]}")
+    demand(changed[0] in named, f"the sheet's flag names {', '.join(named) or 'no field'}, not {changed[0]}, which "
+           "differs")
     for name, value in named.items():
         has = case.run.settings.get(name, plain[name])
         if name not in ("seed", "reseed", "steps", *HOW):
@@ -301,7 +302,7 @@ def numbers(case: Case) -> None:
         written, values = number(case.sheet, key), [figure(one.results, path) for one in runs]
         mean = sum(values) / len(values)
         what = f"the mean of {path} over {len(values)} runs" if len(values) > 1 else f"{path} of {runs[0].where}"
-        demand(rounds_to(mean, written), f"{key} on the sheet is {written}, {what} is {mean:.4f} (two decimals or more)")
+        demand(rounds_to(mean, written), f"{key} on the sheet is {written}, {what} is {mean:.4f}: two decimals or more")
 
 
 def arithmetic(case: Case) -> None:
@@ -319,7 +320,7 @@ def arithmetic(case: Case) -> None:
         right = spread_of([figure(one.results, path) for one in case.control])
         demand(rounds_to(right, spread), f"spread on the sheet is {spread}, the standard deviation (n − 1) of the "
                                          f"control's {len(case.control)} runs is {right:.4g}")
-        demand(spread or not right, f"spread on the sheet is 0, that of the control's runs {right:.2g}: write more digits")
+        demand(spread or not right, f"spread on the sheet is 0, that of the control {right:.2g}: write more digits")
     else:
         demand(spread > 0, "spread on the sheet is 0: one run has none of its own; take the one that was given")
 
