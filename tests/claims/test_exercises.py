@@ -32,6 +32,15 @@ def test_planted_mistakes_are_rejected_unusual_answers_and_the_source_accepted(n
 
 
 @pytest.mark.parametrize("number", TO_FILL_IN)
+def test_planted_answers_are_python(number):
+    """One that does not compile is rejected whatever the claims see."""
+    for planted in (answers(number).WRONG, answers(number).RIGHT):
+        for name, files in planted.items():
+            for file, bodies in files.items():
+                compile(put_in((ROOT / file).read_text(encoding="utf-8"), bodies), name, "exec")
+
+
+@pytest.mark.parametrize("number", TO_FILL_IN)
 def test_holes_are_rejected_and_said_to_be_holes(number):
     holes = {}
     for file, names in cut_of(number).items():
@@ -319,7 +328,7 @@ def test_a_class_is_asked_for_something_else_and_the_source_does_not_pass(tmp_pa
     assert grades(teacher, "--root", "../student") == []
     done = subprocess.run([sys.executable, "-m", "tests.tools.graders", "--seeds", "1", "6"], cwd=teacher, text=True,
                           capture_output=True)
-    assert "21 of 21 | 4 of 4" in done.stdout and "misjudged" not in done.stdout
+    assert "31 of 31 | 6 of 6" in done.stdout and "misjudged" not in done.stdout
 
 
 def test_every_variant_differs_from_the_source_and_drops_claims_that_exist():
