@@ -125,12 +125,13 @@ def asks(own, real):
 def line(own, real):
     """a straight way is walked without error, with any number of steps and any shift"""
     for sampler, steps, shift in itertools.product(("euler", "dpm"), (1, 2, 3, 6), (1.0, 3.0, 0.5)):
-        noise, goal = noise_of(), noise_of() * (1 if steps < 6 else 100)
+        far = 1 if steps < 6 else 100
+        noise, goal = noise_of(), far * noise_of()
         _, path = walk(own, lambda x, sigma: (x - goal) / column(sigma), noise, steps, sampler, shift)
         demand(len(path) == steps + 1, f"a path of {len(path)} latents for {steps} steps")
         for sigma, latent in zip(schedule(steps, shift), path):
             same(latent, (1 - sigma) * goal + sigma * noise,
-                 f"{sampler} with {steps} steps and shift {shift} on a straight way, at σ = {sigma:.2f}", 1e-6)
+                 f"{sampler} with {steps} steps and shift {shift} on a straight way, at σ = {sigma:.2f}", 1e-6 * far)
     for sampler in SAMPLERS:
         noise, field = noise_of(), noise_of()
         kept = field.clone()
