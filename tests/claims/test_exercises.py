@@ -206,7 +206,7 @@ def test_an_answer_that_fails_ends_in_1_in_lines_and_as_json(tmp_path):
                               capture_output=True, text=True)
 
     done = ask("6", "--seed", "3")
-    assert done.returncode == 1 and " FAIL  " in done.stdout and re.search(r"^\d of 9$", done.stdout, re.M)
+    assert done.returncode == 1 and " FAIL  " in done.stdout and re.search(r"^\d of 12$", done.stdout, re.M)
     assert "yours computes what comes out if: " in done.stdout and "return self.gate" not in done.stdout
     done = ask("6", "--seed", "3", "--json")
     assert done.returncode == 1 and not json.loads(done.stdout)["passed"]
