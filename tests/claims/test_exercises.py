@@ -20,7 +20,7 @@ from exercises.judge import (NUMBERS, answers, cut_of, exercise, known_mistakes,
 from plumbing.command import UserError
 from tests.tools import mutants
 from tests.tools.commands import ROOT
-from tests.tools.graders import misjudged
+from tests.tools.graders import lines_cut, misjudged
 
 TO_FILL_IN = [number for number in NUMBERS if cut_of(number)]
 
@@ -29,6 +29,20 @@ TO_FILL_IN = [number for number in NUMBERS if cut_of(number)]
 def test_planted_mistakes_are_rejected_unusual_answers_and_the_source_accepted(number):
     assert len(answers(number).WRONG) >= 6 and len(answers(number).RIGHT) >= 3
     assert misjudged(number, (11,), at_most=8) == []
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_table_of_exercises_counts_what_is_planted(number):
+    table = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if line.startswith(f"| {number} | "))
+    _, title, lines, minutes, wrong, right, mutants_of, _ = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (title, int(minutes)) == (exercise(number).TITLE, exercise(number).MINUTES)
+    planted = [int(count.split()[0]) for count in (wrong, right)]
+    assert planted == [len(answers(number).WRONG), len(answers(number).RIGHT)]
+    if cut_of(number):
+        assert int(lines) == lines_cut(number)
+        abouts = [about for about, _ in mutants.all_mutants(number)]
+        assert mutants_of == f"{len(abouts)}; {sum(about in mutants.SAME.get(number, {}) for about in abouts)}"
 
 
 @pytest.mark.parametrize("number", TO_FILL_IN)
