@@ -42,7 +42,9 @@ def test_the_table_of_exercises_counts_what_is_planted(number):
     if cut_of(number):
         assert int(lines) == lines_cut(number)
         abouts = [about for about, _ in mutants.all_mutants(number)]
-        assert mutants_of == f"{len(abouts)}; {sum(about in mutants.SAME.get(number, {}) for about in abouts)}"
+        count, same = map(int, mutants_of.split(";"))  # two mutants may be called the same, and one of them be rejected
+        known = mutants.SAME.get(number, {})
+        assert count == len(abouts) and len(known) <= same <= sum(about in known for about in abouts)
 
 
 @pytest.mark.parametrize("number", TO_FILL_IN)
