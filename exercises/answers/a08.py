@@ -218,7 +218,7 @@ RIGHT = {
         ("reconstruction, f_v, latents = tokenizer(images)",
          "f_v = tokenizer.vision(images)\nlatents = tokenizer.latents(f_v)\n"
          "reconstruction = tokenizer.decode(latents.fused, images.shape[-1])")),
-    "E_s' first, everything by F.mse_loss": {"tokenizer.py": {
+    "E_s' first, all but L_s by F.mse_loss": {"tokenizer.py": {
         "tokenizer_losses":
         "f_v_before = None\nif encoder_before is not None:\n    with torch.no_grad():\n"
         "        f_v_before = encoder_before(images)\n"
@@ -227,7 +227,7 @@ RIGHT = {
         "         'L_lpips': lambda: perceptual(reconstruction, images),\n"
         "         'L_p': lambda: None if z_p is None else F.mse_loss(z_p, wanted),\n"
         "         'L_f': lambda: F.mse_loss(z_f, wanted),\n"
-        "         'L_s': lambda: F.mse_loss(f_v, f_v_before),\n"
+        "         'L_s': lambda: self_distillation(f_v, f_v_before),\n"
         "         'L_gan': lambda: None if discriminator is None else -discriminator(reconstruction).mean()}\n"
         "found = {name: terms[name]() for name in weights}\n"
         "return {name: value for name, value in found.items() if value is not None}, reconstruction"}},
