@@ -28,6 +28,9 @@ ONE_PASS = """
 """
 
 
+ROWS, TILES = "torch.arange(q.shape[2], device=q.device).split(TILE)", "tiles_of_keys(k, rows, shift, causal)"
+
+
 def forward(body: str) -> dict:
     return {"attention.py": {"Tiled.forward": textwrap.dedent(body)}}
 
@@ -40,6 +43,28 @@ def but(*changes: str) -> dict:
             raise ValueError(f"no {old!r} in the body")
         body = body.replace(old, new)
     return forward(body)
+
+
+def cut_by(method: str) -> dict:
+    """Queries and keys in other tiles."""
+    return but(ROWS, f"torch.arange(q.shape[2]).{method}", TILES, f"torch.arange(k.shape[2]).{method}")
+
+
+def against_all_keys(tile: str) -> dict:
+    return forward(f"""
+        n, m = q.shape[2], k.shape[2]
+        scale = 1 / math.sqrt(q.shape[-1])
+        columns = torch.arange(m)
+        keys, values = for_each_query_head(k, columns, q), for_each_query_head(v, columns, q)
+        outs, sums = [], []
+        for rows in torch.arange(n).split({tile}):
+            score = hide(wide(q[:, :, rows]) @ keys.mT * scale, visible(rows, columns, m - n, causal, key_mask))
+            outs.append((score.softmax(-1).nan_to_num(0) @ values).to(q.dtype))
+            sums.append(score.logsumexp(-1) / math.log(2))
+        out = torch.cat(outs, 2)
+        ctx.save_for_backward(q, k, v, key_mask, out, torch.cat(sums, 2))
+        ctx.causal = causal
+        return out""")
 
 
 WHOLE = """
@@ -126,9 +151,7 @@ WRONG = {
         but(SAVE, f"if ctx.needs_input_grad[0]:\n        {SAVE}"),
     "leaves something for backward only where q, k and v learn":
         but(SAVE, f"if all(ctx.needs_input_grad[:3]):\n        {SAVE}"),
-    "32 tiles, however long": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
-                                  "torch.arange(q.shape[2], device=q.device).chunk(32)",
-                                  "tiles_of_keys(k, rows, shift, causal)", "torch.arange(k.shape[2]).chunk(32)"),
+    "32 tiles, however long": cut_by("chunk(32)"),
     "the earlier values keep the unit of their old maximum": but("shrink[..., None] * values", "values"),
     "the earlier sum keeps the unit of its old maximum": but("shrink * total", "total"),
     "neither sum nor values are rescaled": but("shrink * total", "total", "shrink[..., None] * values", "values"),
@@ -166,7 +189,7 @@ WRONG = {
     "the mask of keys is left out": but("causal, key_mask)\n            score", "causal, None)\n            score"),
     "the mask is taken the other way round": but("scale, mask)", "scale, None if mask is None else ~mask)"),
     "the causal mask is left out": but("visible(rows, columns, shift, causal,", "visible(rows, columns, shift, False,",
-                                       "tiles_of_keys(k, rows, shift, causal)", "tiles_of_keys(k, rows, shift, False)"),
+                                       TILES, "tiles_of_keys(k, rows, shift, False)"),
     "hidden scores are multiplied by 0": but("hide(q_tile @ k_tile.mT * scale, mask)",
                                              "q_tile @ k_tile.mT * scale * (1 if mask is None else mask)"),
     "hidden scores are a large number: who sees nothing gets a mean":
@@ -213,28 +236,11 @@ NATURAL = but("scale, shift = LOG2E /", "scale, shift = 1 /", ".exp2()", ".exp()
 RIGHT = {
     "leaves something for backward where anything learns":
         but(SAVE, f"if any(ctx.needs_input_grad):\n        {SAVE}"),
-    "tiles of 512 queries, against all keys": forward("""
-        n, m = q.shape[2], k.shape[2]
-        scale, columns = 1 / math.sqrt(q.shape[-1]), torch.arange(m)
-        keys, values = for_each_query_head(k, columns, q), for_each_query_head(v, columns, q)
-        outs, sums = [], []
-        for rows in torch.arange(n).split(512):
-            score = hide(wide(q[:, :, rows]) @ keys.mT * scale, visible(rows, columns, m - n, causal, key_mask))
-            outs.append((score.softmax(-1).nan_to_num(0) @ values).to(q.dtype))
-            sums.append(score.logsumexp(-1) / math.log(2))
-        out = torch.cat(outs, 2)
-        ctx.save_for_backward(q, k, v, key_mask, out, torch.cat(sums, 2))
-        ctx.causal = causal
-        return out"""),
-    "all queries against tiles of 256 keys": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
-                                                 "[torch.arange(q.shape[2])]", "tiles_of_keys(k, rows, shift, causal)",
-                                                 "torch.arange(k.shape[2]).split(256)"),
-    "tiles of 1024": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
-                         "torch.arange(q.shape[2], device=q.device).split(1024)",
-                         "tiles_of_keys(k, rows, shift, causal)", "torch.arange(k.shape[2]).split(1024)"),
-    "tiles of 400": but("torch.arange(q.shape[2], device=q.device).split(TILE)",
-                        "torch.arange(q.shape[2], device=q.device).split(400)",
-                        "tiles_of_keys(k, rows, shift, causal)", "torch.arange(k.shape[2]).split(400)"),
+    "tiles of 512 queries, against all keys": against_all_keys("512"),
+    "all queries against tiles of 256 keys":
+        but(ROWS, "[torch.arange(q.shape[2])]", TILES, "torch.arange(k.shape[2]).split(256)"),
+    "tiles of 1024": cut_by("split(1024)"),
+    "tiles of 400": cut_by("split(400)"),
     "tiles of keys in reverse order": but("in tiles_of_keys(k, rows, shift, causal):",
                                           "in reversed(tiles_of_keys(k, rows, shift, causal)):"),
     "tiles of queries and keys in a random order":
@@ -245,7 +251,7 @@ RIGHT = {
             "torch.randperm(len(tiles_of_keys(k, rows, shift, causal)))]:"),
     "exp and log, with the factor at the end": NATURAL,
     "every tile of keys is visited, also those that a causal mask hides":
-        but("tiles_of_keys(k, rows, shift, causal)", "tiles_of_keys(k, rows, shift, False)"),
+        but(TILES, "tiles_of_keys(k, rows, shift, False)"),
     "small tiles of its own": but("split(TILE)", "split(48)", "in tiles_of_keys(k, rows, shift, causal):",
                                   "in torch.arange(k.shape[2]).split(37):"),
     "two passes over the tiles: first the maximum": forward("""
@@ -289,20 +295,7 @@ RIGHT = {
         out = torch.nan_to_num(out / total[..., None], 0.0).to(q.dtype)
         ctx.save_for_backward(q, k, v, key_mask, out, (top + total.log()) / math.log(2))
         return out"""),
-    "a tile of queries against all keys it may see": forward("""
-        n, m = q.shape[2], k.shape[2]
-        scale = 1 / math.sqrt(q.shape[-1])
-        columns = torch.arange(m)
-        keys, values = for_each_query_head(k, columns, q), for_each_query_head(v, columns, q)
-        outs, sums = [], []
-        for rows in torch.arange(n).split(TILE):
-            score = hide(wide(q[:, :, rows]) @ keys.mT * scale, visible(rows, columns, m - n, causal, key_mask))
-            outs.append((score.softmax(-1).nan_to_num(0) @ values).to(q.dtype))
-            sums.append(score.logsumexp(-1) / math.log(2))
-        out = torch.cat(outs, 2)
-        ctx.save_for_backward(q, k, v, key_mask, out, torch.cat(sums, 2))
-        ctx.causal = causal
-        return out"""),
+    "a tile of queries against all keys it may see": against_all_keys("TILE"),
     "one query at a time": forward("""
         shift = k.shape[2] - q.shape[2]
         out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=wide(q).dtype)

@@ -313,6 +313,8 @@ WRONG = {
     "another flag on the sheet than was changed": says(flag="--no-anchor"),
     "another value of the flag than the run has": says(flag="--lambda-s 1"),
     "no flag": says(flag=""),
+    "a flag that asks for help": says(flag="--help"),
+    "a flag whose quotation does not end": says(flag='--router "last'),
     "measured by another protocol": measured_otherwise,
     "a control measured by another protocol": control_measured_otherwise,
     "a control of runs that differ": control_of_two_kinds,

@@ -169,12 +169,17 @@ def nothing(own, real):
                 demand(symbol not in found, f"{name} asks for {symbol} where {field} is 0")
 
 
-def any_weight(own, real):
-    """a term weighs what its own field says, or 1 where it has none"""
-    config = own.spar.make_config()
+def told_apart(config):
+    """The configuration with a number of its own in each field that is one: none is 0 or 1, and no two are the same."""
     for i, (field, value) in enumerate(vars(config).items()):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, field, 1.5 + i)
+    return config
+
+
+def any_weight(own, real):
+    """a term weighs what its own field says, or 1 where it has none"""
+    config = told_apart(own.spar.make_config())
     its_own = {"L_mse": "lambda_mse", "L_lpips": "lambda_lpips", "L_f": "lambda_f", "L_p": "lambda_p",
                "L_s": "lambda_s", "L_gan": "lambda_gan", "L_align": "lambda_a"}
     for name in TAUGHT:
@@ -186,36 +191,28 @@ def any_weight(own, real):
 
 def any_model(own, real):
     """so it is in every model: a part trains whole or not at all, at the stage's rate or the encoder's"""
-    make, fields = own.spar.make_config, {}
-    toy = make()
-    for i, (field, value) in enumerate(vars(toy).items()):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            fields[field] = 1.5 + i  # no two have the same, and none is 0 or 1
-    allowed = {"encoder_rate": fields["encoder_rate"], "1.0": 1.0}
     for changes in ({}, *({"router": router} for router in real.router.ROUTERS), {"symmetric": "with"},
                     {"symmetric": "without"}, {"tokenizer": "semantic-only"}, {"tokenizer": "pixel-only"},
                     {"freeze_encoder": True}):
+        config, where = own.spar.make_config(**changes), "".join(f", where {key} {changes[key]}" for key in changes)
         with torch.device("meta"):
-            model = own.spar.SPAR(make(**changes), own.train.text_tokenizer(toy))
-        vars(model.config).update(fields)
+            model = own.spar.SPAR(config, own.train.text_tokenizer(config))
+        told_apart(model.config)
         keys = [key for key, _ in model.named_parameters()]
         for name in TAUGHT:
             asked(own, real, name, model.config)
             stage = own.train.stage_named(name)
             rates = stage.rates(model.config)
-            trained = getattr(real, "plumbing.training").trained_parameters(model, stage)
-            found = {key: rates[prefix] for prefix, pairs in trained.items() for key, _ in pairs}
             for prefix, rate in rates.items():
-                demand(not rate or rate in allowed.values(), f"{name}: {prefix} learns at {rate} of the rate: the "
-                       "whole of it, 1.0, or its field, encoder_rate")
+                demand(rate in (None, 0, 1, model.config.encoder_rate), f"{name}: {prefix} learns at {rate} of the "
+                       "rate: the whole of it, 1.0, or its field, encoder_rate")
                 demand(changes or not rate or any(f"{key}.".startswith(f"{prefix}.") for key in keys),
                        f"{name}: no parameter's name begins with {prefix}")
+            trained = getattr(real, "plumbing.training").trained_parameters(model, stage)
+            found = {key: rates[prefix] for prefix, pairs in trained.items() for key, _ in pairs}
             for part, prefix in PARTS.items():
-                inside = [key for key in keys if f"{key}.".startswith(f"{prefix}.")]
-                held = {found.get(key, 0.0) for key in inside}
-                others = ", ".join(f"{key} {value}" for key, value in changes.items())
-                demand(len(held) < 2, f"{name} trains a part of the {part} alone, or at several rates" +
-                       f", where {others}" * bool(others))
+                held = {found.get(key, 0.0) for key in keys if f"{key}.".startswith(f"{prefix}.")}
+                demand(len(held) < 2, f"{name} trains a part of the {part} alone, or at several rates{where}")
 
 
 CLAIMS = [streams, decoder, encoder, connector, generator, tuned, rates, terms, nothing, any_model, any_weight]

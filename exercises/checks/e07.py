@@ -171,8 +171,9 @@ def shapes(own, real):
         demand(condition.mask.equal(torch.cat([mask, mask.new_ones(b, len(model.queries))], 1)),
                "the condition's mask: true is wanted at words and queries, false at padding")
         same_shape(condition.weights, (b, long, len(model.choice)), "the condition's weights")
-        demand([*condition[:3]] == [condition.tokens, condition.mask, condition.weights] if isinstance(condition, tuple)
-               else False, "MLLM.condition: a Condition is wanted: (tokens, mask, weights)")
+        named = condition.tokens, condition.mask, condition.weights
+        demand(isinstance(condition, tuple) and all(a is b for a, b in zip(condition, named)), "MLLM.condition: a "
+               "Condition is wanted: (tokens, mask, weights)")
         demand(all(x.equal(y) for x, y in zip(kept, (ids, mask, model.queries))),
                "ids, mask or queries are changed by MLLM.condition")
 
@@ -307,22 +308,20 @@ def in_use(own, real):
     """in use it computes what it computes in training, and leaves the model and torch's modes as they were"""
     for case in CASES[:2]:
         model, _ = build(own, real, case)
-        given, tokens, H = prompts(model, case, True, pads=1), None, None
-        asks = [parameter.requires_grad for parameter in model.parameters()]
+        given, asks = prompts(model, case, True, pads=1), [parameter.requires_grad for parameter in model.parameters()]
+        (H, seen), tokens = routed(model, *given), model.condition(*given).tokens
         try:
             for training, graph in ((True, True), (True, False), (False, True), (False, False)):
                 model.train(training)
                 where = ("in training" if training else "in use (after eval)") + ", without gradient" * (not graph)
                 with torch.set_grad_enabled(graph):
-                    states, seen = routed(model, *given)
-                    condition = model.condition(*given)
+                    (states, _), condition = routed(model, *given), model.condition(*given)
                     demand(torch.is_grad_enabled() == graph, "torch's gradient mode is another afterwards")
                 demand(model.training == training, f"the model {where} is in another mode afterwards")
                 demand(asks == [parameter.requires_grad for parameter in model.parameters()],
                        "requires_grad of a parameter is another afterwards")
                 demand(condition.tokens.requires_grad == states.requires_grad == graph, f"{where}: the condition and H "
                        f"have {'no ' * graph}gradient")
-                tokens, H = (condition.tokens, states) if tokens is None else (tokens, H)
                 same(states[seen], H[seen], f"H {where}")
                 same(condition.tokens[seen], tokens[seen], f"the condition {where}")
         finally:

@@ -188,19 +188,20 @@ def sign_of(prediction) -> int:
     return found
 
 
-def told(flag, run: Run) -> dict:
+def fields_of(flag, run: Run) -> dict:
     """Which fields the sheet's flag names, and what train.py makes of them: "--router last" or "router=last". Raises
     Wrong."""
     text = re.sub(r",\s+", ",", str(flag).strip())
     if not text.startswith("-"):
         text = "--" + text.replace("=", " ", 1)
-    words = [word.replace("_", "-") if word.startswith("--") else word for word in shlex.split(text)]
-    demand(words[0] != "--", "flag on the sheet is empty: what was changed?")
-    asked = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
-    for field in WITH_ANOTHER:  # which train.py asks for beside the other
-        if WITH_ANOTHER[field] in asked and field not in asked and run.settings.get(field):
-            words += [f"--{field}", str(run.settings[field])]
     try:
+        words = [word.replace("_", "-") if word.startswith("--") else word for word in shlex.split(text)]
+        demand(words[0] != "--", "flag on the sheet is empty: what was changed?")
+        demand(not {"-h", "--help", "--help-all"} & {*words}, f"flag on the sheet, {flag!r}, changes nothing")
+        asked = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+        for field in WITH_ANOTHER:  # which train.py asks for beside the other
+            if WITH_ANOTHER[field] in asked and field not in asked and run.settings.get(field):
+                words += [f"--{field}", str(run.settings[field])]
         config, _ = parse(arguments=["--preset", run.preset, *words])
     except (UserError, ValueError, TypeError) as error:
         raise Wrong(f"flag on the sheet, {flag!r}: {error}") from None
@@ -248,7 +249,7 @@ def one_change(case: Case) -> None:
                     "question")
     demand(len(changed) == 1, f"{len(changed)} fields differ from the control's: {', '.join(changed)}: which of them "
                               "made the difference?")
-    named, plain = told(case.sheet.get("flag", ""), case.run), asdict(make_config(preset=case.run.preset))
+    named, plain = fields_of(case.sheet.get("flag", ""), case.run), asdict(make_config(preset=case.run.preset))
     demand(changed[0] in named, f"the sheet's flag names {', '.join(named) or 'no field'}, not {changed[0]}, which "
            "differs")
     for name, value in named.items():
